@@ -1,0 +1,220 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
+"""Every equation of the scripts beside this file, by definition, in plain Python floats.
+
+Teaches  what GAE, the clipped losses, the KL estimators and the group advantages are, before any tensor
+Run      python gae_reference.py
+Expect   five worked tables at once, each small enough to redo with a pencil; the tests pin every number
+Departs  nothing: no batch, no recursion, no trick. Slow on purpose, so that it is easier to trust than the
+         fast forms that the tests hold against it
+
+    δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)                                       GAE §3;     PPO Eq. 12
+    Âₜ = Σₗ (γλ)ˡ δₜ₊ₗ                                                GAE Eq. 16; PPO Eq. 11
+    Âₜ⁽ⁿ⁾ = rₜ + γ rₜ₊₁ + … + γⁿ V(sₜ₊ₙ) − V(sₜ)                      GAE Eq. 11–14
+    L_CLIP = min(ρ Â, clip(ρ, 1−ε, 1+ε) Â)                            PPO Eq. 7
+    Âᵢ = (rᵢ − mean(r)) / std(r)                                      DeepSeekMath §4.1.2
+    Âᵢₜ = Σ over the steps j that end at token t or later of r̃ᵢⱼ        DeepSeekMath §4.1.3
+    J = 1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ) Âᵢₜ) − β k3ᵢₜ }     DeepSeekMath Eq. 3–4
+
+Papers   GAE: Schulman et al. 2015, arXiv:1506.02438.  PPO: Schulman et al. 2017, arXiv:1707.06347.
+         DeepSeekMath: Shao et al. 2024, arXiv:2402.03300.  DAPO: Yu et al. 2025, arXiv:2503.14476.
+         Dr. GRPO: Liu et al. 2025, arXiv:2503.20783.  k1, k2, k3: Schulman, "Approximating KL Divergence", 2020.
+
+Shapes   one sequence of T steps is a list of T numbers; a group of G outputs is a list of G lists.
+"""
+
+from math import exp, sqrt
+
+
+def td_errors(rewards, values, next_values, terminated, gamma):
+    """δₜ for each of T steps (PPO Eq. 12). A terminated step has no future; a truncated one has V(sₜ₊₁)."""
+    deltas = []
+    for reward, value, next_value, is_terminal in zip(rewards, values, next_values, terminated, strict=True):
+        future = 0.0 if is_terminal else gamma * next_value
+        deltas.append(reward + future - value)
+    return deltas
+
+
+def steps_to_the_end(t, done):
+    """How many steps from t to the end of its episode, or of the list if it is cut there; t itself counts."""
+    for length, is_last in enumerate(done[t:], start=1):
+        if is_last:
+            return length
+    return len(done) - t
+
+
+def gae_double_sum(rewards, values, next_values, terminated, done, gamma, gae_lambda):
+    """Âₜ = Σₗ (γλ)ˡ δₜ₊ₗ, the sum running to the end of t's own episode (GAE Eq. 16)."""
+    deltas = td_errors(rewards, values, next_values, terminated, gamma)
+    advantages = []
+    for t in range(len(rewards)):
+        terms = [(gamma * gae_lambda) ** k * deltas[t + k] for k in range(steps_to_the_end(t, done))]
+        advantages.append(sum(terms))
+    return advantages
+
+
+def n_step_advantage(t, n, rewards, values, next_values, terminated, gamma):
+    """n true rewards from step t on, then V in place of the rest, minus V(sₜ) (GAE Eq. 11–14)."""
+    collected = sum(gamma**k * rewards[t + k] for k in range(n))
+    rest = 0.0 if terminated[t + n - 1] else gamma**n * next_values[t + n - 1]
+    return collected + rest - values[t]
+
+
+def gae_n_step_average(rewards, values, next_values, terminated, done, gamma, gae_lambda):
+    """The same Âₜ as an average of its n-step advantages: (1−λ) Σₙ λⁿ⁻¹ Âₜ⁽ⁿ⁾ (GAE Eq. 16, first line).
+
+    An episode that ends h steps on has no longer ones: the h-step advantage takes all the weight that is left, λʰ⁻¹.
+    """
+    advantages = []
+    for t in range(len(rewards)):
+        horizon = steps_to_the_end(t, done)
+        total = 0.0
+        for n in range(1, horizon + 1):
+            weight = gae_lambda ** (n - 1) * (1.0 if n == horizon else 1.0 - gae_lambda)
+            total += weight * n_step_advantage(t, n, rewards, values, next_values, terminated, gamma)
+        advantages.append(total)
+    return advantages
+
+
+def clipped_surrogate(ratio, advantage, clip_low, clip_high):
+    """PPO Eq. 7 case by case: (objective, its derivative by the ratio). To be maximised.
+
+    Beyond the range the derivative is 0 only where the step has already gone the way the advantage asked for.
+    """
+    if advantage > 0 and ratio > 1 + clip_high:
+        return (1 + clip_high) * advantage, 0.0
+    if advantage < 0 and ratio < 1 - clip_low:
+        return (1 - clip_low) * advantage, 0.0
+    return ratio * advantage, advantage
+
+
+def clipped_value_loss(value, old_value, return_, clip_coef):
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²) case by case: (loss, its derivative by V). None: ½ (V − R)²."""
+    loss, slope = 0.5 * (value - return_) ** 2, value - return_
+    if clip_coef is None or abs(value - old_value) <= clip_coef:
+        return loss, slope
+    clipped = old_value + clip_coef if value > old_value else old_value - clip_coef
+    clipped_loss = 0.5 * (clipped - return_) ** 2
+    return (clipped_loss, 0.0) if clipped_loss > loss else (loss, slope)
+
+
+def kl_estimates(logprob, old_logprob):
+    """(k1, k2, k3): three estimates of KL(old‖new) from one sample of the old policy.
+
+    k1 is unbiased and can be negative; k2 is biased and never negative; k3 is unbiased and never negative.
+    """
+    log_ratio = logprob - old_logprob
+    return -log_ratio, 0.5 * log_ratio**2, exp(log_ratio) - 1 - log_ratio
+
+
+def mean_and_std(numbers):
+    """Mean and biased standard deviation: the division is by the count, not by the count less one."""
+    mean = sum(numbers) / len(numbers)
+    return mean, sqrt(sum((x - mean) ** 2 for x in numbers) / len(numbers))
+
+
+def whiten(numbers, shift_mean=True):
+    """Variance 1, and mean 0 or (shift_mean=False) the old mean kept. The 1e-8 is lm-human-preferences'."""
+    mean, std = mean_and_std(numbers)
+    return [(x - mean) / sqrt(std**2 + 1e-8) + (0.0 if shift_mean else mean) for x in numbers]
+
+
+def group_advantages(rewards, scale_by_std=True):
+    """(rᵢ − mean) / std of one group (DeepSeekMath §4.1.2); without the division, Dr. GRPO's. No spread: all 0."""
+    if max(rewards) == min(rewards):
+        return [0.0 for _ in rewards]
+    mean, std = mean_and_std(rewards)
+    return [(reward - mean) / (std if scale_by_std else 1.0) for reward in rewards]
+
+
+def process_advantages(step_rewards, step_ids):
+    """One group under process supervision (DeepSeekMath §4.1.3): an advantage for each token of each output.
+
+    step_rewards[i][j] rewards step j of output i; step_ids[i][t] is the step of token t, −1 for none. All step
+    rewards of the group are normalised together; a token gets the sum over its own step and the later ones.
+    """
+    normalised = iter(group_advantages([reward for rewards in step_rewards for reward in rewards]))
+    advantages = []
+    for rewards, ids in zip(step_rewards, step_ids, strict=True):
+        own = [next(normalised) for _ in rewards]
+        advantages.append([sum(own[step:]) if step >= 0 else 0.0 for step in ids])
+    return advantages
+
+
+def grpo_objective(logprobs, old_logprobs, ref_logprobs, advantages, clip_low, clip_high, beta, reduction, max_tokens):
+    """J of one group as nested loops (DeepSeekMath Eq. 3–4). To be maximised; a script's loss is −J.
+
+    Four lists of G lists, one number for each token that the policy chose. reduction: "sequence" averages over each
+    output, then over outputs (GRPO); "token" over all tokens alike (DAPO §3.3); "constant" divides by
+    G · max_tokens whatever the lengths are (Dr. GRPO §3.2).
+    """
+    outputs = list(zip(logprobs, old_logprobs, ref_logprobs, advantages, strict=True))
+    total = 0.0
+    for output in outputs:
+        output_total = 0.0
+        for logprob, old_logprob, ref_logprob, advantage in zip(*output, strict=True):
+            surrogate, _ = clipped_surrogate(exp(logprob - old_logprob), advantage, clip_low, clip_high)
+            _, _, kl = kl_estimates(ref_logprob, logprob)  # KL(policy‖reference): the policy drew the sample
+            output_total += surrogate - beta * kl
+        total += output_total / len(output[0]) if reduction == "sequence" else output_total
+    if reduction == "sequence":
+        return total / len(outputs)
+    if reduction == "token":
+        return total / sum(len(output[0]) for output in outputs)
+    if reduction == "constant":
+        return total / (len(outputs) * max_tokens)
+    raise ValueError(f"reduction {reduction!r} is none of sequence, token, constant")
+
+
+# Six steps of one environment: an episode cut by the time limit at t=2, one that ends in failure at t=4, and one
+# that the rollout leaves unfinished at t=5. The 7 is what a critic says of the failed state: nothing may use it.
+EXAMPLE = {
+    "rewards": [1.0, 2.0, 3.0, 1.0, 2.0, 1.0],
+    "values": [2.0, 4.0, 3.0, 1.0, 3.0, 2.0],
+    "next_values": [4.0, 3.0, 5.0, 3.0, 7.0, 4.0],
+    "terminated": [False, False, False, False, True, False],
+    "done": [False, False, True, False, True, False],
+}
+
+
+def print_tables():
+    print("1. Generalized advantage estimation, γ = 0.9: six steps, truncated at t=2, terminated at t=4\n")
+    advantages = [gae_double_sum(**EXAMPLE, gamma=0.9, gae_lambda=gae_lambda) for gae_lambda in (0.0, 0.95, 1.0)]
+    steps = {key: EXAMPLE[key] for key in ("rewards", "values", "next_values", "terminated")}
+    print("   t      r      V  V(next)  end                δ    Â λ=0  Â λ=0.95    Â λ=1")
+    for t, delta in enumerate(td_errors(**steps, gamma=0.9)):
+        end = "terminated" if EXAMPLE["terminated"][t] else "truncated" if EXAMPLE["done"][t] else ""
+        numbers = f"{EXAMPLE['rewards'][t]:5.1f}  {EXAMPLE['values'][t]:5.1f}  {EXAMPLE['next_values'][t]:7.1f}"
+        columns = f"{advantages[0][t]:7.4f}  {advantages[1][t]:8.4f}  {advantages[2][t]:7.4f}"
+        print(f"   {t}  {numbers}  {end:10}  {delta:7.4f}  {columns}")
+
+    print("\n2. The clipped surrogate, ε = 0.2: four quadrants\n")
+    print("      ρ      Â  objective  d/dρ  gradient flows")
+    for ratio, advantage in ((1.5, 2.0), (0.5, 2.0), (1.5, -2.0), (0.5, -2.0)):
+        objective, slope = clipped_surrogate(ratio, advantage, 0.2, 0.2)
+        print(f"   {ratio:4.1f}  {advantage:5.1f}  {objective:9.1f}  {slope:4.1f}  {'yes' if slope else 'no, clipped'}")
+
+    print("\n3. Group advantages: four answers to one question, one of them right\n")
+    rewards = [1.0, 0.0, 0.0, 0.0]
+    print("   reward  Â GRPO  Â Dr. GRPO")
+    for row in zip(rewards, group_advantages(rewards), group_advantages(rewards, False), strict=True):
+        print("   {:6.1f}  {:6.3f}  {:10.3f}".format(*row))
+
+    print("\n4. Process supervision: two outputs, five step rewards, mean 0.8, standard deviation 0.4\n")
+    step_rewards, step_ids = [[1.0, 0.0], [1.0, 1.0, 1.0]], [[0, 0, 1, -1], [0, 1, 1, 2]]
+    print("   output  step rewards  step of each token  Â of each token")
+    for i, row in enumerate(process_advantages(step_rewards, step_ids)):
+        given = " ".join(f"{reward:g}" for reward in step_rewards[i])
+        ids = " ".join(f"{step:2d}" for step in step_ids[i])
+        print(f"   {i:6d}  {given:12}  {ids:18}  {' '.join(f'{advantage:4.1f}' for advantage in row)}")
+
+    print("\n5. Whitening: mean 2.5, variance 1.25\n")
+    print("   reward  whitened  mean kept")
+    for row in zip([1.0, 2.0, 3.0, 4.0], whiten([1, 2, 3, 4]), whiten([1, 2, 3, 4], shift_mean=False), strict=True):
+        print("   {:6.1f}  {:8.4f}  {:9.4f}".format(*row))
+
+
+if __name__ == "__main__":
+    print_tables()
