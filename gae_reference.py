@@ -66,6 +66,7 @@ def gae_n_step_average(rewards, values, next_values, terminated, done, gamma, ga
     """The same Âₜ as an average of its n-step advantages: (1−λ) Σₙ λⁿ⁻¹ Âₜ⁽ⁿ⁾ (GAE Eq. 16, first line).
 
     An episode that ends h steps on has no longer ones: the h-step advantage takes all the weight that is left, λʰ⁻¹.
+    The two forms agree because inside an episode next_values[t] is values[t + 1]: the δs of n steps telescope.
     """
     advantages = []
     for t in range(len(rewards)):

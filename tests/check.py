@@ -1,0 +1,29 @@
+"""One assertion for every equation test: what is wrong, in which equation, and what was expected."""
+
+import pytest
+import torch
+
+
+def check(actual, expected, equation, case, rtol=1e-9, atol=1e-9):
+    """Fail in one readable message unless `actual` (tensor or number) equals `expected` within the tolerance."""
+    __tracebackhide__ = True
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    if not isinstance(actual, torch.Tensor):
+        pytest.fail(f"{equation}\n  case      {case}\n  expected  a tensor\n  got       {actual!r}", pytrace=False)
+    got = actual.detach().to(torch.float64)
+    if got.shape != expected.shape:
+        shapes = f"shape {tuple(expected.shape)}\n  got       shape {tuple(got.shape)}"
+        pytest.fail(f"{equation}\n  case      {case}\n  expected  {shapes}", pytrace=False)
+    if not torch.allclose(got, expected, rtol=rtol, atol=atol):
+        torch.set_printoptions(precision=6, linewidth=120)
+        message = f"{equation}\n  case      {case}\n  expected  {expected.tolist()}\n  got       {got.tolist()}"
+        difference = (got - expected).abs()
+        pytest.fail(f"{message}\n  differs   by up to {float(difference.max()):.3g}", pytrace=False)
+
+
+def value_and_gradient(function, argument, *rest):
+    """A scalar loss and its gradient by `argument`, which must be the function's first."""
+    argument = argument.detach().clone().requires_grad_()
+    loss = function(argument, *rest)
+    (gradient,) = torch.autograd.grad(loss, argument)
+    return loss, gradient

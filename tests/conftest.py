@@ -1,0 +1,100 @@
+"""Options and fixtures.
+
+python -m pytest --script my_ppo.py     checks the equations of any file: those of the contract that it defines
+python -m pytest --mutant FILE          runs the whole suite on FILE in place of ppo_cartpole.py
+"""
+
+from pathlib import Path
+
+import contract
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--script", type=Path, help="check the equations of this file instead of the project's scripts")
+    parser.addoption("--mutant", type=Path, help="run the suite on this file in place of ppo_cartpole.py")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+    for option in ("--script", "--mutant"):
+        path = config.getoption(option)
+        if path is None:
+            continue
+        if not path.is_file():
+            raise pytest.UsageError(f"{option} {path}: there is no such file")
+        if option == "--script":
+            try:
+                contract.load_script(path)
+            except (Exception, SystemExit) as error:
+                raise pytest.UsageError(
+                    f"--script {path} cannot be imported: {type(error).__name__}: {error}"
+                ) from None
+
+
+def pytest_collection_modifyitems(config, items):
+    """--script keeps the equation tests alone."""
+    if config.getoption("--script") is not None:
+        kept = [item for item in items if item.get_closest_marker("equation")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def scripts_of(config):
+    """{path: contract} of what is under test."""
+    if config.getoption("--script") is not None:
+        return {config.getoption("--script"): contract.PPO}
+    if config.getoption("--mutant") is not None:
+        return {config.getoption("--mutant"): contract.PPO}
+    return contract.SCRIPTS
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for an equation by its name runs once for every script that has it."""
+    scripts = scripts_of(metafunc.config)
+    for name in contract.PPO:
+        if name in metafunc.fixturenames:
+            paths = [path for path, functions in scripts.items() if name in functions]
+            ids = [path.stem for path in paths]
+            metafunc.parametrize(name, [(path, name) for path in paths], ids=ids, indirect=True, scope="session")
+
+
+def find_equation(request):
+    path, name = request.param
+    function = getattr(contract.load_script(path), name, None)
+    if function is None:
+        lacking = f"{path.name} defines no {name}"
+        if request.config.getoption("--script") is not None:
+            pytest.skip(lacking)
+        pytest.fail(lacking)
+    error = contract.signature_error(function, contract.PPO[name])
+    if error:
+        pytest.fail(f"{path.name}: {error}", pytrace=False)
+    return function
+
+
+@pytest.fixture(scope="session")
+def compute_gae(request):
+    return find_equation(request)
+
+
+@pytest.fixture(scope="session")
+def clipped_policy_loss(request):
+    return find_equation(request)
+
+
+@pytest.fixture(scope="session")
+def clipped_value_loss(request):
+    return find_equation(request)
+
+
+@pytest.fixture(scope="session")
+def approx_kl(request):
+    return find_equation(request)
+
+
+@pytest.fixture(scope="session")
+def cartpole(request):
+    """The script as a module; --mutant puts another file in its place."""
+    return contract.load_script(request.config.getoption("--mutant") or contract.ROOT / "ppo_cartpole.py")
