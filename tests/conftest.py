@@ -7,8 +7,15 @@ python -m pytest --mutant FILE          runs the whole suite on FILE in place of
 from pathlib import Path
 
 import contract
+import gymnasium as gym
 import pytest
 import torch
+
+# CartPole with a time limit of 12 steps, so that a random policy reaches both ends of an episode: the pole falls in
+# some, the limit cuts others. The second is the same without a vector form of its own.
+CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPole"
+for env_id, vector in (("ShortCartPole-v1", f"{CARTPOLE}VectorEnv"), ("ShortCartPoleSync-v1", None)):
+    gym.register(env_id, f"{CARTPOLE}Env", vector_entry_point=vector, max_episode_steps=12, reward_threshold=475)
 
 
 def pytest_addoption(parser):
@@ -98,3 +105,24 @@ def approx_kl(request):
 def cartpole(request):
     """The script as a module; --mutant puts another file in its place."""
     return contract.load_script(request.config.getoption("--mutant") or contract.ROOT / "ppo_cartpole.py")
+
+
+@pytest.fixture
+def small(cartpole, tmp_path):
+    """Args of a run of a few rollouts of four environments, less what the test changes."""
+
+    def make(name="run", **changes):
+        defaults = {
+            "env_id": "ShortCartPole-v1",
+            "total_timesteps": 300,
+            "num_envs": 4,
+            "num_steps": 32,
+            "num_minibatches": 3,
+            "update_epochs": 2,
+            "eval_episodes": 0,
+            "checkpoint_every": 0,
+            "run_dir": str(tmp_path / name),
+        }
+        return cartpole.Args(**{**defaults, **changes})
+
+    return make

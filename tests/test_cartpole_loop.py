@@ -1,42 +1,13 @@
-"""What happens inside ppo_cartpole.train, seen on the real environment: each test watches one thing the loop must do.
-
-ShortCartPole-v1 is CartPole with a time limit of 12 steps, so that a random policy reaches both ends of an episode:
-the pole falls in some, the limit cuts others. ShortCartPoleSync-v1 is the same without a vector form of its own.
-"""
+"""What happens inside ppo_cartpole.train, seen on the real environment: each test watches one thing."""
 
 import copy
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPole"
-SHORT, SYNC = "ShortCartPole-v1", "ShortCartPoleSync-v1"
-for env_id, vector in ((SHORT, f"{CARTPOLE}VectorEnv"), (SYNC, None)):
-    gym.register(env_id, f"{CARTPOLE}Env", vector_entry_point=vector, max_episode_steps=12, reward_threshold=475)
-
-
-@pytest.fixture
-def small(cartpole, tmp_path):
-    """Args of a run of a few rollouts, less what the test changes."""
-
-    def make(name="run", **changes):
-        defaults = {
-            "env_id": SHORT,
-            "total_timesteps": 300,
-            "num_envs": 4,
-            "num_steps": 32,
-            "num_minibatches": 3,
-            "update_epochs": 2,
-            "eval_episodes": 0,
-            "checkpoint_every": 0,
-            "run_dir": str(tmp_path / name),
-        }
-        return cartpole.Args(**{**defaults, **changes})
-
-    return make
+SHORT, SYNC = "ShortCartPole-v1", "ShortCartPoleSync-v1"  # registered in conftest.py
 
 
 @pytest.fixture
