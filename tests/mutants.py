@@ -1,0 +1,153 @@
+"""Planted bugs: what people get wrong in PPO, each as one replaced text in ppo_cartpole.py.
+
+python tests/mutants.py            plants each in turn, runs the suite on it, prints which test caught it
+python -m pytest -m mutants        the same as a test: every one must be caught
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# the part of the suite that looks at this script, quick tests first
+EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
+SUITE = [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")]
+
+# (what is wrong, the right text, the wrong text)
+MUTANTS = [
+    ("truncation treated as death", "torch.where(terminated, 0.0, next_values)", "torch.where(done, 0.0, next_values)"),
+    ("termination bootstraps", "torch.where(terminated, 0.0, next_values)", "next_values"),
+    ("advantages flow across a time limit", "torch.where(done[t], 0.0, last)", "torch.where(terminated[t], 0.0, last)"),
+    ("advantages flow across every episode end", "torch.where(done[t], 0.0, last)", "last"),
+    ("λ forgotten", "gamma * gae_lambda * torch", "gamma * torch"),
+    ("γ forgotten in the recursion", "gamma * gae_lambda * torch", "gae_lambda * torch"),
+    ("γ forgotten in δ", "rewards + gamma * torch", "rewards + torch"),
+    ("GAE runs forwards", "for t in reversed(range(len(rewards))):", "for t in range(len(rewards)):"),
+    ("V(s) not subtracted", "next_values) - values", "next_values)"),
+    ("policy loss maximised", "return -torch.min(ratio", "return torch.min(ratio"),
+    ("max for min in the policy loss", "-torch.min(ratio", "-torch.max(ratio"),
+    ("ratio upside down", "(logprob - old_logprob).exp()", "(old_logprob - logprob).exp()"),
+    (
+        "clipped objective alone, no min",
+        "torch.min(ratio * advantage, ratio.clamp",
+        "torch.min(ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage, ratio.clamp",
+    ),
+    ("clip range half open", "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(None, 1 + clip_coef)"),
+    ("policy loss summed", "1 + clip_coef) * advantage).mean()", "1 + clip_coef) * advantage).sum()"),
+    ("min for max in the value loss", "loss = torch.max(loss, (clipped", "loss = torch.min(loss, (clipped"),
+    ("½ of the value loss lost", "return 0.5 * loss.mean()", "return loss.mean()"),
+    (
+        "value clipped around the return",
+        "clipped = old_value + (value - old_value)",
+        "clipped = returns + (value - returns)",
+    ),
+    ("KL the other way round", "log_ratio = logprob - old_logprob\n", "log_ratio = old_logprob - logprob\n"),
+    ("k1 for k3", "(log_ratio.expm1() - log_ratio).mean()", "(-log_ratio).mean()"),
+    ("k3 that cancels in float32", "(log_ratio.expm1() - log_ratio)", "(log_ratio.exp() - 1 - log_ratio)"),
+    ("entropy of the wrong sign", "-(logprobs.exp() * logprobs).sum(-1)", "(logprobs.exp() * logprobs).sum(-1)"),
+    ("autoreset rows kept in the batch", "(row[is_transition] for row in rows)", "(row.flatten(0, 1) for row in rows)"),
+    ("autoreset rows counted as steps", "global_step += int(is_transition.sum())", "global_step += T * N"),
+    ("the row of done dropped, the autoreset kept", "torch.as_tensor(~was_done)", "torch.as_tensor(~is_done)"),
+    ("episode length counts the autoreset", "episode_length += ~was_done", "episode_length += 1"),
+    ("returns run on into the next episode", "episode_return[i] = episode_length[i] = 0", "episode_length[i] = 0"),
+    (
+        "actions greedy in the rollout",
+        "torch.multinomial(agent.actor(obs[t]).softmax(-1), 1).squeeze(-1)",
+        "agent.actor(obs[t]).argmax(-1)",
+    ),
+    ("rollout begins at a stale observation", "        obs[0] = obs[T]\n", ""),
+    ("Adam's ε left at torch's", "eps=1e-5, ", ""),
+    ("learning rate not annealed", '        optimizer.param_groups[0]["lr"] = learning_rate\n', ""),
+    (
+        "clip range not annealed",
+        "advantage, clip_coef)\n            value_loss",
+        "advantage, args.clip_coef)\n            value_loss",
+    ),
+    (
+        "policy's last layer begins large",
+        "int(envs.single_action_space.n), 0.01)",
+        "int(envs.single_action_space.n), 1.0)",
+    ),
+    ("weights not orthogonal", "    nn.init.orthogonal_(layer.weight, gain)\n", ""),
+    (
+        "one network trained by both losses",
+        "value = agent.critic(b_obs[mb])",
+        "value = agent.actor[:-1](b_obs[mb]).sum(-1, True) * 0 + agent.critic(b_obs[mb])",
+    ),
+    ("advantages normalised by the wrong spread", "(advantage.std(correction=0) + 1e-8)", "(advantage.var() + 1e-8)"),
+    ("advantages not centred", "(advantage - advantage.mean()) /", "advantage /"),
+    ("minibatches of one order for ever", "torch.randperm(len(b_obs))", "torch.arange(len(b_obs))"),
+    ("last minibatch dropped", ".tensor_split(args.num_minibatches)", ".tensor_split(args.num_minibatches)[:-1]"),
+    ("gradients never zeroed", "            optimizer.zero_grad()\n", ""),
+    (
+        "gradients not clipped",
+        "            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11]\n",
+        "",
+    ),
+    (
+        "actor's gradients clipped alone",
+        "clip_grad_norm_(agent.parameters()",
+        "clip_grad_norm_(agent.actor.parameters()",
+    ),
+    ("entropy penalised", "policy_loss - args.ent_coef", "policy_loss + args.ent_coef"),
+    ("value loss unweighted", "args.vf_coef * value_loss", "value_loss"),
+    ("value loss against the advantages", "b_values[mb], b_returns[mb], clip", "b_values[mb], b_advantages[mb], clip"),
+    (
+        "target-kl stops one epoch only after its step",
+        "            if args.target_kl is not None and kl > args.target_kl:\n                break",
+        "            if args.target_kl is not None and kl > 10 * args.target_kl:\n                break",
+    ),
+    ("losses of the last minibatch logged", "torch.stack(losses).mean(0)", "losses[-1]"),
+    ("random state not restored on resume", '        torch.set_rng_state(saved["rng"][0])\n', ""),
+    ("optimizer not restored on resume", '        optimizer.load_state_dict(saved["optimizer"])\n', ""),
+    ("environment not restored on resume", '            restore_envs(envs, saved["envs"])\n', ""),
+    (
+        "checkpoint written in place",
+        "    torch.save(content, temporary)\n    os.replace(temporary, path)",
+        "    torch.save(content, path)",
+    ),
+    ("checkpoint unpickled without a guard", "weights_only=True", "weights_only=False"),
+    (
+        "evaluation samples",
+        "device=args.device)).argmax(-1)",
+        "device=args.device)).softmax(-1).multinomial(1).squeeze(-1)",
+    ),
+    ("evaluation counts later episodes", "returns += rewards * running", "returns += rewards"),
+]
+
+
+def plant(mutant, folder):
+    """Write the mutated script; returns its path. The text to replace must stand in the script exactly once."""
+    what, right, wrong = mutant
+    source = (ROOT / "ppo_cartpole.py").read_text(encoding="utf-8")
+    if source.count(right) != 1:
+        raise ValueError(f"mutant {what!r}: its text stands {source.count(right)} times in ppo_cartpole.py, not once")
+    path = Path(folder) / "ppo_cartpole.py"
+    path.write_text(source.replace(right, wrong), encoding="utf-8")
+    return path
+
+
+def killer(path):
+    """The first test that fails on this copy of the script; None if the whole suite passes."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--mutant", path, *SUITE]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    found = re.search(r"^FAILED (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode != 1 or not found:
+        raise RuntimeError(f"pytest ended with status {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return found.group(1)
+
+
+if __name__ == "__main__":
+    survivors = 0
+    for number, mutant in enumerate(MUTANTS, start=1):
+        with tempfile.TemporaryDirectory() as folder:
+            caught_by = killer(plant(mutant, folder))
+        survivors += caught_by is None
+        print(f"{number:2d}  {mutant[0]:45}  {caught_by or 'SURVIVED'}", flush=True)
+    print(f"{len(MUTANTS)} mutants, {len(MUTANTS) - survivors} caught")
+    sys.exit(1 if survivors else 0)
