@@ -46,7 +46,7 @@ from torch import nn
 class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id with discrete actions and a flat observation
     seed: int = 1  # of the networks, the actions, the minibatches and the environments
-    total_timesteps: int = 150_000  # environment steps; an autoreset is none
+    total_timesteps: int = 200_000  # environment steps; an autoreset is none
     num_envs: int = 64  # environments that step together, N
     num_steps: int = 32  # steps of each environment per rollout, T
     num_minibatches: int = 4  # gradient steps per epoch
@@ -65,7 +65,7 @@ class Args:
     target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL exceeds this, in nats
     hidden_size: int = 64  # width of both hidden layers of both networks
     eval_episodes: int = 100  # greedy episodes at the end; 0 for none
-    device: str = "cpu"  # cpu, cuda, cuda:1 …; networks this small are fastest on a CPU
+    device: str = "cpu"  # cpu, cuda, cuda:1 …
     torch_threads: int = 1  # CPU threads of torch; more are slower for tensors this small
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: str | None = None  # where logs, checkpoint and plot go; default runs/<env>__<script>__<seed>__<time>
