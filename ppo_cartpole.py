@@ -16,8 +16,12 @@
 
 Teaches  the 13 core details of PPO, tagged [D1]..[D13] on the line where each happens (docs/details.md)
 Run      python ppo_cartpole.py
-Expect   TODO
-Departs  TODO
+Expect   10 seeds of 10 solve it (mean return of the last 100 episodes at 475) in 1.1 to 1.6 s and 79k to 104k steps;
+         200k steps take 3 s and end with greedy play at 500 (one thread of an AMD EPYC; benchmarks/RESULTS.md)
+Departs  from the textbook's settings, for speed: 64 environments of 32 steps for 4 of 128, learning rate 8e-3 for
+         2.5e-4, γ 0.98 for 0.99, λ 0.9 for 0.95, clip range annealed, no value clipping, no entropy bonus. With the
+         textbook's it is solved in 13 to 21 s:  --num-envs 4 --num-steps 128 --learning-rate 2.5e-4 --gamma 0.99
+         --gae-lambda 0.95 --no-anneal-clip --clip-vloss --ent-coef 0.01 --total-timesteps 500000
 
     δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)                                       PPO Eq. 12
     Âₜ = δₜ + γλ Âₜ₊₁                                                 GAE Eq. 16
@@ -66,7 +70,7 @@ class Args:
     hidden_size: int = 64  # width of both hidden layers of both networks
     eval_episodes: int = 100  # greedy episodes at the end; 0 for none
     device: str = "cpu"  # cpu, cuda, cuda:1 …
-    torch_threads: int = 1  # CPU threads of torch; more are slower for tensors this small
+    torch_threads: int = 1  # CPU threads of torch; two gain a fifth on an idle machine, lose much on a busy one
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: str | None = None  # where logs, checkpoint and plot go; default runs/<env>__<script>__<seed>__<time>
     checkpoint_every: int = 10  # iterations between two checkpoints; 0 for only one, at the end

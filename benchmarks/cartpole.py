@@ -3,7 +3,8 @@
 Run      python benchmarks/cartpole.py                            (what is not installed is skipped with a word)
          python benchmarks/cartpole.py --cleanrl PATH/TO/cleanrl/ppo.py --cleanrl-python VENV/bin/python
          python benchmarks/cartpole.py --plot                     (redraws the figure from the kept results)
-Writes   benchmarks/results/cartpole.jsonl, docs/figures/cartpole_peers.png
+         python benchmarks/cartpole.py --programs ours ours-2-threads --busy 2 --results cartpole_busy.jsonl
+Writes   benchmarks/results/cartpole.jsonl (raw, a line a run), docs/figures/cartpole_peers.png
 
 Programs, interleaved seed by seed, each run in a process of its own with one CPU thread:
     ours            ppo_cartpole.py with its defaults
@@ -31,7 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "cartpole.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = ROOT / "docs" / "figures" / "cartpole_peers.png"
 PROGRAMS = ["ours", "sb3", "cleanrl", "ours-textbook", "ours-2-threads"]
 TEXTBOOK = dict(
@@ -180,10 +181,20 @@ def measure(options):
             print(f"skipped     {program}: {reason}")
         else:
             programs.append(program)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.busy)]
+    try:
+        measure_all(programs, options)
+    finally:
+        for process in busy:
+            process.kill()
+
+
+def measure_all(programs, options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with RESULTS.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d")}) + "\n")
+    with (RESULTS / options.results).open("w", encoding="utf-8") as file:
+        head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "busy_processes": options.busy}
+        file.write(json.dumps(head) + "\n")
         for seed in range(1, options.seeds + 1):
             for program in programs:
                 python = options.cleanrl_python if program == "cleanrl" else sys.executable
@@ -200,18 +211,19 @@ def measure(options):
                 print(line.removeprefix("RESULT "), flush=True)
 
 
-def read_results():
-    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+def read_results(name):
+    lines = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
     return lines[0], lines[1:]
 
 
-def print_table():
+def print_table(name):
     """Markdown: seconds and steps to 475 of each program, and how many times faster ours is."""
     from statistics import median
 
-    head, rows = read_results()
+    head, rows = read_results(name)
     seconds = {p: [row["seconds"] for row in rows if row["program"] == p] for p in PROGRAMS}
-    print(f"\n{head['machine']['cpu']}, {head['machine']['cores']} cores, one thread each, {head['date']}\n")
+    beside = f"{head.get('busy_processes', 0)} busy processes beside"
+    print(f"\n{head['machine']['cpu']}, {head['machine']['cores']} cores, {beside}, {head['date']}\n")
     print("| program | solved | seconds: median (lowest to highest) | steps: median | ours is faster |")
     print("|---|---|---|---|---|")
     slowest_ours = max(s for s in seconds["ours"] if s is not None)
@@ -232,7 +244,7 @@ def plot():
     """One dot a seed on a logarithmic axis of seconds."""
     from matplotlib.figure import Figure
 
-    _, rows = read_results()
+    _, rows = read_results("cartpole.jsonl")
     programs = [p for p in PROGRAMS if any(row["program"] == p and row["seconds"] for row in rows)]
     axes = Figure(figsize=(7, 0.6 + 0.5 * len(programs)), layout="constrained").subplots()
     for height, program in enumerate(reversed(programs)):
@@ -254,6 +266,8 @@ if __name__ == "__main__":
     parser.add_argument("--programs", nargs="+", default=PROGRAMS[:3], choices=PROGRAMS)
     parser.add_argument("--cleanrl", help="CleanRL's cleanrl/ppo.py")
     parser.add_argument("--cleanrl-python", default=sys.executable, help="interpreter for it, with gymnasium==0.29.1")
+    parser.add_argument("--busy", type=int, default=0, help="processes that spin beside every run")
+    parser.add_argument("--results", default="cartpole.jsonl", help="file name under benchmarks/results")
     parser.add_argument("--plot", action="store_true", help="only redraw, from the kept results")
     parser.add_argument("--one", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -263,5 +277,5 @@ if __name__ == "__main__":
     else:
         if not options.plot:
             measure(options)
-        print_table()
+        print_table(options.results)
         plot()
