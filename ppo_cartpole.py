@@ -165,8 +165,9 @@ def action_logprob_and_entropy(logits, actions):
 # ---- Environment ----
 
 
-def make_envs(env_id, num_envs, render_mode=None):
+def make_envs(args, num_envs, render_mode=None):
     """num_envs copies that step together: the environment's own vector form where it has one, else SyncVectorEnv."""
+    env_id = args.env_id
     try:
         envs = gym.make_vec(env_id, num_envs=num_envs, render_mode=render_mode)
     except (gym.error.Error, ImportError) as error:
@@ -226,11 +227,11 @@ def mlp(inputs, hidden, outputs, last_gain):
 class Agent(nn.Module):
     """[D13] Two networks that share nothing: actor (…, D) → logits (…, A), critic (…, D) → value (…, 1)."""
 
-    def __init__(self, envs, hidden_size):
+    def __init__(self, envs, args):
         super().__init__()
         inputs = envs.single_observation_space.shape[0]
-        self.actor = mlp(inputs, hidden_size, int(envs.single_action_space.n), 0.01)  # nearly uniform at first
-        self.critic = mlp(inputs, hidden_size, 1, 1.0)
+        self.actor = mlp(inputs, args.hidden_size, int(envs.single_action_space.n), 0.01)  # nearly uniform at first
+        self.critic = mlp(inputs, args.hidden_size, 1, 1.0)
 
 
 def check_device(device):
@@ -263,7 +264,7 @@ def load(path):
 
 def play(agent, args, episodes, video_dir=None):
     """Returns of greedy episodes: the first of each environment, or short episodes would be over-represented."""
-    envs = make_envs(args.env_id, episodes, render_mode="rgb_array" if video_dir else None)
+    envs = make_envs(args, episodes, render_mode="rgb_array" if video_dir else None)
     if video_dir:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames are drawn without a screen
         envs = gym.wrappers.vector.RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: episode == 0)
@@ -294,7 +295,7 @@ def evaluate_saved(args):
     check_device(args.device)
     saved = load(Path(args.evaluate))
     args = replace(args, env_id=saved["args"].env_id, hidden_size=saved["args"].hidden_size)
-    agent = Agent(make_envs(args.env_id, 1), args.hidden_size).to(args.device)
+    agent = Agent(make_envs(args, 1), args).to(args.device)
     agent.load_state_dict(saved["agent"])
     return evaluate(agent, args, Path(args.evaluate).parent)
 
@@ -327,7 +328,7 @@ def start_wandb(args, run_dir):
 
 def new_run_dir(args):
     name = args.env_id.replace("/", "-").replace(":", "-")
-    return f"runs/{name}__ppo_cartpole__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def resumed_args(args, saved):
@@ -355,9 +356,9 @@ def train(args: Args) -> list[dict]:
     torch.manual_seed(args.seed)
 
     # 2. Environments [D1], networks, optimizer
-    envs = make_envs(args.env_id, args.num_envs)
+    envs = make_envs(args, args.num_envs)
     threshold = envs.spec.reward_threshold  # mean return at which Gymnasium calls this environment solved, or None
-    agent = Agent(envs, args.hidden_size).to(args.device)
+    agent = Agent(envs, args).to(args.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not 1e-8
 
     # 3. Run directory, logs

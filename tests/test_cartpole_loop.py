@@ -387,8 +387,7 @@ def test_explained_variance(watch, small):
 
 def test_initialisation(cartpole):
     """[D2] Orthogonal weights of gain √2, 0.01 for the policy's last layer, 1 for the value's; zero biases."""
-    envs = cartpole.make_envs("CartPole-v1", 2)
-    agent = cartpole.Agent(envs, 64)
+    agent = cartpole.Agent(cartpole.make_envs(cartpole.Args(), 2), cartpole.Args())
     for network, last_gain, outputs in ((agent.actor, 0.01, 2), (agent.critic, 1.0, 1)):
         layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
         assert [layer.out_features for layer in layers] == [64, 64, outputs]
@@ -400,7 +399,7 @@ def test_initialisation(cartpole):
 
 def test_networks_share_nothing(cartpole):
     """[D13] The value loss leaves the policy alone, and the other way round."""
-    agent = cartpole.Agent(cartpole.make_envs("CartPole-v1", 2), 8)
+    agent = cartpole.Agent(cartpole.make_envs(cartpole.Args(), 2), cartpole.Args())
     agent.critic(torch.randn(5, 4)).sum().backward()
     assert all(p.grad is None for p in agent.actor.parameters())
     assert all(p.grad is not None for p in agent.critic.parameters())
@@ -442,7 +441,7 @@ def test_evaluation_counts_first_episodes_and_acts_greedily(cartpole, small, mon
         envs.step = watched_step
         return envs
 
-    agent = cartpole.Agent(cartpole.make_envs(SHORT, 1), 8)
+    agent = cartpole.Agent(cartpole.make_envs(small(), 1), small())
     with torch.no_grad():
         agent.actor[-1].weight.zero_()
         agent.actor[-1].bias.copy_(torch.tensor([0.0, 0.1]))  # hardly prefers action 1: greedy takes it always

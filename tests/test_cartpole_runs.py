@@ -61,7 +61,7 @@ def test_same_seed_same_weights(cartpole, small):
 def test_training_changes_the_weights(cartpole, small):
     cartpole.train(small())
     torch.manual_seed(1)
-    fresh = cartpole.Agent(cartpole.make_envs("CartPole-v1", 1), 64).state_dict()
+    fresh = cartpole.Agent(cartpole.make_envs(small(), 1), small()).state_dict()
     trained = weights(small().run_dir)
     assert all(not torch.equal(fresh[name], trained[name]) for name in fresh)
 
