@@ -47,7 +47,7 @@ def scripts_of(config):
     if config.getoption("--script") is not None:
         return {config.getoption("--script"): contract.PPO}
     if config.getoption("--mutant") is not None:
-        return {config.getoption("--mutant"): contract.PPO}
+        return {config.getoption("--mutant").resolve(): contract.PPO}
     return contract.SCRIPTS
 
 
@@ -95,10 +95,20 @@ def approx_kl(request):
     return find_equation(request)
 
 
+def load_script(request, name):
+    """The script as a module; --mutant FILE stands in for the script of the same name."""
+    mutant = request.config.getoption("--mutant")
+    return contract.load_script(mutant if mutant is not None and mutant.name == name else contract.ROOT / name)
+
+
 @pytest.fixture(scope="session")
 def cartpole(request):
-    """The script as a module; --mutant puts another file in its place."""
-    return contract.load_script(request.config.getoption("--mutant") or contract.ROOT / "ppo_cartpole.py")
+    return load_script(request, "ppo_cartpole.py")
+
+
+@pytest.fixture(scope="session")
+def atari(request):
+    return load_script(request, "ppo_atari.py")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ PPO = {
 }
 
 # script → the contract that it fulfils
-SCRIPTS = {ROOT / "ppo_cartpole.py": PPO}
+SCRIPTS = {ROOT / "ppo_cartpole.py": PPO, ROOT / "ppo_atari.py": PPO}
 
 
 def load_script(path):

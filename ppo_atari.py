@@ -1,0 +1,622 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "numpy==2.4.6",
+#     "tensorboard==2.21.0",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "matplotlib==3.11.2",
+#     "ale-py==0.12.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+"""PPO on Atari: CartPole's script when observations are pixels.
+
+Teaches  the 9 Atari details, tagged [D14]..[D22] where each happens, on top of the 13 of ppo_cartpole.py
+         (docs/details.md); `diff ppo_cartpole.py ppo_atari.py` shows what pixels change
+Run      python ppo_atari.py
+         torchrun --nproc-per-node=2 ppo_atari.py
+Expect   TODO
+Departs  from the customary wrappers in one thing: after a lost life the game goes on without a FIRE pressed for the
+         policy, for ale-py's vector environment presses it only at the start of a game. The policy learns to press it
+
+    δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)                                       PPO Eq. 12
+    Âₜ = δₜ + γλ Âₜ₊₁                                                 GAE Eq. 16
+    L  = E[ min(ρₜ Âₜ, clip(ρₜ, 1−ε, 1+ε) Âₜ) ],  ρₜ = π(aₜ|sₜ)/π_old(aₜ|sₜ)      PPO Eq. 7
+    maximise  L − c₁ (V(sₜ) − Rₜ)² + c₂ H[π(·|sₜ)]                     PPO Eq. 9
+
+Shapes   T steps, N environments. Rollout (T, N), flattened b_* (M,) with M ≤ T·N, minibatch mb_* by index.
+         An observation is (4, 84, 84) uint8: four grey frames, the newest last.
+"""
+
+import ctypes
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from math import sqrt
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Args:
+    env_id: str = "ALE/Pong-v5"  # any of ale-py's games; their ROMs come with it
+    seed: int = 1  # of the network, the actions, the minibatches and the games
+    total_timesteps: int = 10_000_000  # agent's steps, of 4 frames each, over all processes; an autoreset is none
+    num_envs: int = 8  # games that step together, N, over all processes
+    num_steps: int = 128  # steps of each game per rollout, T
+    num_minibatches: int = 4  # gradient steps per epoch
+    update_epochs: int = 4  # passes over each rollout
+    learning_rate: float = 2.5e-4  # Adam's, at the start
+    anneal_lr: bool = True  # learning rate falls to 0 over the run
+    gamma: float = 0.99  # discount, per agent's step
+    gae_lambda: float = 0.95  # GAE's λ: 0 trusts the critic, 1 the sampled rewards
+    norm_adv: bool = True  # advantages to mean 0, standard deviation 1, in each minibatch
+    clip_coef: float = 0.1  # ε, the half-width of the range of the ratio, at the start
+    anneal_clip: bool = False  # clip_coef falls to 0 over the run
+    clip_vloss: bool = True  # clip the value loss too
+    ent_coef: float = 0.01  # weight of the entropy bonus, c₂
+    vf_coef: float = 0.5  # weight of the value loss, c₁
+    max_grad_norm: float = 0.5  # global norm that gradients are cut to
+    target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL exceeds this, in nats
+    sticky: float = 0.0  # chance that the emulator repeats the last action; 0 as in NoFrameskip-v4, 0.25 as in ALE/*-v5
+    episodic_life: bool = True  # a lost life is terminal to the learner; the game goes on
+    bf16: bool = True  # convolutions in bfloat16, weights and heads in float32
+    eval_episodes: int = 10  # games at the end, actions drawn from the policy; 0 for none
+    device: str = "cpu"  # cpu, cuda, cuda:1 …; under torchrun cuda is one GPU a process
+    torch_threads: int = 0  # CPU threads of torch; 0 for one a core. On a busy machine 1 is faster
+    torch_deterministic: bool = True  # refuse operations whose result varies from run to run
+    run_dir: str | None = None  # where logs, checkpoint and plot go; default runs/<env>__<script>__<seed>__<time>
+    checkpoint_every: int = 20  # iterations between two checkpoints; 0 for only one, at the end
+    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint
+    evaluate: str | None = None  # saved model or checkpoint: play eval_episodes with it, no training
+    save_model: bool = False  # write the weights alone to model.pt at the end
+    capture_video: bool = False  # film one game of the trained agent, an MP4
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+    wandb_project: str = "ppo-atari"  # its project there
+
+    def __post_init__(self):
+        positive = "total_timesteps num_envs num_steps num_minibatches update_epochs learning_rate clip_coef"
+        for name in (*positive.split(), "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("seed", "eval_episodes", "checkpoint_every", "ent_coef", "vf_coef", "torch_threads"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda", "sticky"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.eval_episodes == 0 and (self.evaluate or self.capture_video):
+            raise ValueError("evaluate and capture_video need eval_episodes above 0, got 0")
+        if self.evaluate and self.resume:
+            raise ValueError(f"evaluate {self.evaluate} and resume {self.resume} exclude each other")
+        if self.resume and self.run_dir:
+            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"target_kl must be above 0, got {self.target_kl}")
+        fewest = self.num_envs * (self.num_steps // 2)  # where every second row is an autoreset
+        if fewest < self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches {self.num_minibatches} must not exceed the {fewest} transitions that "
+                f"num_envs {self.num_envs} × num_steps {self.num_steps} is sure to hold"
+            )
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+
+
+# ---- Equations ----
+
+
+def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambda):
+    """Generalized advantage estimation [D5]: Âₜ = δₜ + γλ (1 − doneₜ) Âₜ₊₁ (GAE Eq. 16, PPO Eq. 11–12).
+
+    All (T, N), the last two bool; returns (T, N). next_values[t] is V of the observation that step t returned, the
+    final one where an episode ended: a truncated episode would have gone on, so its V counts; a terminated one has
+    no future. done = terminated | truncated: advantages never flow from one episode into another.
+    """
+    deltas = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
+    advantages = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        last = deltas[t] + gamma * gae_lambda * torch.where(done[t], 0.0, last)
+        advantages[t] = last
+    return advantages
+
+
+def clipped_policy_loss(logprob, old_logprob, advantage, clip_coef):
+    """−E[min(ρ Â, clip(ρ, 1−ε, 1+ε) Â)] [D8] (PPO Eq. 7). All (M,); returns a scalar to minimise."""
+    ratio = (logprob - old_logprob).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
+
+
+def clipped_value_loss(value, old_value, returns, clip_coef):
+    """½ E[max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²)] [D9] (Engstrom et al. 2020 §3). All (M,).
+
+    clip_coef=None is the plain ½ E[(V − R)²]. A scalar to minimise.
+    """
+    loss = (value - returns) ** 2
+    if clip_coef is not None:
+        clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+        loss = torch.max(loss, (clipped - returns) ** 2)
+    return 0.5 * loss.mean()
+
+
+def approx_kl(logprob, old_logprob):
+    """KL(old‖new) in nats from samples of the old policy: E[(ρ − 1) − ln ρ], Schulman's k3. All (M,)."""
+    log_ratio = logprob - old_logprob
+    return (log_ratio.expm1() - log_ratio).mean()
+
+
+def action_logprob_and_entropy(logits, actions):
+    """(ln π(a|s), H[π(·|s)]), both (…,) in nats, from logits (…, A) and the actions (…,) taken."""
+    logprobs = logits.log_softmax(-1)
+    logprob = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    return logprob, -(logprobs.exp() * logprobs).sum(-1)
+
+
+# ---- Environment ----
+
+
+def make_envs(args, num_envs, **changes):
+    """num_envs games in ale-py's C++ vector environment, NEXT_STEP autoreset: the step after a game's end is none."""
+    import ale_py
+
+    gym.register_envs(ale_py)
+    settings = {
+        "noop_max": 30,  # [D14] up to 30 no-ops at a game's start, so that no two games are the same
+        "maxpool": True,  # [D15] the maximum of the last two frames, for sprites that flicker …
+        "frameskip": 4,  # [D15] … and four frames a step, the action repeated
+        "repeat_action_probability": args.sticky,  # gym.make's own default for v5 is 0.25, the class's is 0
+        "episodic_life": False,  # True would restart the *game* at every lost life
+        "life_loss_info": args.episodic_life,  # [D16] terminated at a lost life, and the game goes on
+        "use_fire_reset": True,  # [D17] FIRE pressed where a game would wait for it
+        "img_height": 84,  # [D18]
+        "img_width": 84,
+        "grayscale": True,
+        "reward_clipping": False,  # [D19] happens in train(), where the true score is still known
+        "stack_num": 4,  # [D20]
+    }
+    if not args.env_id.startswith("ALE/"):
+        raise InputError(
+            f"--env-id {args.env_id} is no Atari game of ale-py: those are ALE/Pong-v5, ALE/Breakout-v5, …"
+        )
+    try:
+        return gym.make_vec(args.env_id, num_envs=num_envs, **{**settings, **changes})
+    except gym.error.Error as error:
+        raise InputError(f"--env-id {args.env_id}: {error}") from error
+
+
+def is_game_over(terminated, truncated, info):
+    """(N,) bool. With life_loss_info a lost life terminates too, but then lives are left and the game goes on."""
+    return truncated | (terminated & (info["lives"] == 0))
+
+
+# ---- Networks ----
+
+
+def init_layer(layer, gain):
+    """[D2] orthogonal weights, zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """[D21] One convolutional network under both heads: (B, 4, 84, 84) uint8 → logits (B, A), values (B,).
+
+    The layers are those of Mnih et al. 2015.
+    """
+
+    def __init__(self, envs, args):
+        super().__init__()
+        self.dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.trunk = nn.Sequential(
+            init_layer(nn.Conv2d(4, 32, 8, stride=4), sqrt(2)),
+            nn.ReLU(),
+            init_layer(nn.Conv2d(32, 64, 4, stride=2), sqrt(2)),
+            nn.ReLU(),
+            init_layer(nn.Conv2d(64, 64, 3, stride=1), sqrt(2)),
+            nn.ReLU(),
+            nn.Flatten(),
+            init_layer(nn.Linear(64 * 7 * 7, 512), sqrt(2)),
+            nn.ReLU(),
+        )
+        self.actor = init_layer(nn.Linear(512, int(envs.single_action_space.n)), 0.01)  # nearly uniform at first
+        self.critic = init_layer(nn.Linear(512, 1), 1.0)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, obs):
+        pixels = obs.to(self.dtype, memory_format=torch.channels_last) / 255  # [D22]
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            features = self.trunk(pixels)
+        features = features.float()  # the heads in float32: a logit of 8 bits would make ratios of noise
+        return self.actor(features), self.critic(features).squeeze(-1)
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+# ---- Files, evaluation ----
+
+
+def save(path, content):
+    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load(path):
+    """The dict that save() wrote; tensors and plain data only, so that a foreign file can run no code."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: --resume takes a run directory, --evaluate a file in one")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {**content, "args": Args(**content["args"])}
+    except Exception as error:
+        raise InputError(f"{path} is no checkpoint or model of this script, or is damaged") from error
+
+
+def play(agent, args, episodes, video_dir=None):
+    """True scores of whole games, the first of each environment, actions drawn from the policy.
+
+    The film is shot by a second emulator in colour: same seed, same actions, so the same game.
+    """
+    envs = make_envs(args, episodes)
+    obs, _ = envs.reset(seed=args.seed + 1000)
+    if video_dir:
+        camera = make_envs(args, episodes, grayscale=False, img_height=210, img_width=160, stack_num=1)
+        frames = [camera.reset(seed=args.seed + 1000)[0][0, 0]]
+    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
+    torch.manual_seed(args.seed)
+    while running.any():
+        with torch.inference_mode():
+            logits, _ = agent(torch.as_tensor(obs, device=args.device))
+            actions = torch.multinomial(logits.softmax(-1), 1).squeeze(-1).cpu().numpy()
+        obs, rewards, terminated, truncated, info = envs.step(actions)
+        returns += rewards * running
+        running &= ~is_game_over(terminated, truncated, info)
+        if video_dir:
+            frames.append(camera.step(actions)[0][0, 0])
+    envs.close()
+    if video_dir:
+        from moviepy import ImageSequenceClip
+
+        video_dir.mkdir(parents=True, exist_ok=True)
+        large = [frame.repeat(3, axis=0).repeat(3, axis=1) for frame in frames]
+        ImageSequenceClip(large, fps=15).write_videofile(str(video_dir / "game.mp4"), logger=None)  # 60 frames / 4
+    return returns
+
+
+def evaluate(agent, args, run_dir):
+    """Play eval_episodes games and print what came of it; film one more on --capture-video."""
+    returns = play(agent, args, args.eval_episodes)
+    print(f"evaluation  {len(returns)} games: mean return {returns.mean():.1f}, lowest {returns.min():.1f}")
+    if args.capture_video:
+        play(agent, args, 1, video_dir=run_dir / "video")
+        print(f"video       {run_dir / 'video'}")
+    return returns
+
+
+def evaluate_saved(args):
+    """--evaluate PATH: the same for a model or checkpoint that an earlier run wrote."""
+    check_device(args.device)
+    saved = load(Path(args.evaluate))
+    args = replace(args, env_id=saved["args"].env_id, sticky=saved["args"].sticky)
+    agent = Agent(make_envs(args, 1), args).to(args.device)
+    agent.load_state_dict(saved["agent"])
+    return evaluate(agent, args, Path(args.evaluate).parent)
+
+
+def draw_learning_curve(metrics, threshold, path):
+    """PNG of the return against environment steps: of each rollout's episodes, and of the last 100."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    for name, label, color in (("episodic_return", "of each rollout", "0.7"), ("return_100", "of the last 100", "C0")):
+        points = [(row["global_step"], row[f"charts/{name}"]) for row in metrics if f"charts/{name}" in row]
+        axes.plot(*np.reshape(points, (-1, 2)).T, color=color, label=label)
+    if threshold is not None:
+        axes.axhline(threshold, color="C2", linestyle="--", label=f"solved: {threshold:g}")
+    axes.set(xlabel="environment steps", ylabel="mean return of episodes")
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+def start_wandb(args, run_dir):
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("--track needs Weights & Biases: pip install wandb") from error
+    wandb.init(project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+
+
+# ---- Several processes (torchrun) ----
+
+
+def normalise(advantage, world_size):
+    """[D7] Mean 0, standard deviation 1 over the minibatch, which is all processes' parts together. (M,) → (M,)."""
+    count, total = torch.tensor(float(len(advantage)), device=advantage.device), advantage.sum()
+    if world_size > 1:
+        sums = torch.stack([count, total])
+        dist.all_reduce(sums)
+        count, total = sums
+    centred = advantage - total / count
+    squares = centred.square().sum()
+    if world_size > 1:
+        dist.all_reduce(squares)
+    return centred / ((squares / count).sqrt() + 1e-8)
+
+
+def average_gradients(parameters, count):
+    """Every process' gradient becomes that of the mean over the whole minibatch, of which `count` rows lie here."""
+    parts = torch.cat([torch.tensor([1.0], device=parameters[0].device), *(p.grad.flatten() for p in parameters)])
+    parts *= count
+    dist.all_reduce(parts)
+    flat = parts[1:] / parts[0]
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad.copy_(gradient.view_as(parameter))
+
+
+def keep_freed_memory():
+    """Tell glibc to keep what PyTorch frees: large blocks given back to the kernel are slow to fault in again."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
+
+
+# ---- Training ----
+
+
+def new_run_dir(args):
+    name = args.env_id.replace("/", "-").replace(":", "-")
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def resumed_args(args, saved):
+    """The settings of the run that --resume names; a flag that asks for another value is refused."""
+    for field in fields(Args):
+        given, value = getattr(args, field.name), getattr(saved, field.name)
+        if field.name not in ("resume", "run_dir") and given not in (field.default, value):
+            raise InputError(f"--resume keeps the run's own {field.name} {value}; {given} needs a run of its own")
+    return replace(saved, run_dir=args.resume, resume=None)
+
+
+def train(args: Args) -> list[dict]:
+    """Train, evaluate, write logs, plot and checkpoint. Returns the metrics of each iteration, oldest first."""
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    # 1. Settings, seeds, processes
+    saved = None
+    if args.resume:
+        saved = load(Path(args.resume) / "checkpoint.pt")
+        args = resumed_args(args, saved["args"])
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_envs % world_size:
+        raise InputError(f"--num-envs {args.num_envs} cannot be split evenly over {world_size} processes")
+    T, N = args.num_steps, args.num_envs // world_size  # N games in this process
+    device = args.device
+    if world_size > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    check_device(device)
+    torch.set_num_threads(args.torch_threads or max(1, os.cpu_count() // world_size))
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.manual_seed(args.seed)
+    keep_freed_memory()
+
+    # 2. Environments [D1], network (the same in every process), optimizer
+    envs = make_envs(args, N)
+    agent = Agent(envs, args).to(device)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not torch's 1e-8
+
+    # 3. Run directory, logs: the first process writes, the others only train
+    run_dir = Path(args.run_dir or new_run_dir(args))
+    if rank == 0:
+        if run_dir.exists() and not saved:
+            raise InputError(f"--run-dir {run_dir} exists: --resume {run_dir} goes on with it")
+        if args.track:
+            start_wandb(args, run_dir)
+        writer = SummaryWriter(run_dir, purge_step=saved["global_step"] + 1 if saved else None)
+
+    # 4. Storage: step t of the rollout is row t; obs and values have one row more, what the last step returned
+    obs = torch.zeros(T + 1, N, *envs.single_observation_space.shape, dtype=torch.uint8, device=device)
+    values = torch.zeros(T + 1, N, device=device)
+    actions = torch.zeros(T, N, dtype=torch.long, device=device)
+    old_logprobs, rewards = torch.zeros(T, N, device=device), torch.zeros(T, N, device=device)
+    terminated, done, is_transition = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(3))
+
+    # 5. Begin, or go on from the checkpoint. The emulators cannot be saved: resumed, the games begin anew
+    global_step, seconds, metrics = 0, 0.0, []
+    last_100 = deque(maxlen=100)  # true scores of the last 100 games
+    episode_return, episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)  # of the games under way
+    was_over = np.zeros(N, dtype=bool)  # the game ended in the step before: the coming step is an autoreset
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        global_step, seconds, metrics = saved["global_step"], saved["seconds"], saved["metrics"]
+        last_100.extend(saved["last_100"])
+    torch.manual_seed(args.seed + global_step + 1_000_003 * rank)
+    next_obs, _ = envs.reset(seed=args.seed + global_step + rank * N)
+    obs[T] = torch.as_tensor(next_obs)
+    start_time = time.perf_counter() - seconds
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
+
+    while global_step < args.total_timesteps:
+        # 6. Learning rate [D4] and clip range fall linearly to 0
+        remaining = 1 - global_step / args.total_timesteps
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # 7. Rollout: T steps of N environments under the current policy [D1]
+        finished = []  # (true score, length) of each game that ends in this rollout
+        obs[0] = obs[T]
+        for t in range(T):
+            with torch.inference_mode():
+                logits, values[t] = agent(obs[t])
+                action = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+                old_logprobs[t], _ = action_logprob_and_entropy(logits, action)
+            next_obs, reward, is_terminated, is_truncated, info = envs.step(action.cpu().numpy())
+            obs[t + 1] = torch.as_tensor(next_obs)  # the final observation where an episode ended
+            actions[t] = action
+            rewards[t] = torch.as_tensor(np.sign(reward))  # [D19] −1, 0 or 1, whatever the game counts in
+            terminated[t] = torch.as_tensor(is_terminated)
+            done[t] = torch.as_tensor(is_terminated | is_truncated)
+            is_transition[t] = torch.as_tensor(~was_over)  # the step after a game's end ignores its action
+            episode_return += reward  # an autoreset's reward is 0
+            episode_length += ~was_over
+            was_over = is_game_over(is_terminated, is_truncated, info)
+            for i in np.flatnonzero(was_over):
+                finished.append((float(episode_return[i]), int(episode_length[i])))
+                episode_return[i] = episode_length[i] = 0
+        with torch.inference_mode():
+            values[T] = agent(obs[T])[1]
+        transitions = is_transition.sum()
+        if world_size > 1:
+            dist.all_reduce(transitions)
+            everywhere = [None] * world_size
+            dist.all_gather_object(everywhere, finished)
+            finished = [game for games in everywhere for game in games]
+        global_step += int(transitions)
+        last_100.extend(game[0] for game in finished)
+
+        # 8. Advantages and returns: V of the next observation is the next row's value
+        advantages = compute_gae(rewards, values[:T], values[1:], terminated, done, args.gamma, args.gae_lambda)
+        returns = advantages + values[:T]
+
+        # 9. Flatten to the M transitions: the rows of the autoresets stay out
+        rows = (obs[:T], actions, old_logprobs, values[:T], advantages, returns)
+        b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns = (row[is_transition] for row in rows)
+
+        # 10. Update: epochs of minibatches [D6], each of the M transitions once an epoch, sizes equal to within one
+        losses = []
+        epochs = [torch.randperm(len(b_obs)).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)]
+        for mb in (indices for epoch in epochs for indices in epoch):
+            logits, value = agent(b_obs[mb])
+            logprob, entropy = action_logprob_and_entropy(logits, b_actions[mb])
+            advantage = b_advantages[mb]
+            if args.norm_adv:
+                advantage = normalise(advantage, world_size)
+            policy_loss = clipped_policy_loss(logprob, b_logprobs[mb], advantage, clip_coef)
+            value_loss = clipped_value_loss(value, b_values[mb], b_returns[mb], clip_coef if args.clip_vloss else None)
+            loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # [D10]
+
+            with torch.no_grad():  # [D12] what to look at when it does not learn
+                kl = approx_kl(logprob, b_logprobs[mb])
+                clipfrac = ((logprob - b_logprobs[mb]).expm1().abs() > clip_coef).float().mean()
+                losses.append(torch.stack([policy_loss, value_loss, entropy.mean(), kl, clipfrac]))
+            if args.target_kl is not None:
+                if world_size > 1:
+                    dist.all_reduce(kl)
+                if kl / world_size > args.target_kl:
+                    break  # before this step is taken; the next rollout starts afresh
+
+            optimizer.zero_grad()
+            loss.backward()
+            if world_size > 1:
+                average_gradients(parameters, len(mb))
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [D11]
+            optimizer.step()
+
+        # 11. Metrics: the losses are means over every minibatch of the first process
+        if rank > 0:
+            continue
+        seconds = time.perf_counter() - start_time
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+        row = {f"losses/{name}": mean for name, mean in zip(names, torch.stack(losses).mean(0).tolist())}
+        if not np.isfinite(row["losses/policy_loss"] + row["losses/value_loss"]):
+            raise InputError(f"the loss is not finite at step {global_step}: lower --learning-rate or --vf-coef")
+        row["losses/explained_variance"] = float(1 - (b_returns - b_values).var() / b_returns.var())
+        row["charts/learning_rate"] = learning_rate
+        row["charts/SPS"] = global_step / seconds
+        if finished:
+            row["charts/episodic_return"], row["charts/episodic_length"] = np.mean(finished, axis=0).tolist()
+        if len(last_100) == 100:
+            row["charts/return_100"] = float(np.mean(last_100))
+        for name, number in row.items():
+            writer.add_scalar(name, number, global_step)
+        metrics.append({"global_step": global_step, "seconds": seconds, **row})
+        bar.update(min(global_step, args.total_timesteps) - bar.n)
+        bar.set_postfix(last_100=f"{np.mean(last_100):.1f}" if last_100 else "-", refresh=False)
+
+        # 12. Checkpoint: between two iterations nothing is half done
+        is_last = global_step >= args.total_timesteps
+        if is_last or (args.checkpoint_every and len(metrics) % args.checkpoint_every == 0):
+            writer.flush()
+            content = {
+                "args": asdict(args),
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "last_100": list(last_100),
+                "global_step": global_step,
+                "seconds": seconds,
+                "metrics": metrics,
+            }
+            save(run_dir / "checkpoint.pt", content)
+    bar.close()
+    envs.close()
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return metrics
+
+    # 13. Evaluation, files, summary
+    print(f"\n{args.env_id}: {global_step:,} steps in {seconds:.1f} s, {global_step / seconds:,.0f} steps a second")
+    if last_100:
+        print(f"score       mean of the last {len(last_100)} games of training: {np.mean(last_100):.1f}")
+    if args.eval_episodes:
+        metrics[-1]["charts/eval_return"] = float(evaluate(agent, args, run_dir).mean())
+        writer.add_scalar("charts/eval_return", metrics[-1]["charts/eval_return"], global_step)
+    writer.close()
+    draw_learning_curve(metrics, None, run_dir / "learning_curve.png")
+    print(f"curve       {run_dir / 'learning_curve.png'}")
+    if args.save_model:
+        save(run_dir / "model.pt", {"args": asdict(args), "agent": agent.state_dict()})
+        print(f"model       {run_dir / 'model.pt'}")
+    print(f"logs        tensorboard --logdir {run_dir.parent}")
+    print(f"next        python ppo_atari.py --evaluate {run_dir / 'checkpoint.pt'} --capture-video")
+    return metrics
+
+
+def main():
+    """The command line. What the user can mend ends in one sentence and exit status 2."""
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__)
+    if not args.run_dir and not args.resume:
+        args = replace(args, run_dir=new_run_dir(args))
+    try:
+        evaluate_saved(args) if args.evaluate else train(args)
+    except (InputError, gym.error.DependencyNotInstalled) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        run_dir = args.resume or args.run_dir
+        can_resume = (Path(run_dir) / "checkpoint.pt").exists()
+        hint = f"go on with --resume {run_dir}" if can_resume else "there was no checkpoint yet"
+        print(f"\ninterrupted: {hint}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""ppo_atari.py against the real emulator: preprocessing, what is a transition, what is logged, several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def small(atari, tmp_path):
+    """Args of a short run of four games, less what the test changes."""
+
+    def make(name="run", **changes):
+        defaults = {
+            "env_id": "ALE/Breakout-v5",
+            "total_timesteps": 500,
+            "num_envs": 4,
+            "num_steps": 64,
+            "num_minibatches": 2,
+            "update_epochs": 1,
+            "eval_episodes": 0,
+            "checkpoint_every": 0,
+            "torch_threads": 1,
+            "run_dir": str(tmp_path / name),
+        }
+        return atari.Args(**{**defaults, **changes})
+
+    return make
+
+
+def act(envs, seed=0, steps=50, action=None):
+    """Steps of random actions (or always the same): a list of (obs, reward, terminated, truncated, info)."""
+    generator = np.random.default_rng(seed)
+    size, actions = envs.num_envs, int(envs.single_action_space.n)
+    draw = lambda: generator.integers(actions, size=size) if action is None else np.full(size, action)  # noqa: E731
+    return [envs.step(draw()) for _ in range(steps)]
+
+
+# ---- Preprocessing ----
+
+
+def test_no_op_starts(atari, small):
+    """[D14] Games begin after 1 to 30 frames of nothing, a number that differs; without it all begin alike."""
+    envs = atari.make_envs(small(env_id="ALE/Pong-v5"), 32)
+    frames = envs.reset(seed=0)[1]["episode_frame_number"]
+    assert len(set(frames.tolist())) > 10 and frames.min() >= 1 and frames.max() <= 33
+    still = atari.make_envs(small(env_id="ALE/Pong-v5"), 32, noop_max=0).reset(seed=0)[1]["episode_frame_number"]
+    assert len(set(still.tolist())) == 1
+
+
+def test_four_frames_a_step_and_the_maximum_of_the_last_two(atari, small):
+    """[D15] Pixel by pixel against ALE itself, stepped a frame at a time with the same action."""
+    start = {"noop_max": 0, "use_fire_reset": False, "img_height": 210, "img_width": 160}
+    envs = atari.make_envs(small(env_id="ALE/Pong-v5"), 1, **start)
+    single = gym.make("ALE/Pong-v5", frameskip=1, repeat_action_probability=0.0, obs_type="grayscale")
+    envs.reset(seed=3)
+    single.reset(seed=3)
+    differing_frames = 0
+    for step in range(60):
+        action = step % 6
+        frames = [single.step(action)[0] for _ in range(4)]
+        obs, _, _, _, info = envs.step(np.array([action]))
+        assert np.array_equal(obs[0, -1], np.maximum(frames[2], frames[3]))
+        assert info["episode_frame_number"][0] == single.unwrapped.ale.getEpisodeFrameNumber()
+        differing_frames += not np.array_equal(frames[2], frames[3])
+    assert differing_frames > 10
+
+
+def test_observations(atari, small):
+    """[D18], [D20] (4, 84, 84) grey bytes; the three older frames are the last observation's three newer ones."""
+    envs = atari.make_envs(small(), 3)
+    obs, _ = envs.reset(seed=0)
+    assert obs.shape == (3, 4, 84, 84) and obs.dtype == np.uint8
+    moved = 0
+    for next_obs, *_ in act(envs, steps=30):
+        assert np.array_equal(next_obs[:, :3], obs[:, 1:])
+        moved += not np.array_equal(next_obs[:, 3], obs[:, 3])
+        obs = next_obs
+    assert moved > 20
+
+
+def test_a_lost_life_is_terminal_and_the_game_goes_on(atari, small):
+    """[D16] terminated with lives left; the next step is real. Only a game's end is followed by an autoreset."""
+    envs = atari.make_envs(small(), 8)
+    _, info = envs.reset(seed=0)
+    frame, was_over = info["episode_frame_number"], np.zeros(8, dtype=bool)
+    lost_lives = games = 0
+    for _, _, terminated, truncated, info in act(envs, steps=600):
+        is_autoreset = info["episode_frame_number"] < frame  # the emulator's own count says which step was a reset
+        assert np.array_equal(is_autoreset, was_over)
+        was_over = atari.is_game_over(terminated, truncated, info)
+        lost_lives += int((terminated & ~was_over).sum())
+        games += int(was_over.sum())
+        frame = info["episode_frame_number"]
+    assert lost_lives > 3 * games > 0
+    whole = atari.make_envs(small(episodic_life=False), 8)
+    whole.reset(seed=0)
+    ends = [terminated & (info["lives"] > 0) for _, _, terminated, _, info in act(whole, steps=300)]
+    assert not np.any(ends)
+
+
+def test_fire_on_reset(atari, small):
+    """[D17] Breakout waits for FIRE. With the button pressed for us the ball is lost even if we do nothing."""
+    lives = {}
+    for fire in (True, False):
+        envs = atari.make_envs(small(), 2, use_fire_reset=fire)
+        envs.reset(seed=0)
+        lives[fire] = act(envs, steps=100, action=0)[-1][4]["lives"].tolist()
+    assert lives == {True: [4, 4], False: [5, 5]}
+
+
+def test_sticky_actions(atari, small):
+    """0 by default: same seed and actions, same game. gym.make's own default is 0.25, a trap."""
+    assert gym.spec("ALE/Pong-v5").kwargs["repeat_action_probability"] == 0.25
+    ends = []
+    for sticky in (0.0, 0.0, 0.25):
+        envs = atari.make_envs(small(sticky=sticky), 4)
+        envs.reset(seed=0)
+        ends.append(act(envs, steps=100)[-1][0])
+    assert np.array_equal(ends[0], ends[1]) and not np.array_equal(ends[0], ends[2])
+    assert atari.Args().sticky == 0
+
+
+# ---- Network ----
+
+
+def test_network(atari, small):
+    """[D21] One trunk for both heads, Nature's sizes; [D22] it sees pixels between 0 and 1."""
+    args = small(bf16=False)
+    agent = atari.Agent(atari.make_envs(args, 1), args)
+    seen = []
+    agent.trunk.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    obs[0, 0, 0, :2] = torch.tensor([0, 255])
+    logits, values = agent(obs)
+    assert logits.shape == (5, 4) and values.shape == (5,)
+    assert float(seen[0].detach().min()) == 0 and float(seen[0].detach().max()) == 1
+    assert sum(p.numel() for p in agent.trunk.parameters()) == 1_684_128
+    values.sum().backward()
+    assert all(p.grad is not None for p in agent.trunk.parameters()) and agent.actor.weight.grad is None
+    assert (logits.softmax(-1) - 0.25).abs().max() < 0.01  # nearly uniform at first
+
+
+def test_bfloat16_is_close_and_its_heads_are_float32(atari, small):
+    """Same weights, both precisions: what they predict differs by less than a hundredth."""
+    envs = atari.make_envs(small(), 4)
+    obs = torch.from_numpy(envs.reset(seed=0)[0])
+    torch.manual_seed(0)
+    exact = atari.Agent(envs, small(bf16=False))
+    half = atari.Agent(envs, small(bf16=True))
+    half.load_state_dict(exact.state_dict())
+    for precise, rough in zip(exact(obs), half(obs), strict=True):
+        assert rough.dtype == torch.float32
+        assert 0 < (precise - rough).abs().max() < 0.01 + 0.02 * precise.abs().max()
+
+
+# ---- Loop ----
+
+
+@pytest.fixture
+def watch(atari, monkeypatch):
+    """Train and keep the emulator's steps and the arguments of the equations."""
+
+    def run(args):
+        seen = SimpleNamespace(steps=[], gae=[], policy=[], args=args)
+
+        def make_envs(*arguments, make=atari.make_envs, **options):
+            envs = make(*arguments, **options)
+            step = envs.step
+
+            def watched_step(actions):
+                result = step(actions)
+                names = ("reward", "terminated", "truncated", "frame", "lives")
+                values = (*result[1:4], result[4]["episode_frame_number"], result[4]["lives"])
+                seen.steps.append({name: np.array(value) for name, value in zip(names, values)})
+                return result
+
+            envs.step = watched_step
+            return envs
+
+        def keep(name, into):
+            function = getattr(atari, name)
+
+            def watched(*arguments):
+                result = function(*arguments)
+                kept = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+                into.append(SimpleNamespace(arguments=kept, result=result.detach()))
+                return result
+
+            return watched
+
+        with monkeypatch.context() as patch:
+            patch.setattr(atari, "make_envs", make_envs)
+            patch.setattr(atari, "compute_gae", keep("compute_gae", seen.gae))
+            patch.setattr(atari, "clipped_policy_loss", keep("clipped_policy_loss", seen.policy))
+            seen.metrics = atari.train(args)
+        seen.record = {name: np.array([step[name] for step in seen.steps]) for name in seen.steps[0]}
+        frame = seen.record["frame"]
+        seen.is_transition = np.concatenate([np.ones_like(frame[:1], dtype=bool), frame[1:] > frame[:-1]])
+        return seen
+
+    return run
+
+
+def test_transitions_rewards_and_scores(watch, small):
+    """[D19] Signs are learned from, true points are logged; life ends cut advantages; autoreset rows are left out."""
+    seen = watch(small(env_id="ALE/MsPacman-v5", total_timesteps=3500, num_envs=4, num_steps=128))
+    points = seen.record["reward"]
+    assert points.max() >= 10
+    counted = 0
+    for index, (gae, row) in enumerate(zip(seen.gae, seen.metrics, strict=True)):
+        rows = slice(128 * index, 128 * (index + 1))
+        rewards, values, next_values, terminated, done, *_ = gae.arguments
+        assert torch.equal(rewards, torch.from_numpy(np.sign(points[rows])).float())
+        assert torch.equal(terminated, torch.from_numpy(seen.record["terminated"][rows]))
+        assert torch.equal(done, terminated | torch.from_numpy(seen.record["truncated"][rows]))
+        assert torch.equal(values[1:], next_values[:-1])
+        counted += int(seen.is_transition[rows].sum())
+        assert row["global_step"] == counted
+        batch = sum(len(call.arguments[2]) for call in seen.policy[2 * index : 2 * index + 2])
+        assert batch == seen.is_transition[rows].sum()
+    assert 0 < (~seen.is_transition).sum() < 50
+    lives_lost = seen.record["terminated"] & (seen.record["lives"] > 0)
+    assert lives_lost.any()
+    scores, score = [], np.zeros(4)
+    for t in range(len(points)):
+        score[~seen.is_transition[t]] = 0
+        score += points[t]
+        over = seen.record["terminated"][t] & (seen.record["lives"][t] == 0)
+        scores += [(t // 128, score[i]) for i in np.flatnonzero(over)]
+    assert len(scores) >= 3
+    for index, row in enumerate(seen.metrics):
+        here = [score for when, score in scores if when == index]
+        assert row.get("charts/episodic_return") == (pytest.approx(np.mean(here)) if here else None)
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.02)])
+def test_first_update_identities(watch, small, bf16, tolerance):
+    """Ratio 1, KL 0 before the first step: the rollout and the update see the same network in the same precision."""
+    seen = watch(small(total_timesteps=1, num_minibatches=1, bf16=bf16))
+    logprob, old_logprob, advantage, _ = seen.policy[0].arguments
+    assert len(logprob) > 200
+    assert ((logprob - old_logprob).exp() - 1).abs().max() < tolerance
+    assert abs(seen.metrics[0]["losses/approx_kl"]) < tolerance**2
+    assert seen.metrics[0]["losses/clipfrac"] == 0
+    assert abs(float(advantage.mean())) < 1e-5 and float(advantage.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert seen.metrics[0]["losses/entropy"] == pytest.approx(np.log(4), abs=1e-2)
+
+
+def test_same_seed_same_weights(atari, small):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        atari.train(small(name, seed=seed, total_timesteps=300))
+        states.append(torch.load(Path(small(name).run_dir) / "checkpoint.pt", weights_only=True)["agent"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["actor.weight"], states[2]["actor.weight"])
+
+
+def test_resume_evaluate_video(atari, small, monkeypatch, capsys, tmp_path):
+    """Interrupted, resumed with new games, judged by whole games, filmed."""
+    calls = []
+
+    def compute_gae(*arguments, function=atari.compute_gae):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    options = {"env_id": "ALE/Pong-v5", "total_timesteps": 1000, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(atari, "compute_gae", compute_gae)
+        with pytest.raises(KeyboardInterrupt):
+            atari.train(small(**options))
+    metrics = atari.train(atari.Args(resume=small().run_dir))
+    steps = [row["global_step"] for row in metrics]
+    assert steps == [256, 512, 768, 1024]
+    checkpoint = f"{small().run_dir}/checkpoint.pt"
+    returns = atari.evaluate_saved(
+        atari.Args(evaluate=checkpoint, eval_episodes=1, capture_video=True, torch_threads=1)
+    )
+    assert -21 <= returns.min() <= returns.max() <= 21
+    import imageio.v3 as imageio
+
+    frames = imageio.imread(tmp_path / "run" / "video" / "game.mp4")
+    assert len(frames) > 500 and frames.shape[1:] == (630, 480, 3)
+    assert len(np.unique(frames[100].reshape(-1, 3), axis=0)) > 3  # in colour
+    assert "1 games" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--env-id CartPole-v1", "no Atari game"),
+        ("--env-id ALE/NoSuchGame-v5", "NoSuchGame"),
+        ("--device cuda:7", "--device cuda:7"),
+        ("--sticky 2", "sticky"),
+        ("--resume nowhere", "nowhere"),
+    ],
+)
+def test_bad_flags(atari, tmp_path, monkeypatch, capsys, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ppo_atari.py", *flags.split()])
+    with pytest.raises(SystemExit) as error:
+        atari.main()
+    assert error.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_must_divide_the_environments(atari, small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(atari.InputError, match="4 cannot be split evenly over 3"):
+        atari.train(small())
+
+
+# ---- Several processes ----
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+sys.path.insert(0, str(Path({script!r}).parent))
+import {module} as atari
+torch.set_num_threads(1)
+
+def gradient(rows, world_size):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1).double()
+    x, advantage, old = data[rows, :3], data[rows, 3], data[rows, 4]
+    logprob = net(x).squeeze(-1)
+    loss = atari.clipped_policy_loss(logprob, old, atari.normalise(advantage, world_size), 0.2)
+    loss.backward()
+    if world_size > 1:
+        atari.average_gradients(list(net.parameters()), len(x))
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+data = torch.randn(11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+dist.init_process_group("gloo")
+whole = gradient(slice(0, 11), 1)
+half = gradient(slice(0, 7) if dist.get_rank() == 0 else slice(7, 11), 2)
+assert whole.abs().max() > 0.01
+assert torch.allclose(whole, half, rtol=1e-6, atol=1e-9), (whole, half)
+print("equal", dist.get_rank())
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_have_the_gradient_of_one(atari, tmp_path):
+    """A minibatch split unevenly, 7 rows and 4: normalised and averaged as if it were in one process."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER.format(script=atari.__file__, module=Path(atari.__file__).stem))
+    run = torchrun(worker)
+    assert run.returncode == 0, run.stderr
+    assert "equal 0" in run.stdout and "equal 1" in run.stdout
+
+
+def test_two_processes_train_one_agent(atari, tmp_path):
+    """torchrun: one run directory, one log, the steps of both counted."""
+    sizes = {"num-envs": 4, "num-steps": 64, "num-minibatches": 2, "update-epochs": 1, "total-timesteps": 500}
+    flags = [text for name, value in sizes.items() for text in (f"--{name}", value)]
+    flags += ["--env-id", "ALE/Breakout-v5", "--eval-episodes", 0, "--torch-threads", 1, "--run-dir"]
+    run = torchrun(atari.__file__, *flags, tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert len(saved["metrics"]) == 2 and 500 <= saved["global_step"] <= 512
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
+    assert run.stdout.count("ALE/Breakout-v5:") == 1
