@@ -25,13 +25,12 @@ Departs  from the customary wrappers in one thing: after a lost life the game go
     δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)                                       PPO Eq. 12
     Âₜ = δₜ + γλ Âₜ₊₁                                                 GAE Eq. 16
     L  = E[ min(ρₜ Âₜ, clip(ρₜ, 1−ε, 1+ε) Âₜ) ],  ρₜ = π(aₜ|sₜ)/π_old(aₜ|sₜ)      PPO Eq. 7
-    maximise  L − c₁ (V(sₜ) − Rₜ)² + c₂ H[π(·|sₜ)]                     PPO Eq. 9
+    maximise  L − c₁ ½ (V(sₜ) − Rₜ)² + c₂ H[π(·|sₜ)]                   PPO Eq. 9, the ½ as in its code
 
-Shapes   T steps, N environments. Rollout (T, N), flattened b_* (M,) with M ≤ T·N, minibatch mb_* by index.
+Shapes   T steps, N environments. Rollout (T, N), flattened b_* (M,) with M ≤ T·N.
          An observation is (4, 84, 84) uint8: four grey frames, the newest last.
 """
 
-import ctypes
 import os
 import sys
 import time
@@ -92,13 +91,17 @@ class Args:
         for name in ("seed", "eval_episodes", "checkpoint_every", "ent_coef", "vf_coef", "torch_threads"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**30:
+            raise ValueError(f"seed must be below 2**30, got {self.seed}")
         for name in ("gamma", "gae_lambda", "sticky"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.eval_episodes == 0 and (self.evaluate or self.capture_video):
             raise ValueError("evaluate and capture_video need eval_episodes above 0, got 0")
-        if self.evaluate and self.resume:
-            raise ValueError(f"evaluate {self.evaluate} and resume {self.resume} exclude each other")
+        if "" in (self.resume, self.evaluate, self.run_dir):
+            raise ValueError("resume, evaluate and run_dir need a path, got an empty one")
+        if self.evaluate and (self.resume or self.run_dir or self.save_model or self.track):
+            raise ValueError("evaluate only plays: resume, run_dir, save_model and track exclude it")
         if self.resume and self.run_dir:
             raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
         if self.target_kl is not None and not self.target_kl > 0:
@@ -261,13 +264,13 @@ def save(path, content):
     os.replace(temporary, path)
 
 
-def load(path):
+def load(path, *keys):
     """The dict that save() wrote; tensors and plain data only, so that a foreign file can run no code."""
     if not path.is_file():
         raise InputError(f"{path} is not a file: --resume takes a run directory, --evaluate a file in one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {**content, "args": Args(**content["args"])}
+        return {**{key: content[key] for key in keys}, **content, "args": Args(**content["args"])}
     except Exception as error:
         raise InputError(f"{path} is no checkpoint or model of this script, or is damaged") from error
 
@@ -277,13 +280,13 @@ def play(agent, args, episodes, video_dir=None):
 
     The film is shot by a second emulator in colour: same seed, same actions, so the same game.
     """
-    envs = make_envs(args, episodes)
-    obs, _ = envs.reset(seed=args.seed + 1000)
+    envs, seed = make_envs(args, episodes), args.seed + 10**6  # far from the seeds of training
+    obs, _ = envs.reset(seed=seed)
     if video_dir:
         camera = make_envs(args, episodes, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        frames = [camera.reset(seed=args.seed + 1000)[0][0, 0]]
+        frames = [camera.reset(seed=seed)[0][0, 0]]
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     while running.any():
         with torch.inference_mode():
             logits, _ = agent(torch.as_tensor(obs, device=args.device))
@@ -316,10 +319,12 @@ def evaluate(agent, args, run_dir):
 def evaluate_saved(args):
     """--evaluate PATH: the same for a model or checkpoint that an earlier run wrote."""
     check_device(args.device)
-    saved = load(Path(args.evaluate))
-    args = replace(args, env_id=saved["args"].env_id, sticky=saved["args"].sticky)
+    saved = load(Path(args.evaluate), "agent")
     agent = Agent(make_envs(args, 1), args).to(args.device)
-    agent.load_state_dict(saved["agent"])
+    try:
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError as error:
+        raise InputError(f"{args.evaluate} does not fit --env-id {args.env_id} and these settings") from error
     return evaluate(agent, args, Path(args.evaluate).parent)
 
 
@@ -373,16 +378,10 @@ def average_gradients(parameters, count):
         parameter.grad.copy_(gradient.view_as(parameter))
 
 
-def keep_freed_memory():
-    """Tell glibc to keep what PyTorch frees: large blocks given back to the kernel are slow to fault in again."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
-
-
 # ---- Training ----
+
+# what a resumed run may do otherwise than before; everything else would make it another run
+CHANGEABLE = "resume device torch_threads checkpoint_every eval_episodes save_model capture_video track wandb_project"
 
 
 def new_run_dir(args):
@@ -390,13 +389,9 @@ def new_run_dir(args):
     return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def resumed_args(args, saved):
-    """The settings of the run that --resume names; a flag that asks for another value is refused."""
-    for field in fields(Args):
-        given, value = getattr(args, field.name), getattr(saved, field.name)
-        if field.name not in ("resume", "run_dir") and given not in (field.default, value):
-            raise InputError(f"--resume keeps the run's own {field.name} {value}; {given} needs a run of its own")
-    return replace(saved, run_dir=args.resume, resume=None)
+def resumed_args(run_dir):
+    """The settings with which train() goes on with the run in run_dir."""
+    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
 def train(args: Args) -> list[dict]:
@@ -405,10 +400,11 @@ def train(args: Args) -> list[dict]:
     from tqdm import tqdm
 
     # 1. Settings, seeds, processes
-    saved = None
-    if args.resume:
-        saved = load(Path(args.resume) / "checkpoint.pt")
-        args = resumed_args(args, saved["args"])
+    saved = load(Path(args.resume) / "checkpoint.pt", "agent", "optimizer", "metrics") if args.resume else None
+    for field in fields(Args) if saved else ():
+        given, before = getattr(args, field.name), getattr(replace(saved["args"], run_dir=None), field.name)
+        if given != before and field.name not in CHANGEABLE.split():
+            raise InputError(f"--resume keeps the run's own {field.name} {before}; {given} needs a run of its own")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.num_envs % world_size:
         raise InputError(f"--num-envs {args.num_envs} cannot be split evenly over {world_size} processes")
@@ -421,7 +417,6 @@ def train(args: Args) -> list[dict]:
     torch.set_num_threads(args.torch_threads or max(1, os.cpu_count() // world_size))
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.manual_seed(args.seed)
-    keep_freed_memory()
 
     # 2. Environments [D1], network (the same in every process), optimizer
     envs = make_envs(args, N)
@@ -430,10 +425,12 @@ def train(args: Args) -> list[dict]:
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not torch's 1e-8
 
     # 3. Run directory, logs: the first process writes, the others only train
-    run_dir = Path(args.run_dir or new_run_dir(args))
+    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
     if rank == 0:
         if run_dir.exists() and not saved:
-            raise InputError(f"--run-dir {run_dir} exists: --resume {run_dir} goes on with it")
+            can_resume = (run_dir / "checkpoint.pt").exists()
+            hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+            raise InputError(f"--run-dir {run_dir} exists: {hint}")
         if args.track:
             start_wandb(args, run_dir)
         writer = SummaryWriter(run_dir, purge_step=saved["global_step"] + 1 if saved else None)
@@ -483,7 +480,7 @@ def train(args: Args) -> list[dict]:
             terminated[t] = torch.as_tensor(is_terminated)
             done[t] = torch.as_tensor(is_terminated | is_truncated)
             is_transition[t] = torch.as_tensor(~was_over)  # the step after a game's end ignores its action
-            episode_return += reward  # an autoreset's reward is 0
+            episode_return += reward * ~was_over
             episode_length += ~was_over
             was_over = is_game_over(is_terminated, is_truncated, info)
             for i in np.flatnonzero(was_over):
@@ -510,6 +507,7 @@ def train(args: Args) -> list[dict]:
 
         # 10. Update: epochs of minibatches [D6], each of the M transitions once an epoch, sizes equal to within one
         losses = []
+        # one flat loop over all epochs' minibatches, so that the break below ends them all
         epochs = [torch.randperm(len(b_obs)).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)]
         for mb in (indices for epoch in epochs for indices in epoch):
             logits, value = agent(b_obs[mb])
@@ -538,14 +536,16 @@ def train(args: Args) -> list[dict]:
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [D11]
             optimizer.step()
 
+        with torch.inference_mode():
+            if not agent(obs[T])[0].isfinite().all():
+                raise InputError(f"the policy is no longer finite at step {global_step}: lower --learning-rate")
+
         # 11. Metrics: the losses are means over every minibatch of the first process
         if rank > 0:
             continue
         seconds = time.perf_counter() - start_time
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
         row = {f"losses/{name}": mean for name, mean in zip(names, torch.stack(losses).mean(0).tolist())}
-        if not np.isfinite(row["losses/policy_loss"] + row["losses/value_loss"]):
-            raise InputError(f"the loss is not finite at step {global_step}: lower --learning-rate or --vf-coef")
         row["losses/explained_variance"] = float(1 - (b_returns - b_values).var() / b_returns.var())
         row["charts/learning_rate"] = learning_rate
         row["charts/SPS"] = global_step / seconds
@@ -584,37 +584,47 @@ def train(args: Args) -> list[dict]:
     print(f"\n{args.env_id}: {global_step:,} steps in {seconds:.1f} s, {global_step / seconds:,.0f} steps a second")
     if last_100:
         print(f"score       mean of the last {len(last_100)} games of training: {np.mean(last_100):.1f}")
-    if args.eval_episodes:
-        metrics[-1]["charts/eval_return"] = float(evaluate(agent, args, run_dir).mean())
-        writer.add_scalar("charts/eval_return", metrics[-1]["charts/eval_return"], global_step)
-    writer.close()
     draw_learning_curve(metrics, None, run_dir / "learning_curve.png")
     print(f"curve       {run_dir / 'learning_curve.png'}")
     if args.save_model:
         save(run_dir / "model.pt", {"args": asdict(args), "agent": agent.state_dict()})
         print(f"model       {run_dir / 'model.pt'}")
+    if args.eval_episodes:
+        metrics[-1]["charts/eval_return"] = float(evaluate(agent, args, run_dir).mean())
+        writer.add_scalar("charts/eval_return", metrics[-1]["charts/eval_return"], global_step)
+    writer.close()
     print(f"logs        tensorboard --logdir {run_dir.parent}")
     print(f"next        python ppo_atari.py --evaluate {run_dir / 'checkpoint.pt'} --capture-video")
     return metrics
 
 
-def main():
-    """The command line. What the user can mend ends in one sentence and exit status 2."""
+def parse_args():
+    """The command line. With --resume or --evaluate the saved run's settings are the defaults of the other flags."""
     import tyro
 
-    args = tyro.cli(Args, description=__doc__)
-    if not args.run_dir and not args.resume:
-        args = replace(args, run_dir=new_run_dir(args))
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.resume:
+        return tyro.cli(Args, default=resumed_args(args.resume))
+    if args.evaluate:
+        saved = load(Path(args.evaluate))["args"]
+        off = {"resume": None, "run_dir": None, "save_model": False, "track": False, "capture_video": False}
+        return tyro.cli(Args, default=replace(saved, **off, eval_episodes=Args.eval_episodes))
+    return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
+
+
+def main():
+    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    run_dir = None
     try:
+        args = parse_args()
+        run_dir = args.resume or args.run_dir
         evaluate_saved(args) if args.evaluate else train(args)
-    except (InputError, gym.error.DependencyNotInstalled) as error:
+    except (InputError, gym.error.DependencyNotInstalled, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        run_dir = args.resume or args.run_dir
-        can_resume = (Path(run_dir) / "checkpoint.pt").exists()
-        hint = f"go on with --resume {run_dir}" if can_resume else "there was no checkpoint yet"
-        print(f"\ninterrupted: {hint}", file=sys.stderr)
+        can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
+        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -18,7 +18,8 @@ Teaches  the 13 core details of PPO, tagged [D1]..[D13] on the line where each h
 Run      python ppo_cartpole.py
 Expect   10 seeds of 10 solve it (mean return of the last 100 episodes at 475) in 1.1 to 1.6 s and 79k to 104k steps;
          200k steps take 3 s and end with greedy play at 500 (one thread of an AMD EPYC; benchmarks/RESULTS.md)
-Departs  from the textbook's settings, for speed: 64 environments of 32 steps for 4 of 128, learning rate 8e-3 for
+Departs  from the paper by what its authors' code added: [D2] to [D4], [D7], [D9], [D11] and the ½ before c₁'s square;
+         from the textbook's settings, for speed: 64 environments of 32 steps for 4 of 128, learning rate 8e-3 for
          2.5e-4, γ 0.98 for 0.99, λ 0.9 for 0.95, clip range annealed, no value clipping, no entropy bonus. With the
          textbook's it is solved in 13 to 21 s:  --num-envs 4 --num-steps 128 --learning-rate 2.5e-4 --gamma 0.99
          --gae-lambda 0.95 --no-anneal-clip --clip-vloss --ent-coef 0.01 --total-timesteps 500000
@@ -26,9 +27,9 @@ Departs  from the textbook's settings, for speed: 64 environments of 32 steps fo
     δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)                                       PPO Eq. 12
     Âₜ = δₜ + γλ Âₜ₊₁                                                 GAE Eq. 16
     L  = E[ min(ρₜ Âₜ, clip(ρₜ, 1−ε, 1+ε) Âₜ) ],  ρₜ = π(aₜ|sₜ)/π_old(aₜ|sₜ)      PPO Eq. 7
-    maximise  L − c₁ (V(sₜ) − Rₜ)² + c₂ H[π(·|sₜ)]                     PPO Eq. 9
+    maximise  L − c₁ ½ (V(sₜ) − Rₜ)² + c₂ H[π(·|sₜ)]                   PPO Eq. 9, the ½ as in its code
 
-Shapes   T steps, N environments. Rollout (T, N), flattened b_* (M,) with M ≤ T·N, minibatch mb_* by index.
+Shapes   T steps, N environments. Rollout (T, N), flattened b_* (M,) with M ≤ T·N.
 """
 
 import os
@@ -74,7 +75,7 @@ class Args:
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: str | None = None  # where logs, checkpoint and plot go; default runs/<env>__<script>__<seed>__<time>
     checkpoint_every: int = 10  # iterations between two checkpoints; 0 for only one, at the end
-    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint
+    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, on CartPole bit for bit
     evaluate: str | None = None  # saved model or checkpoint: play eval_episodes with it, no training
     save_model: bool = False  # write the weights alone to model.pt at the end
     capture_video: bool = False  # film one greedy episode of the trained agent, an MP4
@@ -89,13 +90,17 @@ class Args:
         for name in ("seed", "eval_episodes", "checkpoint_every", "ent_coef", "vf_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**30:
+            raise ValueError(f"seed must be below 2**30, got {self.seed}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.eval_episodes == 0 and (self.evaluate or self.capture_video):
             raise ValueError("evaluate and capture_video need eval_episodes above 0, got 0")
-        if self.evaluate and self.resume:
-            raise ValueError(f"evaluate {self.evaluate} and resume {self.resume} exclude each other")
+        if "" in (self.resume, self.evaluate, self.run_dir):
+            raise ValueError("resume, evaluate and run_dir need a path, got an empty one")
+        if self.evaluate and (self.resume or self.run_dir or self.save_model or self.track):
+            raise ValueError("evaluate only plays: resume, run_dir, save_model and track exclude it")
         if self.resume and self.run_dir:
             raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
         if self.target_kl is not None and not self.target_kl > 0:
@@ -183,8 +188,8 @@ def make_envs(args, num_envs, render_mode=None):
             f"--env-id {env_id} has the observation space {observations}; this script's networks take one flat "
             "vector, a Box of one dimension"
         )
-    if envs.metadata["autoreset_mode"] is not gym.vector.AutoresetMode.NEXT_STEP:
-        raise InputError(f"--env-id {env_id} resets by {envs.metadata['autoreset_mode']}; NEXT_STEP is needed")
+    if (mode := envs.metadata.get("autoreset_mode")) is not gym.vector.AutoresetMode.NEXT_STEP:
+        raise InputError(f"--env-id {env_id} resets by {mode}; this script needs NEXT_STEP")
     return envs
 
 
@@ -251,13 +256,13 @@ def save(path, content):
     os.replace(temporary, path)
 
 
-def load(path):
+def load(path, *keys):
     """The dict that save() wrote; tensors and plain data only, so that a foreign file can run no code."""
     if not path.is_file():
         raise InputError(f"{path} is not a file: --resume takes a run directory, --evaluate a file in one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {**content, "args": Args(**content["args"])}
+        return {**{key: content[key] for key in keys}, **content, "args": Args(**content["args"])}
     except Exception as error:
         raise InputError(f"{path} is no checkpoint or model of this script, or is damaged") from error
 
@@ -268,7 +273,7 @@ def play(agent, args, episodes, video_dir=None):
     if video_dir:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames are drawn without a screen
         envs = gym.wrappers.vector.RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: episode == 0)
-    obs, _ = envs.reset(seed=args.seed + 1)
+    obs, _ = envs.reset(seed=args.seed + 10**6)  # far from the seeds of training
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
     while running.any():
         with torch.inference_mode():
@@ -293,10 +298,12 @@ def evaluate(agent, args, run_dir):
 def evaluate_saved(args):
     """--evaluate PATH: the same for a model or checkpoint that an earlier run wrote."""
     check_device(args.device)
-    saved = load(Path(args.evaluate))
-    args = replace(args, env_id=saved["args"].env_id, hidden_size=saved["args"].hidden_size)
+    saved = load(Path(args.evaluate), "agent")
     agent = Agent(make_envs(args, 1), args).to(args.device)
-    agent.load_state_dict(saved["agent"])
+    try:
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError as error:
+        raise InputError(f"{args.evaluate} does not fit --env-id {args.env_id} and these settings") from error
     return evaluate(agent, args, Path(args.evaluate).parent)
 
 
@@ -325,19 +332,18 @@ def start_wandb(args, run_dir):
 
 # ---- Training ----
 
+# what a resumed run may do otherwise than before; everything else would make it another run
+CHANGEABLE = "resume device torch_threads checkpoint_every eval_episodes save_model capture_video track wandb_project"
+
 
 def new_run_dir(args):
     name = args.env_id.replace("/", "-").replace(":", "-")
     return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def resumed_args(args, saved):
-    """The settings of the run that --resume names; a flag that asks for another value is refused."""
-    for field in fields(Args):
-        given, value = getattr(args, field.name), getattr(saved, field.name)
-        if field.name not in ("resume", "run_dir") and given not in (field.default, value):
-            raise InputError(f"--resume keeps the run's own {field.name} {value}; {given} needs a run of its own")
-    return replace(saved, run_dir=args.resume, resume=None)
+def resumed_args(run_dir):
+    """The settings with which train() goes on with the run in run_dir."""
+    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
 def train(args: Args) -> list[dict]:
@@ -345,11 +351,12 @@ def train(args: Args) -> list[dict]:
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
-    # 1. Settings, seeds, run directory
-    saved = None
-    if args.resume:
-        saved = load(Path(args.resume) / "checkpoint.pt")
-        args = resumed_args(args, saved["args"])
+    # 1. Settings, seeds
+    saved = load(Path(args.resume) / "checkpoint.pt", "agent", "optimizer", "metrics") if args.resume else None
+    for field in fields(Args) if saved else ():
+        given, before = getattr(args, field.name), getattr(replace(saved["args"], run_dir=None), field.name)
+        if given != before and field.name not in CHANGEABLE.split():
+            raise InputError(f"--resume keeps the run's own {field.name} {before}; {given} needs a run of its own")
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -362,9 +369,11 @@ def train(args: Args) -> list[dict]:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not 1e-8
 
     # 3. Run directory, logs
-    run_dir = Path(args.run_dir or new_run_dir(args))
+    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
     if run_dir.exists() and not saved:
-        raise InputError(f"--run-dir {run_dir} exists: --resume {run_dir} goes on with it")
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}")
     if args.track:
         start_wandb(args, run_dir)
     writer = SummaryWriter(run_dir, purge_step=saved["global_step"] + 1 if saved else None)
@@ -387,14 +396,16 @@ def train(args: Args) -> list[dict]:
         optimizer.load_state_dict(saved["optimizer"])
         global_step, seconds, metrics = saved["global_step"], saved["seconds"], saved["metrics"]
         last_100.extend(saved["last_100"])
-        if saved["envs"] is None:  # the episodes under way are lost with the process: begin new ones
+        if saved["envs"] is None:
+            print("The episodes under way could not be saved with this environment: new ones begin.")
             next_obs, _ = envs.reset(seed=args.seed + global_step)
         else:
             restore_envs(envs, saved["envs"])
             next_obs, was_done = saved["next_obs"].numpy(), saved["was_done"].numpy()
             episode_return, episode_length = saved["episode_return"].numpy(), saved["episode_length"].numpy()
-        torch.set_rng_state(saved["rng"][0])
-        torch.cuda.set_rng_state_all(saved["rng"][1:])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"] is not None and args.device.startswith("cuda"):
+            torch.cuda.set_rng_state(saved["cuda_rng"], args.device)
     obs[T] = torch.as_tensor(next_obs)
     start_time = time.perf_counter() - seconds
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
@@ -420,7 +431,7 @@ def train(args: Args) -> list[dict]:
             terminated[t] = torch.as_tensor(is_terminated)
             done[t] = torch.as_tensor(is_done)
             is_transition[t] = torch.as_tensor(~was_done)  # the step after done ignores its action: no transition
-            episode_return += reward  # an autoreset's reward is 0
+            episode_return += reward * ~was_done
             episode_length += ~was_done
             for i in np.flatnonzero(is_done):
                 finished.append((float(episode_return[i]), int(episode_length[i])))
@@ -442,6 +453,7 @@ def train(args: Args) -> list[dict]:
 
         # 10. Update: epochs of minibatches [D6], each of the M transitions once an epoch, sizes equal to within one
         losses = []
+        # one flat loop over all epochs' minibatches, so that the break below ends them all
         epochs = [torch.randperm(len(b_obs)).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)]
         for mb in (indices for epoch in epochs for indices in epoch):
             logprob, entropy = action_logprob_and_entropy(agent.actor(b_obs[mb]), b_actions[mb])
@@ -465,12 +477,14 @@ def train(args: Args) -> list[dict]:
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # [D11]
             optimizer.step()
 
+        with torch.inference_mode():
+            if not agent.actor(obs[T]).isfinite().all():
+                raise InputError(f"the policy is no longer finite at step {global_step}: lower --learning-rate")
+
         # 11. Metrics: the losses are means over every minibatch
         seconds = time.perf_counter() - start_time
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
         row = {f"losses/{name}": mean for name, mean in zip(names, torch.stack(losses).mean(0).tolist(), strict=True)}
-        if not np.isfinite(row["losses/policy_loss"] + row["losses/value_loss"]):
-            raise InputError(f"the loss is not finite at step {global_step}: lower --learning-rate or --vf-coef")
         row["losses/explained_variance"] = float(1 - (b_returns - b_values).var() / b_returns.var())
         row["charts/learning_rate"] = learning_rate
         row["charts/SPS"] = global_step / seconds
@@ -492,7 +506,8 @@ def train(args: Args) -> list[dict]:
                 "args": asdict(args),
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(args.device) if args.device.startswith("cuda") else None,
                 "envs": env_state(envs),
                 "next_obs": obs[T].cpu(),
                 "was_done": torch.from_numpy(was_done),
@@ -515,37 +530,47 @@ def train(args: Args) -> list[dict]:
         print(f"solved      mean return of the last 100 episodes reached {threshold:g} {first}")
     elif threshold is not None:
         print(f"not solved  the mean return of the last 100 episodes never reached {threshold:g}")
-    if args.eval_episodes:
-        metrics[-1]["charts/eval_return"] = float(evaluate(agent, args, run_dir).mean())
-        writer.add_scalar("charts/eval_return", metrics[-1]["charts/eval_return"], global_step)
-    writer.close()
     draw_learning_curve(metrics, threshold, run_dir / "learning_curve.png")
     print(f"curve       {run_dir / 'learning_curve.png'}")
     if args.save_model:
         save(run_dir / "model.pt", {"args": asdict(args), "agent": agent.state_dict()})
         print(f"model       {run_dir / 'model.pt'}")
+    if args.eval_episodes:
+        metrics[-1]["charts/eval_return"] = float(evaluate(agent, args, run_dir).mean())
+        writer.add_scalar("charts/eval_return", metrics[-1]["charts/eval_return"], global_step)
+    writer.close()
     print(f"logs        tensorboard --logdir {run_dir.parent}")
     print(f"next        python ppo_cartpole.py --evaluate {run_dir / 'checkpoint.pt'} --capture-video")
     return metrics
 
 
-def main():
-    """The command line. What the user can mend ends in one sentence and exit status 2."""
+def parse_args():
+    """The command line. With --resume or --evaluate the saved run's settings are the defaults of the other flags."""
     import tyro
 
-    args = tyro.cli(Args, description=__doc__)
-    if not args.run_dir and not args.resume:
-        args = replace(args, run_dir=new_run_dir(args))
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.resume:
+        return tyro.cli(Args, default=resumed_args(args.resume))
+    if args.evaluate:
+        saved = load(Path(args.evaluate))["args"]
+        off = {"resume": None, "run_dir": None, "save_model": False, "track": False, "capture_video": False}
+        return tyro.cli(Args, default=replace(saved, **off, eval_episodes=Args.eval_episodes))
+    return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
+
+
+def main():
+    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    run_dir = None
     try:
+        args = parse_args()
+        run_dir = args.resume or args.run_dir
         evaluate_saved(args) if args.evaluate else train(args)
-    except (InputError, gym.error.DependencyNotInstalled) as error:
+    except (InputError, gym.error.DependencyNotInstalled, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        run_dir = args.resume or args.run_dir
-        can_resume = (Path(run_dir) / "checkpoint.pt").exists()
-        hint = f"go on with --resume {run_dir}" if can_resume else "there was no checkpoint yet"
-        print(f"\ninterrupted: {hint}", file=sys.stderr)
+        can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
+        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
         sys.exit(130)
 
 

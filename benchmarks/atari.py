@@ -8,7 +8,6 @@ Programs, interleaved round by round, each in a process of its own. Pong, 8 game
     ours             ppo_atari.py with its defaults: bfloat16, one thread a core
     ours-float32     --no-bf16
     ours-1-thread    --torch-threads 1
-    ours-free        without keep_freed_memory(): glibc gives freed blocks back to the kernel
     cleanrl          CleanRL's cleanrl/ppo_atari.py, which you fetch yourself (it needs gymnasium 0.29.1, ale-py 0.10.1)
     cleanrl-envpool  its cleanrl/ppo_atari_envpool.py (it needs envpool 0.8.4 and gym 0.23.1)
 
@@ -34,7 +33,6 @@ OURS = {
     "ours": {},
     "ours-float32": {"bf16": False},
     "ours-1-thread": {"torch_threads": 1},
-    "ours-free": {},
 }
 PEERS = {"cleanrl": ("ppo_atari.py", "PongNoFrameskip-v4"), "cleanrl-envpool": ("ppo_atari_envpool.py", "Pong-v5")}
 ROLLOUT, WARM_UP = 8 * 128, 2  # steps of an iteration; iterations that do not count
@@ -66,8 +64,6 @@ def run_ours(program, iterations):
         return compute_gae(*arguments)
 
     atari.make_envs, atari.compute_gae = timed_envs, timed_gae
-    if program == "ours-free":
-        atari.keep_freed_memory = lambda: None
     with tempfile.TemporaryDirectory() as folder:
         total = ROLLOUT * iterations - 64  # a few rows of a rollout may be autoresets
         settings = {"total_timesteps": total, "eval_episodes": 0, "checkpoint_every": 0, **OURS[program]}

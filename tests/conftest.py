@@ -69,10 +69,14 @@ def find_equation(request):
         if request.config.getoption("--script") is not None:
             pytest.skip(lacking)
         pytest.fail(lacking)
-    error = contract.signature_error(function, contract.PPO[name])
-    if error:
-        pytest.fail(f"{path.name}: {error}", pytrace=False)
+    if contract.signature_error(function, contract.PPO[name]):
+        pytest.skip(f"{path.name}: the arguments of {name} are not the contract's, see test_arguments")
     return function
+
+
+@pytest.fixture(scope="session")
+def scripts(request):
+    return scripts_of(request.config)
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ def load_script(path):
 
 
 def signature_error(function, arguments):
-    """None if `function` can be called with the contract's arguments by position, else a sentence."""
+    """None if `function` takes the contract's arguments by position, whatever it calls them; else a sentence."""
     given = list(inspect.signature(function).parameters)
-    if given == arguments:
+    if len(given) == len(arguments):
         return None
     return f"the contract is {function.__name__}({', '.join(arguments)}), this one takes ({', '.join(given)})"

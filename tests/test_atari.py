@@ -276,13 +276,12 @@ def test_resume_evaluate_video(atari, small, monkeypatch, capsys, tmp_path):
         patch.setattr(atari, "compute_gae", compute_gae)
         with pytest.raises(KeyboardInterrupt):
             atari.train(small(**options))
-    metrics = atari.train(atari.Args(resume=small().run_dir))
+    metrics = atari.train(atari.resumed_args(small().run_dir))
     steps = [row["global_step"] for row in metrics]
     assert steps == [256, 512, 768, 1024]
     checkpoint = f"{small().run_dir}/checkpoint.pt"
-    returns = atari.evaluate_saved(
-        atari.Args(evaluate=checkpoint, eval_episodes=1, capture_video=True, torch_threads=1)
-    )
+    args = atari.replace(small(**options), run_dir=None, evaluate=checkpoint, eval_episodes=1, capture_video=True)
+    returns = atari.evaluate_saved(args)
     assert -21 <= returns.min() <= returns.max() <= 21
     import imageio.v3 as imageio
 
@@ -351,7 +350,7 @@ dist.destroy_process_group()
 
 
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
 
 

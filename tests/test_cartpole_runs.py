@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def weights(run_dir):
@@ -89,18 +90,24 @@ def test_an_interrupted_run_ends_with_the_same_bits(cartpole, small, monkeypatch
             cartpole.train(small("broken", **options))
     torch.rand(100)  # whatever else the process drew in between
     broken = small("broken").run_dir
-    resumed = cartpole.train(cartpole.Args(resume=broken))
+    resumed = cartpole.train(cartpole.resumed_args(broken))
     assert without_clock(resumed) == without_clock(whole)
     one, other = (torch.load(Path(d) / "checkpoint.pt", weights_only=True) for d in (small("whole").run_dir, broken))
     assert_same_weights(one["agent"], other["agent"])
     for state, same in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(state[key], same[key]) for key in state)
     assert torch.equal(one["next_obs"], other["next_obs"]) and one["last_100"] == other["last_100"]
+    clock = [row["seconds"] for row in resumed]
+    assert clock == sorted(clock)
+    events = EventAccumulator(broken)
+    events.Reload()
+    logged = [event.step for event in events.Scalars("losses/entropy")]
+    assert logged == [row["global_step"] for row in whole]  # what came after the checkpoint is purged, not repeated
 
 
 def test_killed_at_any_moment_it_goes_on(cartpole, tmp_path):
     """SIGKILL to a real process, then --resume: the same weights as a run that was left alone."""
-    sizes = {"total_timesteps": 30_000, "num_envs": 8, "num_steps": 32, "eval_episodes": 0, "checkpoint_every": 1}
+    sizes = {"total_timesteps": 60_000, "num_envs": 8, "num_steps": 32, "eval_episodes": 0, "checkpoint_every": 1}
     flags = [text for name, value in sizes.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = [sys.executable, cartpole.__file__]
@@ -111,11 +118,10 @@ def test_killed_at_any_moment_it_goes_on(cartpole, tmp_path):
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 30000
+    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 60_000
     resumed = subprocess.run([*start, "--resume", tmp_path / "killed"], env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     cartpole.train(cartpole.Args(**sizes, run_dir=str(tmp_path / "whole")))
@@ -161,7 +167,7 @@ def test_other_environments_resume_with_new_episodes(cartpole, small, monkeypatc
             cartpole.train(small(**options))
     before = torch.load(Path(small().run_dir) / "checkpoint.pt", weights_only=True)
     assert before["envs"] is None and len(before["metrics"]) == 2
-    metrics = cartpole.train(cartpole.Args(resume=small().run_dir))
+    metrics = cartpole.train(cartpole.resumed_args(small().run_dir))
     assert metrics[:2] == before["metrics"]
     assert metrics[-1]["global_step"] >= 700 > metrics[-2]["global_step"]
     assert max(row["charts/episodic_return"] for row in metrics) <= 12  # no episode spans the gap
@@ -169,22 +175,25 @@ def test_other_environments_resume_with_new_episodes(cartpole, small, monkeypatc
 
 def test_a_finished_run_can_be_resumed_for_its_summary(cartpole, small, capsys):
     metrics = cartpole.train(small())
-    assert cartpole.train(cartpole.Args(resume=small().run_dir)) == metrics
+    assert cartpole.train(cartpole.resumed_args(small().run_dir)) == metrics
     assert "not solved" in capsys.readouterr().out
 
 
 def test_resume_keeps_the_settings(cartpole, small, command):
     cartpole.train(small(learning_rate=0.004))
-    status, _, error = command("--resume", small().run_dir, "--learning-rate", 0.1)
-    assert status == 2
-    assert "learning_rate 0.004" in error and "0.1" in error and "Traceback" not in error
+    for rate in (0.1, 0.008):  # another value, and the one that is the script's default
+        status, _, error = command("--resume", small().run_dir, "--learning-rate", rate)
+        assert status == 2
+        assert "learning_rate 0.004" in error and str(rate) in error and "Traceback" not in error
+    status, out, _ = command("--resume", small().run_dir, "--eval-episodes", 3, "--save-model")
+    assert status == 0 and "3 greedy episodes" in out and (Path(small().run_dir) / "model.pt").exists()
 
 
 def test_a_taken_run_dir_is_refused(cartpole, small, command):
     cartpole.train(small())
     before = sorted(Path(small().run_dir).iterdir())
     status, _, error = command(*QUICK, "--run-dir", small().run_dir)
-    assert status == 2 and f"--resume {small().run_dir}" in error
+    assert status == 2 and f"--resume {small().run_dir} goes on with it" in error
     assert sorted(Path(small().run_dir).iterdir()) == before
 
 
@@ -206,8 +215,6 @@ def test_ctrl_c_says_how_to_go_on(cartpole, command, tmp_path, monkeypatch):
 
 def test_tensorboard_scalars(cartpole, small):
     """[D12] The customary names, one point an iteration, the values that train returned."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     metrics = cartpole.train(small(total_timesteps=2000, eval_episodes=4))
     events = EventAccumulator(small().run_dir)
     events.Reload()
@@ -242,15 +249,62 @@ def test_default_command_line(command, tmp_path, monkeypatch):
         assert status == 0 and "7 greedy episodes" in out
 
 
-def test_evaluation_of_a_saved_model_plays_that_model(cartpole, small, capsys):
-    """The saved weights, environment and width are used, whatever the flags' defaults are."""
-    cartpole.train(small(hidden_size=16, save_model=True, eval_episodes=5, seed=3))
-    returns = cartpole.evaluate_saved(
-        cartpole.Args(evaluate=str(Path(small().run_dir) / "model.pt"), eval_episodes=5, seed=3)
-    )
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluation"))
-    assert f"mean return {returns.mean():.1f}" in line
-    assert len(returns) == 5 and returns.max() <= 12
+def test_evaluation_of_a_saved_model_plays_that_model(cartpole, small, command, monkeypatch):
+    """The saved weights, environment and width: a saved network that hardly prefers action 1 takes it every time."""
+    actions, made = [], []
+
+    def make_envs(args, *arguments, make=cartpole.make_envs, **options):
+        envs = make(args, *arguments, **options)
+        step = envs.step
+        envs.step = lambda action: (actions.append(action.copy()), step(action))[1]
+        made.append(args.env_id)
+        return envs
+
+    cartpole.train(small(hidden_size=16, save_model=True))
+    run_dir = Path(small().run_dir)
+    assert_same_weights(torch.load(run_dir / "model.pt", weights_only=True)["agent"], weights(run_dir))
+    for name in ("model.pt", "checkpoint.pt"):
+        saved = torch.load(run_dir / name, weights_only=True)
+        saved["agent"]["actor.4.weight"].zero_()
+        saved["agent"]["actor.4.bias"] = torch.tensor([0.0, 0.1])
+        torch.save(saved, run_dir / name)
+        monkeypatch.setattr(cartpole, "make_envs", make_envs)
+        status, out, _ = command("--evaluate", run_dir / name, "--eval-episodes", 5)
+        assert status == 0 and "5 greedy episodes" in out
+        assert set(made) == {"ShortCartPole-v1"}
+        assert len(actions) >= 8 and all((action == 1).all() for action in actions)
+        actions.clear()
+    status, _, error = command("--evaluate", run_dir / "model.pt", "--hidden-size", 8)
+    assert status == 2 and "does not fit" in error
+
+
+def test_evaluation_is_repeatable(cartpole, small):
+    agent = cartpole.Agent(cartpole.make_envs(small(), 1), small())
+    first, again = (cartpole.play(agent, small(seed=4), 30) for _ in range(2))
+    assert first.tolist() == again.tolist() and len(set(first)) > 1
+
+
+def test_summary_of_a_solved_run(cartpole, small, capsys, monkeypatch):
+    """The first iteration whose last 100 episodes reached Gymnasium's threshold, and the mean of the evaluation."""
+    import gymnasium
+
+    monkeypatch.setattr(gymnasium.spec("ShortCartPole-v1"), "reward_threshold", 10.0)
+    played = []
+    monkeypatch.setattr(cartpole, "play", lambda *args, play=cartpole.play: played.append(play(*args)) or played[-1])
+    metrics = cartpole.train(small(total_timesteps=3000, eval_episodes=6))
+    first = next(row for row in metrics if row.get("charts/return_100", 0) >= 10)
+    assert first is not metrics[-1]
+    assert f"reached 10 after {first['global_step']:,} steps" in capsys.readouterr().out
+    assert metrics[-1]["charts/eval_return"] == pytest.approx(played[0].mean()) and len(played[0]) == 6
+    for row in metrics:
+        assert row["charts/SPS"] == pytest.approx(row["global_step"] / row["seconds"])
+
+
+def test_train_sets_threads_and_determinism(cartpole, small):
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(2)
+    cartpole.train(small())
+    assert torch.get_num_threads() == 1 and torch.are_deterministic_algorithms_enabled()
 
 
 def test_video(cartpole, small):
@@ -320,6 +374,8 @@ assert not slow, slow
         ("--evaluate missing.pt", ["missing.pt"]),
         ("--resume missing", ["missing"]),
         ("--resume a --evaluate b", ["exclude"]),
+        ("--evaluate a --save-model", ["save_model"]),
+        ("--seed 99999999999999999999", ["seed must be below"]),
         ("--resume a --run-dir b", ["run_dir b"]),
         ("--capture-video --eval-episodes 0", ["eval_episodes"]),
     ],
@@ -365,9 +421,25 @@ def test_wandb_missing(command, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_diverging_run_says_so(command, tmp_path):
-    status, _, error = command(*QUICK, "--run-dir", tmp_path / "run", "--learning-rate", 1e38)
-    assert status == 2 and "--learning-rate" in error and "Traceback" not in error
+@pytest.mark.parametrize("flags", ["", "--num-minibatches 1 --update-epochs 1"])
+def test_a_diverging_run_says_so(command, tmp_path, flags):
+    run_dir = tmp_path / "run"
+    status, _, error = command(*QUICK, "--run-dir", run_dir, "--learning-rate", 1e38, *flags.split())
+    assert status == 2 and "lower --learning-rate" in error and "Traceback" not in error
+
+
+def test_a_run_dir_that_cannot_be_written(command, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, _, error = command(*QUICK, "--run-dir", tmp_path / "file" / "run")
+    assert status == 2 and str(tmp_path / "file") in error and "Traceback" not in error
+
+
+def test_a_model_is_no_checkpoint(cartpole, small, command, tmp_path):
+    cartpole.train(small(save_model=True))
+    (tmp_path / "other").mkdir()
+    (Path(small().run_dir) / "model.pt").rename(tmp_path / "other" / "checkpoint.pt")
+    status, _, error = command("--resume", tmp_path / "other")
+    assert status == 2 and "no checkpoint" in error and "Traceback" not in error
 
 
 def test_help_explains_every_flag(cartpole, command):

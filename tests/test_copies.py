@@ -14,7 +14,6 @@ DIFFERENT = {
         "make_envs": "ale-py's emulator and the nine Atari details",
         "play": "whole games by a policy that samples, filmed by a second emulator",
         "evaluate": "it says games for greedy episodes",
-        "evaluate_saved": "what the networks and games are built from",
         "train": "one network, games for episodes, several processes",
     }
 }

@@ -1,12 +1,12 @@
 """What the repository says of itself is so: commands parse, versions agree, tags and tests exist."""
 
+import inspect
 import os
 import re
 import shlex
 import subprocess
 import tomllib
 
-import contract
 import pytest
 import tyro
 from contract import ROOT, SCRIPTS, load_script
@@ -118,7 +118,7 @@ def test_every_script_keeps_the_contract():
     for path, functions in SCRIPTS.items():
         module = load_script(path)
         for name, arguments in functions.items():
-            assert contract.signature_error(getattr(module, name), arguments) is None
+            assert list(inspect.signature(getattr(module, name)).parameters) == arguments
 
 
 @pytest.fixture
