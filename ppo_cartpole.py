@@ -360,6 +360,7 @@ def train(args: Args) -> list[dict]:
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
     torch.manual_seed(args.seed)
 
     # 2. Environments [D1], networks, optimizer

@@ -135,7 +135,7 @@ def test_network(atari, small):
     agent = atari.Agent(atari.make_envs(args, 1), args)
     seen = []
     agent.trunk.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    obs = torch.randint(0, 256, (5, 84, 84, 4), dtype=torch.uint8)
     obs[0, 0, 0, :2] = torch.tensor([0, 255])
     logits, values = agent(obs)
     assert logits.shape == (5, 4) and values.shape == (5,)
@@ -149,7 +149,7 @@ def test_network(atari, small):
 def test_bfloat16_is_close_and_its_heads_are_float32(atari, small):
     """Same weights, both precisions: what they predict differs by less than a hundredth."""
     envs = atari.make_envs(small(), 4)
-    obs = torch.from_numpy(envs.reset(seed=0)[0])
+    obs = torch.from_numpy(envs.reset(seed=0)[0]).permute(0, 2, 3, 1)
     torch.manual_seed(0)
     exact = atari.Agent(envs, small(bf16=False))
     half = atari.Agent(envs, small(bf16=True))
@@ -343,7 +343,7 @@ whole = gradient(slice(0, 11), 1)
 half = gradient(slice(0, 7) if dist.get_rank() == 0 else slice(7, 11), 2)
 assert whole.abs().max() > 0.01
 assert torch.allclose(whole, half, rtol=1e-6, atol=1e-9), (whole, half)
-print("equal", dist.get_rank())
+print("equal")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -360,7 +360,7 @@ def test_two_processes_have_the_gradient_of_one(atari, tmp_path):
     worker.write_text(WORKER.format(script=atari.__file__, module=Path(atari.__file__).stem))
     run = torchrun(worker)
     assert run.returncode == 0, run.stderr
-    assert "equal 0" in run.stdout and "equal 1" in run.stdout
+    assert run.stdout.count("equal") == 2
 
 
 def test_two_processes_train_one_agent(atari, tmp_path):

@@ -1,4 +1,4 @@
-"""What the docstrings promise of learning, over seeds (python -m pytest -m learning)."""
+"""Learning over seeds: what ppo_cartpole.py's docstring promises, and Acrobot (python -m pytest -m learning)."""
 
 import pytest
 
