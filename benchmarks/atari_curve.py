@@ -1,0 +1,53 @@
+"""Keeps the learning curve of a run of ppo_atari.py and draws it.
+
+Run      python ppo_atari.py --total-timesteps 3000000 --learning-rate 5e-4 --torch-threads 1 --run-dir runs/pong
+         python benchmarks/atari_curve.py pong --run-dir runs/pong      (raw results, then the figure)
+         python benchmarks/atari_curve.py pong                          (redraws from the kept results)
+Writes   benchmarks/results/NAME_curve.jsonl, docs/figures/NAME_curve.png
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from cartpole import RESULTS, ROOT, machine
+from matplotlib.figure import Figure
+
+KEPT = ("global_step", "seconds", "charts/episodic_return", "charts/return_100", "losses/approx_kl", "losses/entropy")
+
+
+def keep(run_dir, path):
+    """A line that names the machine and the settings, then one for each iteration."""
+    saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    with path.open("w", encoding="utf-8") as file:
+        settings = {name: value for name, value in saved["args"].items() if not name.endswith("dir")}
+        file.write(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "args": settings}) + "\n")
+        for row in saved["metrics"]:
+            file.write(json.dumps({name: round(row[name], 4) for name in KEPT if name in row}) + "\n")
+
+
+def draw(path, figure):
+    head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    for name, label, color in (("episodic_return", "of each rollout", "0.8"), ("return_100", "of the last 100", "C0")):
+        points = [(row["global_step"] / 1e6, row[f"charts/{name}"]) for row in rows if f"charts/{name}" in row]
+        axes.plot(*zip(*points), color=color, label=label)
+    axes.set(xlabel="million agent's steps of 4 frames", ylabel="mean score of games", title=head["args"]["env_id"])
+    axes.legend()
+    axes.figure.savefig(figure, dpi=120)
+    best = max(rows, key=lambda row: row.get("charts/return_100", -1e9))
+    print(f"{figure.relative_to(ROOT)}: best mean of 100 games {best['charts/return_100']:.2f} at step", end=" ")
+    print(f"{best['global_step']:,}, {best['seconds'] / 60:.0f} minutes; last step {rows[-1]['global_step']:,}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the results: pong, breakout, …")
+    parser.add_argument("--run-dir", type=Path, help="take the curve from this run's checkpoint")
+    options = parser.parse_args()
+    results = RESULTS / f"{options.name}_curve.jsonl"
+    if options.run_dir:
+        keep(options.run_dir, results)
+    draw(results, ROOT / "docs" / "figures" / f"{options.name}_curve.png")
