@@ -9,9 +9,11 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 
 def weights(run_dir):
@@ -70,7 +72,7 @@ def test_training_changes_the_weights(cartpole, small):
 # ---- Checkpoint and resume ----
 
 
-@pytest.mark.parametrize("interrupted_in", [2, 4])
+@pytest.mark.parametrize("interrupted_in", [2, 3])
 def test_an_interrupted_run_ends_with_the_same_bits(cartpole, small, monkeypatch, interrupted_in):
     """Stopped in mid-iteration, resumed from the last checkpoint: weights, optimizer and metrics of an unbroken run."""
     options = {"total_timesteps": 700, "checkpoint_every": 2}
@@ -84,8 +86,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(cartpole, small, monkeypatch
             raise KeyboardInterrupt
         return function(*arguments)
 
+    def add_scalar(writer, *point, function=SummaryWriter.add_scalar):
+        function(writer, *point)
+        writer.flush()  # so that what was logged after the checkpoint is in the file when the run breaks off
+
     with monkeypatch.context() as patch:
         patch.setattr(cartpole, "compute_gae", compute_gae)
+        patch.setattr(SummaryWriter, "add_scalar", add_scalar)
         with pytest.raises(KeyboardInterrupt):
             cartpole.train(small("broken", **options))
     torch.rand(100)  # whatever else the process drew in between
@@ -289,13 +296,13 @@ def test_summary_of_a_solved_run(cartpole, small, capsys, monkeypatch):
     import gymnasium
 
     monkeypatch.setattr(gymnasium.spec("ShortCartPole-v1"), "reward_threshold", 10.0)
-    played = []
-    monkeypatch.setattr(cartpole, "play", lambda *args, play=cartpole.play: played.append(play(*args)) or played[-1])
+    monkeypatch.setattr(cartpole, "play", lambda agent, args, episodes: np.arange(episodes))
     metrics = cartpole.train(small(total_timesteps=3000, eval_episodes=6))
     first = next(row for row in metrics if row.get("charts/return_100", 0) >= 10)
     assert first is not metrics[-1]
-    assert f"reached 10 after {first['global_step']:,} steps" in capsys.readouterr().out
-    assert metrics[-1]["charts/eval_return"] == pytest.approx(played[0].mean()) and len(played[0]) == 6
+    out = capsys.readouterr().out
+    assert f"reached 10 after {first['global_step']:,} steps" in out
+    assert "6 greedy episodes: mean return 2.5, lowest 0.0" in out and metrics[-1]["charts/eval_return"] == 2.5
     for row in metrics:
         assert row["charts/SPS"] == pytest.approx(row["global_step"] / row["seconds"])
 
