@@ -18,7 +18,8 @@ Teaches  the 9 Atari details, tagged [D14]..[D22] where each happens, on top of 
          (docs/details.md); `diff ppo_cartpole.py ppo_atari.py` shows what pixels change
 Run      python ppo_atari.py
          torchrun --nproc-per-node=2 ppo_atari.py
-Expect   TODO
+Expect   1,170 steps a second on 2 cores of an AMD EPYC, 2.5 times CleanRL's script (benchmarks/RESULTS.md). Pong, with
+         --total-timesteps 3000000 --learning-rate 5e-4: the last 100 games average +18 after 1.2M steps
 Departs  from the customary wrappers in one thing: after a lost life the game goes on without a FIRE pressed for the
          policy, for ale-py's vector environment presses it only at the start of a game. The policy learns to press it
 
@@ -509,9 +510,11 @@ def train(args: Args) -> list[dict]:
         # 10. Update: epochs of minibatches [D6], each of the M transitions once an epoch, sizes equal to within one
         losses = []
         # one flat loop over all epochs' minibatches, so that the break below ends them all
-        epochs = [torch.randperm(len(b_obs)).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)]
+        epochs = [
+            torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)
+        ]
         for mb in (indices for epoch in epochs for indices in epoch):
-            logits, value = agent(b_obs.index_select(0, mb))  # on a CPU ten times faster than b_obs[mb]
+            logits, value = agent(b_obs.index_select(0, mb))  # on a CPU faster than b_obs[mb]
             logprob, entropy = action_logprob_and_entropy(logits, b_actions[mb])
             advantage = b_advantages[mb]
             if args.norm_adv:
