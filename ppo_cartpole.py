@@ -17,7 +17,7 @@
 Teaches  the 13 core details of PPO, tagged [D1]..[D13] on the line where each happens (docs/details.md)
 Run      python ppo_cartpole.py
 Expect   10 seeds of 10 solve it (mean return of the last 100 episodes at 475) in 1.1 to 1.6 s and 79k to 104k steps;
-         200k steps take 3 s and end with greedy play at 500 (one thread of an AMD EPYC; benchmarks/RESULTS.md)
+         200k steps take 3 to 4 s and end with greedy play at 500 (one thread of an AMD EPYC; benchmarks/RESULTS.md)
 Departs  from the paper by what its authors' code added: [D2] to [D4], [D7], [D9], [D11] and the ½ before c₁'s square;
          from the textbook's settings, for speed: 64 environments of 32 steps for 4 of 128, learning rate 8e-3 for
          2.5e-4, γ 0.98 for 0.99, λ 0.9 for 0.95, clip range annealed, no value clipping, no entropy bonus. With the
