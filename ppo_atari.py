@@ -266,14 +266,18 @@ def save(path, content):
 
 
 def load(path, *keys):
-    """The dict that save() wrote; tensors and plain data only, so that a foreign file can run no code."""
+    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
     if not path.is_file():
         raise InputError(f"{path} is not a file: --resume takes a run directory, --evaluate a file in one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {**{key: content[key] for key in keys}, **content, "args": Args(**content["args"])}
+        content["args"] = Args(**content["args"])
+        missing = set(keys) - content.keys()
     except Exception as error:
         raise InputError(f"{path} is no checkpoint or model of this script, or is damaged") from error
+    if missing:
+        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    return content
 
 
 def play(agent, args, episodes, video_dir=None):
@@ -402,10 +406,12 @@ def train(args: Args) -> list[dict]:
 
     # 1. Settings, seeds, processes
     saved = load(Path(args.resume) / "checkpoint.pt", "agent", "optimizer", "metrics") if args.resume else None
-    for field in fields(Args) if saved else ():
-        given, before = getattr(args, field.name), getattr(replace(saved["args"], run_dir=None), field.name)
-        if given != before and field.name not in CHANGEABLE.split():
-            raise InputError(f"--resume keeps the run's own {field.name} {before}; {given} needs a run of its own")
+    if saved:
+        settings = replace(saved["args"], run_dir=None)
+        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+            given, before = getattr(args, name), getattr(settings, name)
+            if given != before:
+                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.num_envs % world_size:
         raise InputError(f"--num-envs {args.num_envs} cannot be split evenly over {world_size} processes")

@@ -257,14 +257,18 @@ def save(path, content):
 
 
 def load(path, *keys):
-    """The dict that save() wrote; tensors and plain data only, so that a foreign file can run no code."""
+    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
     if not path.is_file():
         raise InputError(f"{path} is not a file: --resume takes a run directory, --evaluate a file in one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {**{key: content[key] for key in keys}, **content, "args": Args(**content["args"])}
+        content["args"] = Args(**content["args"])
+        missing = set(keys) - content.keys()
     except Exception as error:
         raise InputError(f"{path} is no checkpoint or model of this script, or is damaged") from error
+    if missing:
+        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    return content
 
 
 def play(agent, args, episodes, video_dir=None):
@@ -353,10 +357,12 @@ def train(args: Args) -> list[dict]:
 
     # 1. Settings, seeds
     saved = load(Path(args.resume) / "checkpoint.pt", "agent", "optimizer", "metrics") if args.resume else None
-    for field in fields(Args) if saved else ():
-        given, before = getattr(args, field.name), getattr(replace(saved["args"], run_dir=None), field.name)
-        if given != before and field.name not in CHANGEABLE.split():
-            raise InputError(f"--resume keeps the run's own {field.name} {before}; {given} needs a run of its own")
+    if saved:
+        settings = replace(saved["args"], run_dir=None)
+        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+            given, before = getattr(args, name), getattr(settings, name)
+            if given != before:
+                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -457,8 +463,9 @@ def train(args: Args) -> list[dict]:
         # one flat loop over all epochs' minibatches, so that the break below ends them all
         epochs = [torch.randperm(len(b_obs)).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)]
         for mb in (indices for epoch in epochs for indices in epoch):
-            logprob, entropy = action_logprob_and_entropy(agent.actor(b_obs[mb]), b_actions[mb])
-            value = agent.critic(b_obs[mb]).squeeze(-1)
+            mb_obs = b_obs[mb]
+            logprob, entropy = action_logprob_and_entropy(agent.actor(mb_obs), b_actions[mb])
+            value = agent.critic(mb_obs).squeeze(-1)
             advantage = b_advantages[mb]
             if args.norm_adv:  # [D7]
                 advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
