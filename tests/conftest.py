@@ -1,7 +1,7 @@
 """Options and fixtures.
 
 python -m pytest --script my_ppo.py     checks the equations of any file: those of the contract that it defines
-python -m pytest --mutant FILE          runs the whole suite on FILE in place of ppo_cartpole.py
+python -m pytest --mutant FILE          runs the whole suite on FILE in place of the script of that name
 """
 
 import contract
@@ -35,41 +35,45 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """--script keeps the equation tests alone."""
+    """--script keeps the equation tests alone, those of the family that the file belongs to."""
     if config.getoption("--script") is not None:
-        kept = [item for item in items if item.get_closest_marker("equation")]
+        (family,) = scripts_of(config).values()
+        kept = [item for item in items if item.get_closest_marker("equation") and family in families_of(item.module)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
 
 def scripts_of(config):
     """{path: contract} of what is under test."""
-    if config.getoption("--script") is not None:
-        return {config.getoption("--script"): contract.PPO}
-    if config.getoption("--mutant") is not None:
-        return {config.getoption("--mutant").resolve(): contract.PPO}
+    if (path := config.getoption("--script")) is not None:
+        return {path: contract.family_of(contract.load_script(path))}
+    if (path := config.getoption("--mutant")) is not None:
+        return {path.resolve(): contract.SCRIPTS[contract.ROOT / path.name]}
     return contract.SCRIPTS
 
 
+def families_of(module):
+    return getattr(module, "FAMILIES", [contract.PPO])
+
+
 def pytest_generate_tests(metafunc):
-    """A test that asks for an equation by its name runs once for every script that has it."""
-    scripts = scripts_of(metafunc.config)
-    for name in contract.PPO:
-        if name in metafunc.fixturenames:
-            paths = [path for path, functions in scripts.items() if name in functions]
-            ids = [path.stem for path in paths]
-            metafunc.parametrize(name, [(path, name) for path in paths], ids=ids, indirect=True, scope="session")
+    """A test that asks for an equation by its name runs once for every script of its families that has it."""
+    scripts = {path: own for path, own in scripts_of(metafunc.config).items() if own in families_of(metafunc.module)}
+    for name in EQUATIONS & set(metafunc.fixturenames):
+        cases = [(path, name, functions[name]) for path, functions in scripts.items() if name in functions]
+        ids = [path.stem for path, *_ in cases]
+        metafunc.parametrize(name, cases, ids=ids, indirect=True, scope="session")
 
 
 def find_equation(request):
-    path, name = request.param
+    path, name, arguments = request.param
     function = getattr(contract.load_script(path), name, None)
     if function is None:
         lacking = f"{path.name} defines no {name}"
         if request.config.getoption("--script") is not None:
             pytest.skip(lacking)
         pytest.fail(lacking)
-    if contract.signature_error(function, contract.PPO[name]):
+    if contract.signature_error(function, arguments):
         pytest.skip(f"{path.name}: the arguments of {name} are not the contract's, see test_arguments")
     return function
 
@@ -79,24 +83,10 @@ def scripts(request):
     return scripts_of(request.config)
 
 
-@pytest.fixture(scope="session")
-def compute_gae(request):
-    return find_equation(request)
-
-
-@pytest.fixture(scope="session")
-def clipped_policy_loss(request):
-    return find_equation(request)
-
-
-@pytest.fixture(scope="session")
-def clipped_value_loss(request):
-    return find_equation(request)
-
-
-@pytest.fixture(scope="session")
-def approx_kl(request):
-    return find_equation(request)
+# a fixture for each equation: compute_gae, token_logprobs, …
+EQUATIONS = {*contract.PPO, *contract.RLHF, *contract.GRPO}
+for equation in EQUATIONS:
+    globals()[equation] = pytest.fixture(scope="session", name=equation)(lambda request: find_equation(request))
 
 
 def load_script(request, name):

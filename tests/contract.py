@@ -15,7 +15,28 @@ PPO = {
     "approx_kl": ["logprob", "old_logprob"],
 }
 
-# script → the contract that it fulfils
+RLHF = {
+    "token_logprobs": ["logits", "tokens", "temperature"],
+    "preference_loss": ["chosen_score", "rejected_score"],
+    "kl_penalized_rewards": ["score", "logprob", "ref_logprob", "mask", "kl_coef"],
+    "masked_mean": ["x", "mask"],
+    "masked_whiten": ["x", "mask", "shift_mean"],
+    "compute_gae": ["rewards", "values", "mask", "gamma", "gae_lambda"],
+    "clipped_policy_loss": ["logprob", "old_logprob", "advantage", "mask", "clip_coef"],
+    "clipped_value_loss": ["value", "old_value", "returns", "mask", "clip_coef"],
+    "AdaptiveKLController": ["kl_coef", "target", "horizon"],
+}
+
+GRPO = {
+    "group_advantages": ["rewards", "group_size", "scale_by_std"],
+    "process_advantages": ["step_rewards", "step_ids", "group_size"],
+    "token_logprobs": ["logits", "tokens", "temperature"],
+    "kl_k3": ["logprob", "ref_logprob"],
+    "grpo_token_loss": ["logprob", "old_logprob", "ref_logprob", "advantage", "clip_low", "clip_high", "beta"],
+    "reduce_loss": ["loss", "mask", "reduction", "total_tokens", "total_sequences", "max_tokens"],
+}
+
+# script → the contract that it fulfils. A test file says whose equations it checks in FAMILIES; without, PPO's
 SCRIPTS = {ROOT / "ppo_cartpole.py": PPO, ROOT / "ppo_atari.py": PPO}
 
 
@@ -33,6 +54,16 @@ def load_script(path):
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def family_of(module):
+    """The contract that a reader's file means: the one of which it has most, counted by name and arguments."""
+
+    def score(family):
+        own = [(getattr(module, name, None), arguments) for name, arguments in family.items()]
+        return sum(function is not None and signature_error(function, arguments) is None for function, arguments in own)
+
+    return max((PPO, RLHF, GRPO), key=score)  # the first of equals
 
 
 def signature_error(function, arguments):

@@ -1,6 +1,6 @@
-"""Planted bugs: what people get wrong in PPO, each as one replaced text in ppo_cartpole.py.
+"""Planted bugs: what people get wrong, each as one replaced text in a script.
 
-python tests/mutants.py            plants each in turn, runs the suite on it, prints which test caught it
+python tests/mutants.py [SCRIPT]   plants each in turn, runs the suite on it, prints which test caught it
 python -m pytest -m mutants        the same as a test: every one must be caught
 """
 
@@ -12,12 +12,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# the part of the suite that looks at this script, quick tests first
+# script → the part of the suite that looks at it, quick tests first
 EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
-SUITE = [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")]
+SUITES = {
+    "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")],
+}
 
 # (what is wrong, the right text, the wrong text)
-MUTANTS = [
+CARTPOLE = [
     ("truncation treated as death", "torch.where(terminated, 0.0, next_values)", "torch.where(done, 0.0, next_values)"),
     ("termination bootstraps", "torch.where(terminated, 0.0, next_values)", "next_values"),
     ("advantages flow across a time limit", "torch.where(done[t], 0.0, last)", "torch.where(terminated[t], 0.0, last)"),
@@ -142,21 +144,25 @@ MUTANTS = [
     ("evaluation counts later episodes", "returns += rewards * running", "returns += rewards"),
 ]
 
+# (script, what is wrong, the right text, the wrong text)
+MUTANTS = [("ppo_cartpole.py", *mutant) for mutant in CARTPOLE]
+
 
 def plant(mutant, folder):
     """Write the mutated script; returns its path. The text to replace must stand in the script exactly once."""
-    what, right, wrong = mutant
-    source = (ROOT / "ppo_cartpole.py").read_text(encoding="utf-8")
+    script, what, right, wrong = mutant
+    source = (ROOT / script).read_text(encoding="utf-8")
     if source.count(right) != 1:
-        raise ValueError(f"mutant {what!r}: its text stands {source.count(right)} times in ppo_cartpole.py, not once")
-    path = Path(folder) / "ppo_cartpole.py"
+        raise ValueError(f"mutant {what!r}: its text stands {source.count(right)} times in {script}, not once")
+    path = Path(folder) / script
     path.write_text(source.replace(right, wrong), encoding="utf-8")
     return path
 
 
 def killer(path):
     """The first test that fails on this copy of the script, or "hangs"; None if the whole suite passes."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--mutant", path, *SUITE]
+    suite = SUITES[path.name]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--mutant", path, *suite]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
@@ -171,10 +177,11 @@ def killer(path):
 
 if __name__ == "__main__":
     survivors = 0
-    for number, mutant in enumerate(MUTANTS, start=1):
+    wanted = [mutant for mutant in MUTANTS if mutant[0] in (sys.argv[1:] or SUITES)]
+    for number, mutant in enumerate(wanted, start=1):
         with tempfile.TemporaryDirectory() as folder:
             caught_by = killer(plant(mutant, folder))
         survivors += caught_by is None
-        print(f"{number:2d}  {mutant[0]:45}  {caught_by or 'SURVIVED'}", flush=True)
-    print(f"{len(MUTANTS)} mutants, {len(MUTANTS) - survivors} caught")
+        print(f"{number:3d}  {mutant[0]:16}  {mutant[1]:50}  {caught_by or 'SURVIVED'}", flush=True)
+    print(f"{len(wanted)} mutants, {len(wanted) - survivors} caught")
     sys.exit(1 if survivors else 0)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--script", type=Path, help="check the equations of this file instead of the project's scripts")
-    parser.addoption("--mutant", type=Path, help="run the suite on this file in place of ppo_cartpole.py")
+    parser.addoption("--mutant", type=Path, help="run the suite on this file in place of the script of its name")
 
 
 @pytest.hookimpl(tryfirst=True)
