@@ -71,6 +71,7 @@ class Args:
     sticky: float = 0.0  # chance that the emulator repeats the last action; 0 as in NoFrameskip-v4, 0.25 as in ALE/*-v5
     episodic_life: bool = True  # a lost life is terminal to the learner; the game goes on
     bf16: bool = True  # convolutions in bfloat16, weights and heads in float32
+    keep_memory: bool = True  # glibc's malloc keeps what is freed: no page is zeroed twice
     eval_episodes: int = 10  # games at the end, actions drawn from the policy; 0 for none
     device: str = "cpu"  # cpu, cuda, cuda:1 …; under torchrun cuda is one GPU a process
     torch_threads: int = 0  # CPU threads of torch; 0 for one a core. On a busy machine 1 is faster
@@ -227,14 +228,14 @@ class Agent(nn.Module):
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
         self.trunk = nn.Sequential(
             init_layer(nn.Conv2d(4, 32, 8, stride=4), sqrt(2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             init_layer(nn.Conv2d(32, 64, 4, stride=2), sqrt(2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             init_layer(nn.Conv2d(64, 64, 3, stride=1), sqrt(2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),
             init_layer(nn.Linear(64 * 7 * 7, 512), sqrt(2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.actor = init_layer(nn.Linear(512, int(envs.single_action_space.n)), 0.01)  # nearly uniform at first
         self.critic = init_layer(nn.Linear(512, 1), 1.0)
@@ -244,8 +245,9 @@ class Agent(nn.Module):
         pixels = obs.to(self.dtype).div_(255).permute(0, 3, 1, 2)  # [D22]; the permuted view is channels_last
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             features = self.trunk(pixels)
-        features = features.float()  # the heads in float32: a logit of 8 bits would make ratios of noise
-        return self.actor(features), self.critic(features).squeeze(-1)
+        with torch.autocast(obs.device.type, enabled=False):  # a logit of 8 bits would make ratios of noise
+            features = features.float()
+            return self.actor(features), self.critic(features).squeeze(-1)
 
 
 def check_device(device):
@@ -253,6 +255,16 @@ def check_device(device):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def keep_freed_memory():
+    """glibc gives a freed large block back to the system: each minibatch would get its pages anew, zeroed once more."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too …
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: … whose free end is kept
 
 
 # ---- Files, evaluation ----
@@ -422,9 +434,12 @@ def train(args: Args) -> list[dict]:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     check_device(device)
     torch.set_num_threads(args.torch_threads or max(1, os.cpu_count() // world_size))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products are refused here:
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
     torch.manual_seed(args.seed)
+    if args.keep_memory and sys.platform == "linux":
+        keep_freed_memory()
 
     # 2. Environments [D1], network (the same in every process), optimizer
     envs = make_envs(args, N)
@@ -476,25 +491,25 @@ def train(args: Args) -> list[dict]:
         # 7. Rollout: T steps of N environments under the current policy [D1]
         finished = []  # (true score, length) of each game that ends in this rollout
         obs[0] = obs[T]
-        for t in range(T):
-            with torch.inference_mode():
+        # no_grad, not inference_mode: this autocast then casts each weight once for all steps, and keeps the casts
+        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
+            for t in range(T):
                 logits, values[t] = agent(obs[t])
                 action = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
                 old_logprobs[t], _ = action_logprob_and_entropy(logits, action)
-            next_obs, reward, is_terminated, is_truncated, info = envs.step(action.cpu().numpy())
-            obs[t + 1] = torch.as_tensor(next_obs).permute(0, 2, 3, 1)  # the final one where an episode ended
-            actions[t] = action
-            rewards[t] = torch.as_tensor(np.sign(reward))  # [D19] −1, 0 or 1, whatever the game counts in
-            terminated[t] = torch.as_tensor(is_terminated)
-            done[t] = torch.as_tensor(is_terminated | is_truncated)
-            is_transition[t] = torch.as_tensor(~was_over)  # the step after a game's end ignores its action
-            episode_return += reward * ~was_over
-            episode_length += ~was_over
-            was_over = is_game_over(is_terminated, is_truncated, info)
-            for i in np.flatnonzero(was_over):
-                finished.append((float(episode_return[i]), int(episode_length[i])))
-                episode_return[i] = episode_length[i] = 0
-        with torch.inference_mode():
+                next_obs, reward, is_terminated, is_truncated, info = envs.step(action.cpu().numpy())
+                obs[t + 1] = torch.as_tensor(next_obs).permute(0, 2, 3, 1)  # the final one where an episode ended
+                actions[t] = action
+                rewards[t] = torch.as_tensor(np.sign(reward))  # [D19] −1, 0 or 1, whatever the game counts in
+                terminated[t] = torch.as_tensor(is_terminated)
+                done[t] = torch.as_tensor(is_terminated | is_truncated)
+                is_transition[t] = torch.as_tensor(~was_over)  # the step after a game's end ignores its action
+                episode_return += reward * ~was_over
+                episode_length += ~was_over
+                was_over = is_game_over(is_terminated, is_truncated, info)
+                for i in np.flatnonzero(was_over):
+                    finished.append((float(episode_return[i]), int(episode_length[i])))
+                    episode_return[i] = episode_length[i] = 0
             values[T] = agent(obs[T])[1]
         transitions = is_transition.sum()
         if world_size > 1:

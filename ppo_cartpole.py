@@ -365,6 +365,7 @@ def train(args: Args) -> list[dict]:
                 raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products are refused here:
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
     torch.manual_seed(args.seed)

@@ -2,12 +2,16 @@
 
 Run      python benchmarks/atari.py                               (what is not given is skipped with a word)
          python benchmarks/atari.py --cleanrl FOLDER --cleanrl-python VENV/bin/python
-Writes   benchmarks/results/atari_speed.jsonl (raw, a line a run)
+         python benchmarks/atari.py --device cuda --programs ours ours-compiled ours-graphs cleanrl …    (on a GPU)
+Writes   benchmarks/results/atari_speed.jsonl or, on a GPU, atari_speed_cuda.jsonl (raw, a line a run)
 
 Programs, interleaved round by round, each in a process of its own. Pong, 8 games × 128 steps, 4 epochs × 4 minibatches:
     ours             ppo_atari.py with its defaults: bfloat16, one thread a core
     ours-float32     --no-bf16
     ours-1-thread    --torch-threads 1
+    ours-default-malloc  --no-keep-memory
+    ours-compiled    the network under torch.compile, which the script does without
+    ours-graphs      the same with mode="reduce-overhead": CUDA graphs on a GPU
     cleanrl          CleanRL's cleanrl/ppo_atari.py, which you fetch yourself (it needs gymnasium 0.29.1, ale-py 0.10.1)
     cleanrl-envpool  its cleanrl/ppo_atari_envpool.py (it needs envpool 0.8.4 and gym 0.23.1)
 
@@ -33,16 +37,29 @@ OURS = {
     "ours": {},
     "ours-float32": {"bf16": False},
     "ours-1-thread": {"torch_threads": 1},
+    "ours-default-malloc": {"keep_memory": False},
+    "ours-compiled": {"compile": "default"},
+    "ours-graphs": {"compile": "reduce-overhead"},
 }
 PEERS = {"cleanrl": ("ppo_atari.py", "PongNoFrameskip-v4"), "cleanrl-envpool": ("ppo_atari_envpool.py", "Pong-v5")}
 ROLLOUT, WARM_UP = 8 * 128, 2  # steps of an iteration; iterations that do not count
 
 
-def run_ours(program, iterations):
+def run_ours(program, iterations, device):
     """In the child process: train, and note when each environment step begins and ends and when each rollout ends."""
     sys.path.insert(0, str(ROOT))
     import ppo_atari as atari
 
+    settings = {"eval_episodes": 0, "checkpoint_every": 0, "device": device, **OURS[program]}
+    if mode := settings.pop("compile", None):
+        agent_class = atari.Agent
+
+        def compiled_agent(*arguments):
+            agent = agent_class(*arguments)
+            agent.compile(mode=mode)
+            return agent
+
+        atari.Agent = compiled_agent
     make_envs, compute_gae = atari.make_envs, atari.compute_gae
     steps, rollout_ends = [], []  # (begin, end) of each envs.step; compute_gae is called where a rollout ends
 
@@ -66,8 +83,7 @@ def run_ours(program, iterations):
     atari.make_envs, atari.compute_gae = timed_envs, timed_gae
     with tempfile.TemporaryDirectory() as folder:
         total = ROLLOUT * iterations - 64  # a few rows of a rollout may be autoresets
-        settings = {"total_timesteps": total, "eval_episodes": 0, "checkpoint_every": 0, **OURS[program]}
-        atari.train(atari.Args(run_dir=f"{folder}/run", **settings))
+        atari.train(atari.Args(run_dir=f"{folder}/run", total_timesteps=total, **settings))
     begin, end = rollout_ends[WARM_UP - 1], rollout_ends[-1]
     counted = [(start, stop) for start, stop in steps if start > begin]
     updates = [min(start for start, _ in steps if start > mark) - mark for mark in rollout_ends[WARM_UP - 1 : -1]]
@@ -85,7 +101,8 @@ def run_peer(program, iterations, options, threads):
     file, env_id = PEERS[program]
     start = f"import runpy, sys; sys.argv = sys.argv[1:]; {'import ale_py; ' if program == 'cleanrl' else ''}"
     start += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    flags = ["--env-id", env_id, "--no-cuda", "--total-timesteps", str(ROLLOUT * iterations)]
+    flags = ["--env-id", env_id, "--total-timesteps", str(ROLLOUT * iterations)]
+    flags += ["--no-cuda"] if options.device == "cpu" else []
     path = Path(options.cleanrl).resolve() / "cleanrl" / file
     environment = {**os.environ, "PYTHONPATH": str(Path(options.cleanrl).resolve()), "PYTHONUNBUFFERED": "1"}
     environment |= {"OMP_NUM_THREADS": str(threads)}
@@ -111,14 +128,15 @@ def measure(options):
     for program in set(options.programs) - set(programs):
         print(f"skipped     {program}: give --cleanrl FOLDER, a copy of its repository")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / "atari_speed.jsonl").open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d")}) + "\n")
+    with results_file(options).open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"machine": machine(options.device), "date": time.strftime("%Y-%m-%d")}) + "\n")
         for round_number in range(1, options.rounds + 1):
             for program in programs:
                 if program in PEERS:
                     result = run_peer(program, options.iterations, options, threads)
                 else:
                     command = [sys.executable, __file__, "--one", program, "--iterations", str(options.iterations)]
+                    command += ["--device", options.device]
                     run = subprocess.run(command, capture_output=True, text=True)
                     line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
                     if line is None:
@@ -130,10 +148,15 @@ def measure(options):
                 print(line, flush=True)
 
 
-def print_table():
-    lines = [json.loads(line) for line in (RESULTS / "atari_speed.jsonl").read_text(encoding="utf-8").splitlines()]
+def results_file(options):
+    return RESULTS / f"atari_speed{'' if options.device == 'cpu' else '_cuda'}.jsonl"
+
+
+def print_table(options):
+    lines = [json.loads(line) for line in results_file(options).read_text(encoding="utf-8").splitlines()]
     head, rows = lines[0], lines[1:]
-    print(f"\n{head['machine']['cpu']}, {head['machine']['cores']} cores, {head['date']}\n")
+    device = head["machine"].get("gpu") or f"{head['machine']['cpu']}, {head['machine']['cores']} cores"
+    print(f"\n{device}, {head['date']}\n")
     print("| program | steps a second: median (lowest to highest) | ours is faster | environment, rollout, update |")
     print("|---|---|---|---|")
     ours = median(row["sps"] for row in rows if row["program"] == "ours")
@@ -152,13 +175,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=14, help="rollouts of 1,024 steps a run")
-    parser.add_argument("--programs", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    default = [program for program in (*OURS, *PEERS) if program not in ("ours-compiled", "ours-graphs")]
+    parser.add_argument("--programs", nargs="+", default=default, choices=[*OURS, *PEERS])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cleanrl", help="a copy of CleanRL's repository")
     parser.add_argument("--cleanrl-python", default=sys.executable, help="an interpreter with what it needs")
     parser.add_argument("--one", choices=list(OURS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print("RESULT " + json.dumps(run_ours(options.one, options.iterations)))
+        print("RESULT " + json.dumps(run_ours(options.one, options.iterations, options.device)))
     else:
         measure(options)
-        print_table()
+        print_table(options)

@@ -164,12 +164,17 @@ def missing(program, options):
     return None
 
 
-def machine():
+def machine(device="cpu"):
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    found = {"cpu": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    if device != "cpu":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def measure(options):
