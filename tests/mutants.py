@@ -1,10 +1,12 @@
 """Planted bugs: what people get wrong, each as one replaced text in a script.
 
 python tests/mutants.py [SCRIPT]   plants each in turn, runs the suite on it, prints which test caught it
+python tests/mutants.py --write N FILE    writes the script with the N-th bug to FILE: an exercise, which line is wrong?
 python -m pytest -m mutants        the same as a test: every one must be caught
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -207,23 +209,34 @@ def plant(mutant, folder):
     return path
 
 
-def killer(path):
-    """The first test that fails on this copy of the script, or "hangs"; None if the whole suite passes."""
-    suite = SUITES[path.name]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--mutant", path, *suite]
+def last_killers():
+    """(script, what is wrong) → the test that caught it in the kept results: the one to try first."""
+    lines = (ROOT / "benchmarks" / "results" / "mutants.txt").read_text(encoding="utf-8").splitlines()
+    rows = (re.fullmatch(r" *\d+  (\S+) +(.+?) +(tests/[^[]+)(?:\[.*)?", line) for line in lines)
+    return {(row[1], row[2]): row[3] for row in rows if row}
+
+
+def killer(path, tests=None):
+    """The first test that fails on this copy of the script, or "hangs"; None if the whole suite, or `tests`, passes."""
+    tests = tests or SUITES[path.name]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--mutant", path, *tests]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
         return "hangs"
     if run.returncode == 0:
         return None
-    found = re.search(r"^FAILED (\S+)", run.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
     if run.returncode != 1 or not found:
         raise RuntimeError(f"pytest ended with status {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     return found.group(1)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--write"]:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(plant(MUTANTS[int(sys.argv[2]) - 1], folder), sys.argv[3])
+        sys.exit()
     survivors = 0
     wanted = [mutant for mutant in MUTANTS if mutant[0] in (sys.argv[1:] or SUITES)]
     for number, mutant in enumerate(wanted, start=1):

@@ -1,0 +1,35 @@
+"""The pages of docs/: their code runs, their figures are there and can be drawn again."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from contract import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_code_runs(page):
+    """All Python blocks of a page, from top to bottom, in one session in the repository's root."""
+    code = "\n".join(["import torch", "torch.set_num_threads(1)", *blocks(page)])
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "assert " in code  # a page's code states what comes out
+
+
+def test_every_figure_is_shown_and_drawn_by_a_command():
+    """Each PNG of docs/figures stands in some page, and its name in the benchmark that draws it."""
+    figures = sorted((ROOT / "docs" / "figures").glob("*.png"))
+    texts = [path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"]]
+    programs = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("**/*.py")]
+    assert len(figures) >= 4
+    for figure in figures:
+        assert any(f"figures/{figure.name}" in text for text in texts), f"{figure.name} is shown nowhere"
+        stem = figure.stem.removesuffix("_curve")  # atari_curve.py draws NAME_curve.png of any name
+        assert any(figure.name in text or "NAME_curve" in text for text in programs), f"{stem}: nothing draws it"
