@@ -16,8 +16,9 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import ppo_atari as atari  # noqa: E402
 from cartpole import RESULTS, machine  # noqa: E402
+
+import ppo_atari as atari  # noqa: E402
 
 FILE = RESULTS / "atari_precision.jsonl"
 COLORS = {"bfloat16": "tab:orange", "float32": "tab:blue"}
@@ -66,7 +67,8 @@ def draw_and_print():
             mine = [row for row in rows if row["precision"] == precision and row["seed"] == seed]
             bins = [[row["score"] for row in mine if i * width <= row["step"] < (i + 1) * width] for i in range(10)]
             at = [(i + 0.5) * width for i, scores in enumerate(bins) if scores]
-            axes.plot(at, [mean(scores) for scores in bins if scores], color=color, label=precision if seed == 1 else None)
+            label = precision if seed == 1 else None
+            axes.plot(at, [mean(scores) for scores in bins if scores], color=color, label=label)
             last.append(mean(row["score"] for row in mine if row["step"] >= 0.8 * steps))
         print(f"{precision:8}  {', '.join(f'{score:.1f}' for score in last)}; mean {mean(last):.2f}")
     axes.set(xlabel="agent's steps", ylabel="mean score of the games that ended", title="Breakout, a line a seed")

@@ -60,7 +60,7 @@ def draw():
     left, right = Figure(figsize=(9, 3.6), layout="constrained").subplots(1, 2)
     for i, (name, values) in enumerate(results["gradients"].items()):
         error = np.std(values) / np.sqrt(len(values))
-        print(f"b = {name:5} gradient: mean {np.mean(values):.3f} ± {error:.3f}, standard deviation {np.std(values):.2f}")
+        print(f"b = {name:5} gradient: mean {np.mean(values):.3f} ± {error:.3f}, deviation {np.std(values):.2f}")
         left.violinplot([values], positions=[i], showextrema=False)
         left.plot([i], [np.mean(values)], "k_", markersize=14)
     left.set_xticks(range(len(BASELINES)), [f"b = {name}" for name in BASELINES])

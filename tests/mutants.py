@@ -163,15 +163,31 @@ ATARI = [
     ("frames taken for rows", ".permute(0, 3, 1, 2)  # [D22]", ".permute(0, 2, 1, 3).reshape(-1, 4, 84, 84)  # [D22]"),
     # Network
     ("a trunk for each head", "self.critic(features)", "self.critic(self.trunk(pixels.float()))"),
-    ("the policy's last layer begins large", "int(envs.single_action_space.n)), 0.01)", "int(envs.single_action_space.n)), 1.0)"),
-    ("heads in bfloat16", "torch.autocast(obs.device.type, enabled=False)", "torch.autocast(obs.device.type, torch.bfloat16)"),
+    (
+        "the policy's last layer begins large",
+        "int(envs.single_action_space.n)), 0.01)",
+        "int(envs.single_action_space.n)), 1.0)",
+    ),
+    (
+        "heads in bfloat16",
+        "torch.autocast(obs.device.type, enabled=False)",
+        "torch.autocast(obs.device.type, torch.bfloat16)",
+    ),
     # Loop
     ("rewards unclipped", "np.sign(reward)", "reward"),
-    ("a lost life taken for the game's end", "terminated & (info[\"lives\"] == 0)", "terminated"),
-    ("a lost life not terminal in the batch", "terminated[t] = torch.as_tensor(is_terminated)", "terminated[t] = torch.as_tensor(is_terminated & (info['lives'] == 0))"),
+    ("a lost life taken for the game's end", 'terminated & (info["lives"] == 0)', "terminated"),
+    (
+        "a lost life not terminal in the batch",
+        "terminated[t] = torch.as_tensor(is_terminated)",
+        "terminated[t] = torch.as_tensor(is_terminated & (info['lives'] == 0))",
+    ),
     ("autoreset rows kept in the batch", "(row[is_transition] for row in rows)", "(row.flatten(0, 1) for row in rows)"),
     ("autoreset rows counted as steps", "transitions = is_transition.sum()", "transitions = torch.tensor(T * N)"),
-    ("every lost life followed by an autoreset", "was_over = is_game_over(is_terminated, is_truncated, info)", "was_over = is_terminated | is_truncated"),
+    (
+        "every lost life followed by an autoreset",
+        "was_over = is_game_over(is_terminated, is_truncated, info)",
+        "was_over = is_terminated | is_truncated",
+    ),
     ("scores run on into the next game", "episode_return[i] = episode_length[i] = 0", "episode_length[i] = 0"),
     ("scores of signs", "episode_return += reward * ~was_over", "episode_return += np.sign(reward) * ~was_over"),
     ("rollout begins at a stale observation", "        obs[0] = obs[T]\n", ""),
@@ -185,11 +201,23 @@ ATARI = [
     ("gradients not exchanged", "dist.all_reduce(parts)\n", "pass\n"),
     ("steps of one process counted", "dist.all_reduce(transitions)\n", "pass\n"),
     # Files, evaluation
-    ("evaluation of a life, not a game", "running &= ~is_game_over(terminated, truncated, info)", "running &= ~terminated"),
+    (
+        "evaluation of a life, not a game",
+        "running &= ~is_game_over(terminated, truncated, info)",
+        "running &= ~terminated",
+    ),
     ("evaluation counts later games", "returns += rewards * running", "returns += rewards"),
     ("optimizer not restored on resume", '        optimizer.load_state_dict(saved["optimizer"])\n', ""),
-    ("network not restored on resume", '        agent.load_state_dict(saved["agent"])\n        optimizer', "        optimizer"),
-    ("games resumed with the seed of the start", "envs.reset(seed=args.seed + global_step + rank * N)", "envs.reset(seed=args.seed)"),
+    (
+        "network not restored on resume",
+        '        agent.load_state_dict(saved["agent"])\n        optimizer',
+        "        optimizer",
+    ),
+    (
+        "games resumed with the seed of the start",
+        "envs.reset(seed=args.seed + global_step + rank * N)",
+        "envs.reset(seed=args.seed)",
+    ),
     ("the film in grey", "grayscale=False", "grayscale=True"),
 ]
 

@@ -26,7 +26,8 @@ def test_code_runs(page):
 def test_every_figure_is_shown_and_drawn_by_a_command():
     """Each PNG of docs/figures stands in some page, and its name in the benchmark that draws it."""
     figures = sorted((ROOT / "docs" / "figures").glob("*.png"))
-    texts = [path.read_text(encoding="utf-8") for path in [*PAGES, ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"]]
+    pages = [*PAGES, ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
+    texts = [path.read_text(encoding="utf-8") for path in pages]
     programs = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("**/*.py")]
     assert len(figures) >= 4
     for figure in figures:
