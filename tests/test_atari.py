@@ -143,6 +143,7 @@ def test_network(atari, small):
     logits, values = agent(obs)
     assert logits.shape == (5, 4) and values.shape == (5,)
     assert float(seen[0].detach().min()) == 0 and float(seen[0].detach().max()) == 1
+    assert torch.allclose(seen[0], obs.permute(0, 3, 1, 2) / 255)  # frames are channels, rows rows
     assert sum(p.numel() for p in agent.trunk.parameters()) == 1_684_128
     values.sum().backward()
     assert all(p.grad is not None for p in agent.trunk.parameters()) and agent.actor.weight.grad is None
