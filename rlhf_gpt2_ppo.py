@@ -179,7 +179,8 @@ def token_logprobs(logits, tokens, temperature):
 
     The temperature that sampled is the one that scores: else the ratio is not 1 before the first update.
     """
-    return (logits / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logits = logits / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def preference_loss(chosen_score, rejected_score):
@@ -244,6 +245,7 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef):
 
     clip_coef=None is the plain ½ E[(V − R)²]. A scalar to minimise.
     """
+    value = torch.where(mask.bool(), value, 0.0)  # so that a NaN in the padding stays out of the gradient too
     loss = (value - returns) ** 2
     if clip_coef is not None:
         clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
@@ -273,7 +275,7 @@ def ensemble_score(scores, k):
 
 # ---- Data ----
 
-# The grammar's words. A review is two or three sentences; its sentiment is known because every sentence's is.
+# The grammar's words. A review is two or three sentences, most of them of its own sentiment.
 ASPECTS = "acting camera cast dialogue direction editing ending humour music pacing plot script".split()
 GENRES = "cartoon comedy drama musical mystery remake sequel thriller western".split()
 PRAISE = "brilliant charming clever delightful elegant fresh gripping moving stunning superb tender witty".split()
@@ -287,30 +289,34 @@ def one_of(words):
     return f"(?:{'|'.join(words)})"
 
 
-JUDGEMENT = one_of((rf"(?:{one_of(ADVERBS)} )?{one_of(words)}(?: and {one_of(words)})?" for words in (PRAISE, BLAME)))
+WORD = one_of(PRAISE + BLAME)
 SENTENCE = re.compile(
-    rf"The {one_of(ASPECTS)}(?: of this {one_of(GENRES)})? was (?:{JUDGEMENT}|not {one_of(PRAISE + BLAME)})\."
+    rf"The {one_of(ASPECTS)}(?: of this {one_of(GENRES)})? was (?:(?:not |{one_of(ADVERBS)} )?{WORD}|{WORD} (?:and|but) {WORD})\."
     rf"|I {one_of(LOVE + HATE)} the {one_of(ASPECTS)}\.|{one_of(map(re.escape, NEUTRAL))}"
 )
 
 
-def write_phrase(rng, is_positive):
-    words, others = (PRAISE, BLAME) if is_positive else (BLAME, PRAISE)
-    form = rng.choice(("{0}", "{0} and {1}", "{2} {0}", "not {3}"))
-    return form.format(*rng.sample(words, 2), rng.choice(ADVERBS), rng.choice(others))
+def write_sentence(rng, sentiment, subject):
+    """Of sentiment 1, 0 or −1; None as the subject leaves the form free."""
+    words, others = (PRAISE, BLAME) if sentiment > 0 else (BLAME, PRAISE)
+    (one, two), other = rng.sample(words, 2), rng.choice(others)
+    phrases = (one, f"{one} and {two}", f"{rng.choice(ADVERBS)} {one}", f"not {other}") if sentiment else (f"{one} but {other}",)
+    forms = [f"{subject or f'The {rng.choice(ASPECTS)}'} was {rng.choice(phrases)}."]
+    if subject is None:
+        verb = rng.choice(LOVE if sentiment > 0 else HATE)
+        forms.append(f"I {verb} the {rng.choice(ASPECTS)}." if sentiment else rng.choice(NEUTRAL))
+    return rng.choice(forms)
 
 
 def write_review(rng, is_positive):
-    """A review of that sentiment; its first five words give nothing away."""
-    sentences = [f"The {rng.choice(ASPECTS)} of this {rng.choice(GENRES)} was {write_phrase(rng, is_positive)}."]
-    for _ in range(rng.choice((1, 1, 2))):
-        forms = (
-            f"The {rng.choice(ASPECTS)} was {write_phrase(rng, is_positive)}.",
-            f"I {rng.choice(LOVE if is_positive else HATE)} the {rng.choice(ASPECTS)}.",
-            rng.choice(NEUTRAL),
-        )
-        sentences.append(rng.choice(forms))
-    return " ".join(sentences)
+    """A review that is truly positive, or truly negative; its first five words give nothing away."""
+    own = 1 if is_positive else -1
+    text = ""
+    while true_sentiment(text) * own <= 0:
+        subject = f"The {rng.choice(ASPECTS)} of this {rng.choice(GENRES)}"
+        sentiments = rng.choices((own, 0, -own), (6, 2, 1), k=rng.choice((2, 3)))
+        text = " ".join(write_sentence(rng, each, None if i else subject) for i, each in enumerate(sentiments))
+    return text
 
 
 def true_sentiment(text):
@@ -319,8 +325,9 @@ def true_sentiment(text):
     total = 0
     for sentence in sentences:
         if SENTENCE.fullmatch(sentence):
-            words = set(sentence.rstrip(".").split())
-            sign = bool(words & {*PRAISE, *LOVE}) - bool(words & {*BLAME, *HATE})
+            words = sentence.rstrip(".").split()
+            praise, blame = (sum(word in kind for word in words) for kind in (PRAISE + LOVE, BLAME + HATE))
+            sign = (praise > blame) - (praise < blame)
             total += -sign if "not" in words else sign
     return total / max(len(sentences), 1)
 
