@@ -35,9 +35,10 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -54,7 +55,9 @@ class Args:
     model: str | None = None  # Hub id or directory to start from, e.g. gpt2; default a small GPT-2 with random weights
     reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
     gold_model: str | None = None  # for --stage ppo: a reward model that only judges, in place of the grammar's truth
-    dataset: str | None = None  # Hub id or local file with text and label, or chosen and rejected; default the grammar's
+    dataset: str | None = (
+        None  # Hub id or local file with text and label, or chosen and rejected; default the grammar's
+    )
     text_column: str = "text"  # the data set's column of texts
     label_column: str = "label"  # its column of labels: 1 positive, 0 negative
     num_texts: int = 6000  # rows that are read, or texts that the grammar writes
@@ -108,7 +111,9 @@ class Args:
     device: str = "cpu"  # cpu, cuda, cuda:1 …
     torch_threads: int = 1  # CPU threads of torch
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
-    run_dir: str | None = None  # where models, logs, checkpoint and plot go; default runs/<data>__<script>__<seed>__<time>
+    run_dir: str | None = (
+        None  # where models, logs, checkpoint and plot go; default runs/<data>__<script>__<seed>__<time>
+    )
     checkpoint_every: int = 50  # gradient steps (stage 3: iterations) between two checkpoints; 0: at a stage's end only
     resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
@@ -123,12 +128,12 @@ class Args:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in "sft_learning_rate reward_learning_rate learning_rate value_learning_rate value_clip target_kl".split():
+        optional = "sft_learning_rate reward_learning_rate learning_rate value_learning_rate value_clip target_kl"
+        for name in optional.split():
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in (
-            "seed checkpoint_every ensemble_std kl_coef vf_coef ent_coef ptx_coef length_penalty missing_eos_penalty"
-        ).split():
+        from_zero = "seed checkpoint_every ensemble_std kl_coef vf_coef ent_coef ptx_coef length_penalty"
+        for name in (*from_zero.split(), "missing_eos_penalty"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
@@ -153,7 +158,7 @@ class Args:
 
     @property
     def stages(self):
-        """Names of the stages to run; each trains one model and writes the directory of that name (ppo: policy, value)."""
+        """Names of the stages to run; each writes the directory of its name, ppo writes policy and value."""
         rewards = ["reward", *(f"reward{k}" for k in range(2, self.ensemble + 1)), *["gold"] * self.train_gold]
         return {"all": ["sft", *rewards, "ppo"], "sft": ["sft"], "reward": rewards, "ppo": ["ppo"]}[self.stage]
 
@@ -268,6 +273,12 @@ class AdaptiveKLController:
         return self.kl_coef
 
 
+def token_entropy(logits, temperature):
+    """H[π] (B, T) in nats at a temperature, of logits (B, T, V)."""
+    logprobs = (logits / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
 def ensemble_score(scores, k):
     """(K, B) scores of K reward models → (B,): mean − k·std (biased). Where they disagree they know little."""
     return scores.mean(0) - k * scores.std(0, correction=0)
@@ -276,13 +287,18 @@ def ensemble_score(scores, k):
 # ---- Data ----
 
 # The grammar's words. A review is two or three sentences, most of them of its own sentiment.
-ASPECTS = "acting camera cast dialogue direction editing ending humour music pacing plot script".split()
-GENRES = "cartoon comedy drama musical mystery remake sequel thriller western".split()
-PRAISE = "brilliant charming clever delightful elegant fresh gripping moving stunning superb tender witty".split()
-BLAME = "awkward bland boring clumsy dull hollow lifeless messy shallow stale tedious tired".split()
-LOVE, HATE = "admired enjoyed loved".split(), "disliked hated regretted".split()
-ADVERBS = "often quite really truly".split()
-NEUTRAL = [f"I saw it {when}." for when in "alone abroad twice yesterday".split()] + ["It runs for hours."]
+WORDS = {
+    "aspects": "acting camera cast dialogue direction editing ending humour music pacing plot script",
+    "genres": "cartoon comedy drama musical mystery remake sequel thriller western",
+    "praise": "brilliant charming clever delightful elegant fresh gripping moving stunning superb tender witty",
+    "blame": "awkward bland boring clumsy dull hollow lifeless messy shallow stale tedious tired",
+    "love": "admired enjoyed loved",
+    "hate": "disliked hated regretted",
+    "adverbs": "often quite really truly",
+    "times": "alone abroad twice yesterday",
+}
+ASPECTS, GENRES, PRAISE, BLAME, LOVE, HATE, ADVERBS, TIMES = (words.split() for words in WORDS.values())
+NEUTRAL = [*(f"I saw it {time}." for time in TIMES), "It runs for hours."]
 
 
 def one_of(words):
@@ -290,8 +306,9 @@ def one_of(words):
 
 
 WORD = one_of(PRAISE + BLAME)
+PHRASE = f"(?:(?:not |{one_of(ADVERBS)} )?{WORD}|{WORD} (?:and|but) {WORD})"
 SENTENCE = re.compile(
-    rf"The {one_of(ASPECTS)}(?: of this {one_of(GENRES)})? was (?:(?:not |{one_of(ADVERBS)} )?{WORD}|{WORD} (?:and|but) {WORD})\."
+    rf"The {one_of(ASPECTS)}(?: of this {one_of(GENRES)})? was {PHRASE}\."
     rf"|I {one_of(LOVE + HATE)} the {one_of(ASPECTS)}\.|{one_of(map(re.escape, NEUTRAL))}"
 )
 
@@ -300,7 +317,11 @@ def write_sentence(rng, sentiment, subject):
     """Of sentiment 1, 0 or −1; None as the subject leaves the form free."""
     words, others = (PRAISE, BLAME) if sentiment > 0 else (BLAME, PRAISE)
     (one, two), other = rng.sample(words, 2), rng.choice(others)
-    phrases = (one, f"{one} and {two}", f"{rng.choice(ADVERBS)} {one}", f"not {other}") if sentiment else (f"{one} but {other}",)
+    phrases = (
+        (one, f"{one} and {two}", f"{rng.choice(ADVERBS)} {one}", f"not {other}")
+        if sentiment
+        else (f"{one} but {other}",)
+    )
     forms = [f"{subject or f'The {rng.choice(ASPECTS)}'} was {rng.choice(phrases)}."]
     if subject is None:
         verb = rng.choice(LOVE if sentiment > 0 else HATE)
@@ -390,7 +411,9 @@ def texts_and_pairs(rows, args):
             by_label[row[args.label_column]].append(texts[-1])
     if not all(by_label.values()):
         counts = f"{len(by_label[1])} positive and {len(by_label[0])} negative"
-        raise InputError(f"--dataset {args.dataset} has {counts} texts of more than {args.prompt_words} words; both kinds are needed")
+        raise InputError(
+            f"--dataset {args.dataset} has {counts} texts of more than {args.prompt_words} words; both kinds are needed"
+        )
     return texts, list(zip(by_label[1], by_label[0]))
 
 
@@ -402,6 +425,12 @@ def encode(tokenizer, texts, max_length):
         room = max(max_length - len(prompt), 0)
         encoded.append((prompt[:max_length], [*response, tokenizer.eos_token_id][:room]))
     return encoded
+
+
+def encode_pairs(tokenizer, pairs, max_length):
+    """Pairs of texts → pairs (chosen, rejected) of token lists, prompt and response in one."""
+    sides = [[prompt + response for prompt, response in encode(tokenizer, side, max_length)] for side in zip(*pairs)]
+    return list(zip(*sides))
 
 
 def pad(sequences, pad_id, device, side="right"):
@@ -416,7 +445,7 @@ def pad(sequences, pad_id, device, side="right"):
 
 
 def epochs_of(count, steps, batch_size, seed):
-    """Indices (steps, batch_size) that go through a shuffled `count` again and again; of a seed, so that a run resumes."""
+    """Indices (steps, batch_size) that go through a shuffled `count` again and again; of a seed: a run resumes."""
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * batch_size // count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
@@ -452,11 +481,11 @@ def new_tokenizer(texts):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
 
 
-def start_model(args, texts):
-    """(policy before stage 1, tokenizer): a small GPT-2 of random weights, or --model."""
+def start_model(args, name, texts=()):
+    """(language model, tokenizer) of a Hub id or a directory; without a name, a small GPT-2 of random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if args.model is None:
+    if name is None:
         tokenizer = new_tokenizer(prompt + response for prompt, response in texts)
         config = GPT2Config(
             vocab_size=len(tokenizer),
@@ -467,20 +496,24 @@ def start_model(args, texts):
             activation_function="gelu_pytorch_tanh",  # gelu_new, GPT-2's own, is the same function in slower steps
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
         model = GPT2LMHeadModel(config)
     else:
-        tokenizer = from_disk("AutoTokenizer", args.model)
-        model = from_disk("AutoModelForCausalLM", args.model, dtype=torch.float32)
+        tokenizer = from_disk("AutoTokenizer", name)
+        model = from_disk("AutoModelForCausalLM", name, dtype=torch.float32)
+        if model.config.model_type != "gpt2":
+            raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
         if tokenizer.eos_token_id is None:
-            raise InputError(f"--model {args.model}: its tokenizer has no EOS token, so no response could ever end")
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # or no model would learn to stop
+            raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # where padding is EOS, nobody learns to stop
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        fit_to_tokenizer(model, tokenizer)
+    fit_to_tokenizer(model, tokenizer)
     context = model.config.max_position_embeddings
-    if args.max_length > context:
-        raise InputError(f"--max-length {args.max_length} exceeds the context of {context} tokens that the model has")
+    if args.max_length > context or args.response_length >= context:
+        raise InputError(
+            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
+            f"of {context} tokens that {name} has"
+        )
     return without_dropout(model).to(args.device), tokenizer
 
 
@@ -543,23 +576,19 @@ def reward_scores(model, tokens, mask):
     return head_scores(model, hidden[torch.arange(len(hidden)), last_real(mask)])
 
 
-def policy_and_values(policy, value_model, tokens, mask, length):
-    """Logits (B, T, V) of the last `length` tokens and the values (B, T) of the states before them.
-
-    The value network is a reward model in form and sees query and response [R1]; a linear head shares the backbone.
-    """
-    before = slice(-length - 1, -1)  # the state before a token is the hidden state of the token before
-    hidden = hidden_states(policy, tokens, mask)[:, before]
-    if isinstance(value_model, nn.Linear):
-        values = value_model(hidden).squeeze(-1)
-    else:
-        values = head_scores(value_model, hidden_states(value_model, tokens, mask)[:, before])
-    return policy.lm_head(hidden), values
-
-
 def policy_logits(policy, tokens, mask, length):
-    """Logits (B, T, V) of the last `length` tokens."""
+    """Logits (B, T, V) of the last `length` tokens of (B, L): the state before a token is the token before's."""
     return policy.lm_head(hidden_states(policy, tokens, mask)[:, -length - 1 : -1])
+
+
+def response_values(value_model, policy, tokens, mask, length):
+    """V (B, T) of the states before the last `length` tokens, query and response so far [R1].
+
+    value_model is a reward model in form; or a linear head, which shares the policy's backbone.
+    """
+    shared = isinstance(value_model, nn.Linear)
+    hidden = hidden_states(policy if shared else value_model, tokens, mask)[:, -length - 1 : -1]
+    return value_model(hidden).squeeze(-1) if shared else head_scores(value_model, hidden)
 
 
 @torch.no_grad()
@@ -577,7 +606,9 @@ def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
     inputs, positions, cache = queries, (query_mask.cumsum(-1) - 1).clamp(min=0), None
     for t in range(length):
         seen = mask[:, : Q + t]
-        output = model(inputs, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(
+            inputs, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         cache = output.past_key_values
         token = torch.multinomial((output.logits[:, -1] / temperature).softmax(-1), 1)
         tokens[:, t] = torch.where(running, token[:, 0], pad_id)
@@ -632,8 +663,9 @@ def judge_margins(judge, tokenizer, pairs, principles, batch_size):
     log-probability): a small judge's liking for the letter A, often larger than its opinion, cancels.
     """
     rules = "\n".join(f"- {principle}" for principle in principles)
-    form = "Two texts:\n\nA: {}\n\nB: {}\n\nPrinciples:\n{}\n\nWhich text is better by these principles? Answer with A or B."
-    shown = [form.format(a.strip(), b.strip(), rules) for pair in pairs for a, b in (pair, pair[::-1])]
+    question = "Which text is better by these principles? Answer with A or B."
+    form = f"Two texts:\n\nA: {{}}\n\nB: {{}}\n\nPrinciples:\n{rules}\n\n{question}"
+    shown = [form.format(a.strip(), b.strip()) for pair in pairs for a, b in (pair, pair[::-1])]
     prompts = [chat_ids(tokenizer, request, "The better text is") for request in shown]
     letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "AB"]
     margins = []
@@ -647,7 +679,7 @@ def judge_margins(judge, tokenizer, pairs, principles, batch_size):
 
 
 def label_by_judge(args, pairs):
-    """judge_pairs pairs, each with the text in front that the judge prefers; and how often the labels agree."""
+    """judge_pairs pairs, each with the text in front that the judge prefers; and the share that the data agrees on."""
     judge, tokenizer = load_judge(args)
     pairs = pairs[: args.judge_pairs]
     texts = [("".join(chosen), "".join(rejected)) for chosen, rejected in pairs]
@@ -664,7 +696,11 @@ def judge_answers(judge, tokenizer, requests, batch_size, max_new_tokens=64):
     for start in range(0, len(prompts), batch_size):
         tokens, mask = pad(prompts[start : start + batch_size], tokenizer.pad_token_id, judge.device, "left")
         output = judge.generate(
-            tokens, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+            tokens,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
         )
         answers += tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
     return [" ".join(answer.split()) for answer in answers]
@@ -675,11 +711,13 @@ def revise_by_judge(args, texts):
     judge, tokenizer = load_judge(args)
     texts = texts[: args.judge_pairs]
     rules = " ".join(read_constitution(args))
-    requests = [f"Text: {''.join(text).strip()}\n\nIn one sentence, say where this text goes against: {rules}" for text in texts]
+    requests = [
+        f"Text: {''.join(text).strip()}\n\nIn one sentence, say where this text goes against: {rules}" for text in texts
+    ]
     critiques = judge_answers(judge, tokenizer, requests, args.micro_batch_size)
     requests = [
-        f"Text: {''.join(text).strip()}\n\nCritique: {critique}\n\nRewrite the text in one sentence so that it keeps to: "
-        f"{rules} Begin with the words: {text[0].strip()}"
+        f"Text: {''.join(text).strip()}\n\nCritique: {critique}\n\nRewrite the text in one sentence so that it keeps "
+        f"to: {rules} Begin with the words: {text[0].strip()}"
         for text, critique in zip(texts, critiques)
     ]
     revised = []
@@ -688,6 +726,16 @@ def revise_by_judge(args, texts):
         if rest:
             revised.append((prompt, f" {rest}"))
     return revised, critiques
+
+
+def kept_in(path, ask, *arguments):
+    """What ask(*arguments) returns, read from the file if it was asked before: the judge is slow, and a run resumes."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(ask(*arguments), ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---- Files, logs, evaluation ----
@@ -746,26 +794,26 @@ class Run:
 
     args: Args
     dir: Path
-    writer: object
     saved: dict | None
     metrics: list
     seconds: dict  # of each phase
 
     def begin(self, stage, modules, optimizer):
-        """Seed the stage; the step to begin with, 0 unless the checkpoint is of this stage."""
-        torch.manual_seed(self.args.seed + sum(map(ord, stage)))
-        if not self.saved or self.saved["stage"] != stage:
-            return 0
-        for name, module in modules.items():
-            module.load_state_dict(self.saved["modules"][name])
-        optimizer.load_state_dict(self.saved["optimizer"])
-        torch.set_rng_state(self.saved["rng"])
-        if self.saved["cuda_rng"] is not None and self.args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(self.saved["cuda_rng"], self.args.device)
-        return self.saved["step"]
+        """Seed the stage and open its log; returns the step to begin with, 0 unless the checkpoint is of this stage."""
+        from torch.utils.tensorboard import SummaryWriter
 
-    def is_finished(self, stage, order):
-        return self.saved is not None and order.index(self.saved["stage"]) > order.index(stage)
+        torch.manual_seed(stage_seed(self.args, stage))
+        resumed = self.saved is not None and self.saved["stage"] == stage
+        first = self.saved["step"] if resumed else 0
+        self.writer = SummaryWriter(self.dir / "logs" / stage, purge_step=first + 1 if resumed else None)
+        if resumed:
+            for name, module in modules.items():
+                module.load_state_dict(self.saved["modules"][name])
+            optimizer.load_state_dict(self.saved["optimizer"])
+            torch.set_rng_state(self.saved["rng"])
+            if self.saved["cuda_rng"] is not None and self.args.device.startswith("cuda"):
+                torch.cuda.set_rng_state(self.saved["cuda_rng"], self.args.device)
+        return first
 
     def log(self, stage, step, row):
         for name, number in row.items():
@@ -773,6 +821,7 @@ class Run:
         self.metrics.append({"stage": stage, "step": step, **row})
 
     def checkpoint(self, stage, step, steps, modules, optimizer, **more):
+        """After a step, if it is due: everything that a resumed run needs."""
         every = self.args.checkpoint_every
         if step != steps and (not every or step % every):
             return
@@ -792,11 +841,16 @@ class Run:
         }
         save(self.dir / "checkpoint.pt", content)
 
-    def check_finite(self, loss, stage, step):
-        if not loss.isfinite().all():
+    def check_finite(self, losses, stage, step):
+        if not losses.isfinite().all():
             path = self.dir / "checkpoint.pt"
             kept = f"; {path} holds the last good state" if path.exists() else ""
-            raise InputError(f"the loss is {float(loss)} in step {step} of stage {stage}: lower its learning rate{kept}")
+            raise InputError(f"the loss is not finite in step {step} of stage {stage}: lower its learning rate{kept}")
+
+
+def stage_seed(args, stage):
+    """Each stage draws numbers of its own, the same whether it runs alone or after others."""
+    return args.seed + zlib.crc32(stage.encode())
 
 
 def new_optimizer(*groups):
@@ -816,6 +870,20 @@ def sft_loss(model, tokens, mask, learned):
     hidden = hidden_states(model, tokens, mask)[:, :-1]
     logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
     return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
+
+
+def sft_backward(args, model, tokenizer, texts, weight):
+    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R19]; the mean."""
+    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
+    learned = learned_tokens(texts, mask, args.mask_prompt)
+    count = learned[:, 1:].sum().clamp(min=1)
+    loss = torch.zeros((), device=args.device)
+    for start in range(0, len(texts), args.micro_batch_size):
+        rows = slice(start, start + args.micro_batch_size)
+        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
+        (weight * micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss
 
 
 def learned_tokens(texts, mask, mask_prompt):
@@ -853,52 +921,76 @@ def calibration_error(margins, bins=10):
     return float(sum(gaps) / len(margins))
 
 
-def decode(tokenizer, queries, query_mask, tokens, mask):
-    """[(prompt, response)] as text; the response ends before its EOS."""
-    pairs = zip(queries, query_mask.bool(), tokens, mask.bool())
-    lists = [(query[real].tolist(), token[kept].tolist()) for query, real, token, kept in pairs]
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return list(zip(*(tokenizer.batch_decode(list(part), **options) for part in zip(*lists))))
-
-
 def distinct_2(responses):
     """Different pairs of neighbouring words as a share of all such pairs in the responses (Li et al. 2016)."""
     pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
     return len(set(pairs)) / max(len(pairs), 1)
 
 
-def gold_scores(args, gold_model, texts, tokens, mask):
-    """(B,) what the responses are truly worth: 1 for a positive review, else 0; or the score of the judge apart. Or None."""
-    if gold_model is not None:
-        return reward_scores(gold_model, tokens, mask)
-    if args.dataset is None:
-        return torch.tensor([float(true_sentiment(prompt + response) > 0) for prompt, response in texts])
-    return None
+class Rollout(NamedTuple):
+    tokens: torch.Tensor  # (B, T) response tokens
+    logprobs: torch.Tensor  # (B, T) their log-probabilities under the policy that drew them
+    mask: torch.Tensor  # (B, T) 1 up to and with the first EOS
+    whole: torch.Tensor  # (B, Q + T) query and response
+    whole_mask: torch.Tensor  # (B, Q + T) 1 on what is no padding
+    texts: list  # B pairs (prompt, response) of text
+
+
+def roll_out(args, policy, tokenizer, prompts):
+    """The policy's responses to prompts, B token lists."""
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    queries, query_mask = pad(prompts, pad_id, args.device, "left")
+    tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, eos_id, pad_id)
+    texts = []
+    for prompt, token, kept in zip(prompts, tokens, mask.bool()):
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts.append(tuple(tokenizer.decode(part, **options) for part in (prompt, token[kept].tolist())))
+    whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
+    return Rollout(tokens, logprobs, mask, whole, whole_mask, texts)
 
 
 @torch.no_grad()
+def judge_rollout(args, rollout, reference, reward_models, gold_model):
+    """What the frozen models say: the reference's log-probabilities (B, T), scores (B,), and what is true (B,) or None.
+
+    True is 1 for a positive review of the grammar and 0 for any other, or the score of the model that only judges.
+    """
+    logits = policy_logits(reference, rollout.whole, rollout.whole_mask, args.response_length)
+    ref_logprobs = token_logprobs(logits, rollout.tokens, args.temperature)
+    scores = torch.stack([reward_scores(model, rollout.whole, rollout.whole_mask) for model in reward_models])
+    gold = None
+    if gold_model is not None:
+        gold = reward_scores(gold_model, rollout.whole, rollout.whole_mask)
+    elif args.dataset is None:
+        gold = torch.tensor([float(true_sentiment(prompt + response) > 0) for prompt, response in rollout.texts])
+    return ref_logprobs, ensemble_score(scores, args.ensemble_std), gold
+
+
+def describe(rollout, ref_logprobs, scores, gold, eos_id):
+    """What a reader wants to know of responses, each a mean over them."""
+    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
+    row = {
+        "objective/scores": scores,
+        "objective/kl": kl,  # of a whole response, nats
+        "objective/gold": gold,
+        "response/length": rollout.mask.sum(-1),
+        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
+    }
+    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
+
+
 def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
-    """What the policy answers to the prompts, [(prompt, response, score)], and what the answers are like, a dict."""
-    torch.manual_seed(args.seed + 10**6)
-    totals, answers = {"score": [], "gold": [], "kl": [], "length": [], "eos_rate": []}, []
+    """The policy's responses to held-out prompts, always with the same random numbers: (texts, what they are like)."""
+    torch.manual_seed(stage_seed(args, "rate"))
+    texts, rows = [], []
     for start in range(0, len(prompts), args.batch_size):
-        queries, query_mask = pad(prompts[start : start + args.batch_size], tokenizer.pad_token_id, args.device, "left")
-        ids = tokenizer.eos_token_id, tokenizer.pad_token_id
-        tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, *ids)
-        whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
-        logits = policy_logits(reference, whole, whole_mask, args.response_length)
-        log_ratio = logprobs - token_logprobs(logits, tokens, args.temperature)
-        texts = decode(tokenizer, queries, query_mask, tokens, mask)
-        score = torch.stack([reward_scores(model, whole, whole_mask) for model in reward_models])
-        totals["score"].append(ensemble_score(score, args.ensemble_std))
-        totals["kl"].append(torch.where(mask.bool(), log_ratio, 0.0).sum(-1))
-        totals["length"].append(mask.sum(-1).float())
-        totals["eos_rate"].append((tokens == tokenizer.eos_token_id).any(-1).float())
-        if (gold := gold_scores(args, gold_model, texts, whole, whole_mask)) is not None:
-            totals["gold"].append(gold)
-        answers += [(*text, float(s)) for text, s in zip(texts, totals["score"][-1])]
-    rates = {name: float(torch.cat(parts).mean()) for name, parts in totals.items() if parts}
-    return answers, {**rates, "distinct_2": distinct_2([response for _, response, _ in answers])}
+        rollout = roll_out(args, policy, tokenizer, prompts[start : start + args.batch_size])
+        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        row = describe(rollout, *judged, tokenizer.eos_token_id)
+        rows += [row] * len(rollout.texts)
+        texts += rollout.texts
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
 
 
 # ---- Stage 1 ----
@@ -911,21 +1003,13 @@ def train_sft(args, run, model, tokenizer, texts, held_out):
     started = time.perf_counter() - run.seconds.get("sft", 0.0)
     optimizer = new_optimizer((model, args.rate("sft_learning_rate")))
     first = run.begin("sft", {"model": model}, optimizer)
-    order = epochs_of(len(texts), args.sft_steps, args.sft_batch_size, args.seed)
+    order = epochs_of(len(texts), args.sft_steps, args.sft_batch_size, stage_seed(args, "sft"))
     bar = trange(first, args.sft_steps, desc="1 sft", initial=first, total=args.sft_steps)
     for step in bar:
         anneal(optimizer, 1 - step / args.sft_steps if args.anneal_lr else 1)
         batch = [texts[i] for i in order[step]]
-        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
-        learned = learned_tokens(batch, mask, args.mask_prompt)
-        count = learned[:, 1:].sum().clamp(min=1)
         optimizer.zero_grad()
-        loss = torch.zeros((), device=args.device)
-        for part in range(0, len(batch), args.micro_batch_size):  # [R19] each micro-batch by its share of the tokens
-            rows = slice(part, part + args.micro_batch_size)
-            micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        loss = sft_backward(args, model, tokenizer, batch, weight=1.0)
         run.check_finite(loss, "sft", step)
         nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
@@ -947,11 +1031,11 @@ def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
     from tqdm import trange
 
     started = time.perf_counter() - run.seconds.get(stage, 0.0)
-    torch.manual_seed(args.seed + sum(map(ord, stage)))
+    torch.manual_seed(stage_seed(args, stage))
     model = new_reward_model(args, policy.name_or_path, tokenizer)
     optimizer = new_optimizer((model, args.rate("reward_learning_rate")))
     first = run.begin(stage, {"model": model}, optimizer)
-    order = epochs_of(len(pairs), args.reward_steps, args.reward_batch_size, args.seed + sum(map(ord, stage)))
+    order = epochs_of(len(pairs), args.reward_steps, args.reward_batch_size, stage_seed(args, stage))
     bar = trange(first, args.reward_steps, desc=f"2 {stage}", initial=first, total=args.reward_steps)
     for step in bar:
         anneal(optimizer, 1 - step / args.reward_steps if args.anneal_lr else 1)
@@ -991,10 +1075,8 @@ def normalise(args, model, policy, tokenizer, prompts):
     """[R9] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
     scores = []
     for start in range(0, len(prompts), args.batch_size):
-        queries, query_mask = pad(prompts[start : start + args.batch_size], tokenizer.pad_token_id, args.device, "left")
-        ids = tokenizer.eos_token_id, tokenizer.pad_token_id
-        tokens, _, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, *ids)
-        scores.append(reward_scores(model, torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)))
+        rollout = roll_out(args, policy, tokenizer, prompts[start : start + args.batch_size])
+        scores.append(reward_scores(model, rollout.whole, rollout.whole_mask))
     scores = torch.cat(scores)
     model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
 
@@ -1002,117 +1084,102 @@ def normalise(args, model, policy, tokenizer, prompts):
 # ---- Stage 3 ----
 
 
-def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts):
-    """PPO on prompts, token lists; writes the directories policy and, where it is a network of its own, value."""
+def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts, texts):
+    """PPO on prompts (token lists), texts for --ptx-coef; writes the directories policy and value."""
     from tqdm import trange
 
     # 1. Optimizer, β, or what the checkpoint says of them
-    T, pad_id, eos_id = args.response_length, tokenizer.pad_token_id, tokenizer.eos_token_id
+    T = args.response_length
     rate = args.rate("learning_rate")
     optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
     modules = {"policy": policy, "value": value_model}
     first = run.begin("ppo", modules, optimizer)
-    controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
-    if first:
-        controller.kl_coef = run.saved["kl_coef"]
-    order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, args.seed)
+    controller = AdaptiveKLController(run.saved["kl_coef"] if first else args.kl_coef, args.kl_target, args.kl_horizon)
+    order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
+    updates = args.num_epochs * args.num_minibatches
+    ptx_order = epochs_of(len(texts), args.ppo_iterations * updates, args.sft_batch_size, stage_seed(args, "ptx"))
     bar = trange(first, args.ppo_iterations, desc="3 ppo", initial=first, total=args.ppo_iterations)
 
     for iteration in bar:
+        clock = [time.perf_counter()]
         anneal(optimizer, 1 - iteration / args.ppo_iterations if args.anneal_lr else 1)
 
         # 2. Rollout: the policy answers B queries
-        clock = [time.perf_counter()]
-        queries, query_mask = pad([prompts[i] for i in order[iteration]], pad_id, args.device, "left")
-        tokens, old_logprobs, mask = sample(policy, queries, query_mask, T, args.temperature, eos_id, pad_id)
+        rollout = roll_out(args, policy, tokenizer, [prompts[i] for i in order[iteration]])
+        tokens, old_logprobs, mask, whole, whole_mask, _ = rollout
         clock.append(time.perf_counter())
 
-        # 3. What the four models say of it
-        whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
+        # 3. What the other three models say of it
+        ref_logprobs, scores, gold = judge_rollout(args, rollout, reference, reward_models, gold_model)
         with torch.no_grad():
-            ref_logprobs = token_logprobs(policy_logits(reference, whole, whole_mask, T), tokens, args.temperature)
-            _, values = policy_and_values(policy, value_model, whole, whole_mask, T)
-            scores = ensemble_score(
-                torch.stack([reward_scores(model, whole, whole_mask) for model in reward_models]), args.ensemble_std
-            )
-        texts = decode(tokenizer, queries, query_mask, tokens, mask)
-        gold = gold_scores(args, gold_model, texts, whole, whole_mask)
+            values = response_values(value_model, policy, whole, whole_mask, T)
 
         # 4. Rewards, advantages, returns
-        lengths = mask.sum(-1)
-        has_eos = (tokens == eos_id).any(-1)
-        penalised = scores - args.length_penalty * lengths - args.missing_eos_penalty * ~has_eos  # [R26] [R27]
+        has_eos = (tokens == tokenizer.eos_token_id).any(-1)
+        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R26] [R27]
         rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
         rlhf_reward = rewards.sum(-1)
         if args.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R18] γ is 1
         returns = advantages + values
         clock.append(time.perf_counter())
 
         # 5. Update: epochs of minibatches, each in micro-batches [R19]
         losses = []
         epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
-        for mb in (indices for epoch in epochs for indices in epoch):
-            advantage = advantages[mb]
-            if args.whiten_advantages:
-                advantage = masked_whiten(advantage, mask[mb])
-            count = mask[mb].sum()
+        for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
+            mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
             optimizer.zero_grad()
-            stats = torch.zeros(6)
-            for micro in range(0, len(mb), args.micro_batch_size):
-                rows = slice(micro, micro + args.micro_batch_size)
-                indices = mb[rows]
-                m = mask[indices]
-                logits, value = policy_and_values(policy, value_model, whole[indices], whole_mask[indices], T)
-                logprob = token_logprobs(logits, tokens[indices], args.temperature)
-                probs = (logits / args.temperature).softmax(-1)
-                entropy = masked_mean((logits / args.temperature).logsumexp(-1) - (probs * logits / args.temperature).sum(-1), m)
-                policy_loss = clipped_policy_loss(logprob, old_logprobs[indices], advantage[rows], m, args.clip_coef)
-                value_loss = clipped_value_loss(value, values[indices], returns[indices], m, args.value_clip)
-                loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-                share = m.sum() / count
+            stats = torch.zeros(6, device=args.device)
+            for start in range(0, len(mb), args.micro_batch_size):
+                rows = mb[start : start + args.micro_batch_size]
+                m = mask[rows]
+                logits = policy_logits(policy, whole[rows], whole_mask[rows], T)
+                logprob = token_logprobs(logits, tokens[rows], args.temperature)
+                entropy = masked_mean(token_entropy(logits, args.temperature), m)
+                value = response_values(value_model, policy, whole[rows], whole_mask[rows], T)
+                advantage = mb_advantages[start : start + args.micro_batch_size]
+                policy_loss = clipped_policy_loss(logprob, old_logprobs[rows], advantage, m, args.clip_coef)
+                value_loss = clipped_value_loss(value, values[rows], returns[rows], m, args.value_clip)
+                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                share = m.sum() / mask[mb].sum()  # a mean over micro-batches would weigh short responses' tokens more
                 (loss * share).backward()
                 with torch.no_grad():
-                    log_ratio = logprob - old_logprobs[indices]
-                    kl = masked_mean(log_ratio.expm1() - log_ratio, m)
+                    log_ratio = logprob - old_logprobs[rows]
+                    k3 = masked_mean(log_ratio.expm1() - log_ratio, m)
                     clipfrac = masked_mean((log_ratio.expm1().abs() > args.clip_coef).float(), m)
                     ratio = masked_mean(log_ratio.exp(), m)
-                    stats += torch.stack([policy_loss, value_loss, entropy, kl, clipfrac, ratio]).cpu() * share.cpu()
+                    stats += share * torch.stack([policy_loss, value_loss, entropy, k3, clipfrac, ratio])
             run.check_finite(stats, "ppo", iteration)
             losses.append(stats)
             if args.target_kl is not None and stats[3] > args.target_kl:
-                break
+                break  # before this step is taken; the next rollout starts afresh
+            if args.ptx_coef:  # [R28]
+                batch = [texts[i] for i in ptx_order[iteration * updates + update]]
+                sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
             for module in modules.values():
                 nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
             optimizer.step()
         clock.append(time.perf_counter())
 
-        # 6. Metrics
-        for phase, begin, end in zip(("ppo: sample", "ppo: score", "ppo: update"), clock, clock[1:]):
-            run.seconds[phase] = run.seconds.get(phase, 0.0) + end - begin
-        kl = float(torch.where(mask.bool(), old_logprobs - ref_logprobs, 0.0).sum(-1).mean())
-        means = torch.stack(losses).mean(0).tolist()
-        row = {
-            "objective/scores": float(scores.mean()),
-            "objective/kl": kl,
-            "objective/kl_coef": controller.kl_coef,
-            "objective/rlhf_reward": float(rlhf_reward.mean()),
-            "policy/loss": means[0],
-            "val/loss": means[1],
-            "policy/entropy": means[2],
-            "policy/approx_kl": means[3],
-            "policy/clipfrac": means[4],
-            "val/ratio": means[5],
-            "response/length": float(lengths.float().mean()),
-            "response/eos_rate": float(has_eos.float().mean()),
-            "time/tokens_per_second": float(mask.sum()) / (clock[-1] - clock[0]),
-        }
-        if gold is not None:
-            row["objective/gold"] = float(gold.mean())
+        # 6. Metrics: the losses are means over every minibatch
+        for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
+            run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
+        row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
+        names = ["policy/loss", "val/loss", "policy/entropy", "policy/approx_kl", "policy/clipfrac", "val/ratio"]
+        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
+        row["objective/rlhf_reward"] = float(rlhf_reward.mean())
+        row["objective/kl_coef"] = controller.kl_coef
+        row["time/tokens_per_second"] = float(mask.sum()) / (clock[-1] - clock[0])
         if args.adaptive_kl:
-            controller.update(kl, len(tokens))
-        bar.set_postfix(gold=f"{row.get('objective/gold', 0):.2f}", kl=f"{kl:.2f}", refresh=False)
+            controller.update(row["objective/kl"], len(tokens))
+        shown = {
+            name.split("/")[1]: f"{row[name]:.2f}"
+            for name in ("objective/scores", "objective/gold", "objective/kl")
+            if name in row
+        }
+        bar.set_postfix(shown, refresh=False)
         run.log("ppo", iteration + 1, row)
         run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules, optimizer, kl_coef=controller.kl_coef)
     save_model(run.dir / "policy", policy, tokenizer)
@@ -1124,22 +1191,37 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
 
 
 def draw_curves(metrics, path):
-    """PNG of stage 3: score and true sentiment, KL, and what the responses are like."""
+    """PNG of stage 3: score and true worth, KL, entropy, length."""
     from matplotlib.figure import Figure
 
     rows = [row for row in metrics if row["stage"] == "ppo"]
     panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
-    names = ("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",)
+    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
     for axes, lines in zip(panels.flat, names):
         for name in lines:
-            axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row] or [(0, 0)]), label=name)
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
         axes.set(xlabel="iteration")
         axes.legend()
     axes.figure.savefig(path, dpi=120)
 
 
+def print_comparison(metrics, before, after):
+    """The policies before and after stage 3 on the same held-out prompts: what their responses are like, and four."""
+    rows = [row for row in metrics if row["stage"] == "eval"]
+    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
+    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
+    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
+    print("\n                                              before    after")
+    for name, unit in units.items():
+        if name in rows[0]:
+            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
+    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
+        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
+
+
 # what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every micro_batch_size eval_prompts track wandb_project"
+CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
 
 
 def new_run_dir(args):
@@ -1152,24 +1234,15 @@ def resumed_args(run_dir):
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
-def kept_in(path, make):
-    """What make() returns, from the file that it was written to if there is one: a judge is asked once."""
-    if not path.is_file():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(make(), ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def train(args: Args) -> list[dict]:
     """Run the stages, compare the policies before and after. Returns the metrics of each step, oldest first."""
     import transformers
-    from torch.utils.tensorboard import SummaryWriter
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
 
-    # 1. Settings, seeds
+    # 1. Settings
     saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
     if saved:
         settings = replace(saved["args"], run_dir=None)
@@ -1185,12 +1258,14 @@ def train(args: Args) -> list[dict]:
     # 2. Texts and pairs; a tenth of the rows is held out
     rows = load_rows(args)
     tenth = -(-len(rows) // 10)
-    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args)
     texts, pairs = texts_and_pairs(rows[tenth:], args)
+    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args)
 
-    # 3. The first model, run directory, logs
+    # 3. The model to begin with
     torch.manual_seed(args.seed)
-    policy, tokenizer = start_model(args, texts)
+    policy, tokenizer = start_model(args, args.model, texts)
+
+    # 4. Run directory, logs
     run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
     if run_dir.exists() and not saved:
         can_resume = (run_dir / "checkpoint.pt").exists()
@@ -1198,69 +1273,76 @@ def train(args: Args) -> list[dict]:
         raise InputError(f"--run-dir {run_dir} exists: {hint}")
     if args.track:
         start_wandb(args, run_dir)
-    writer = SummaryWriter(run_dir)
-    run = Run(args, run_dir, writer, saved, *((saved["metrics"], saved["seconds"]) if saved else ([], {})))
+    run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
 
-    # 4. A judge in place of the labels
-    if args.preferences == "ai" and args.stage in ("all", "reward"):
-        pairs, agreement = kept_in(run_dir / "preferences.json", lambda: label_by_judge(args, pairs))
-        print(f"judge       {args.judge} agrees with the labels on {agreement:.1%} of {len(pairs)} pairs")
-    if args.sft_data == "critique" and args.stage in ("all", "sft"):
-        texts, _ = kept_in(run_dir / "revisions.json", lambda: revise_by_judge(args, texts))
-        print(f"judge       {args.judge} revised {len(texts)} texts")
+    # 5. A judge in place of the labels
+    if args.preferences == "ai" and "reward" in args.stages:
+        pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
+        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
+    if args.sft_data == "critique" and "sft" in args.stages:
+        texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
+        print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
 
-    # 5. Tokens
+    # 6. Tokens
+    text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
+    pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
     room = policy.config.max_position_embeddings - args.response_length
-    b_texts, b_held_out = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
-    b_pairs, b_held_out_pairs = (
-        list(zip(*([p + r for p, r in encode(tokenizer, side, args.max_length)] for side in zip(*part))))
-        for part in (pairs, held_out_pairs)
-    )
-    b_prompts, b_eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (b_texts, b_held_out))
-    b_eval_prompts = b_eval_prompts[: args.eval_prompts]
-    if not b_prompts or not b_eval_prompts:
+    prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
+    eval_prompts = eval_prompts[: args.eval_prompts]
+    if not prompts or not eval_prompts:
         raise InputError(
-            f"every prompt is longer than the {room} tokens that the model's context of "
-            f"{policy.config.max_position_embeddings} leaves beside --response-length {args.response_length}"
+            f"every prompt is longer than {room} tokens, what --response-length {args.response_length} leaves of the "
+            f"context of {policy.config.max_position_embeddings}"
         )
 
-    # 6. The stages
-    sft_dir = args.model if args.stage in ("reward", "ppo") else str(run_dir / "sft")
-    for stage in args.stages:
-        if saved and args.stages.index(saved["stage"]) > args.stages.index(stage):
-            continue
+    # 7. The stages; those before the checkpoint's are done
+    stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
+    sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
+    for stage in stages:
         if stage == "sft":
-            train_sft(args, run, policy, tokenizer, b_texts, b_held_out)
-            continue
-        policy, tokenizer = start_model(replace(args, model=sft_dir), texts)
-        if stage != "ppo":
-            half = len(b_pairs) // 2 if args.train_gold else len(b_pairs)
-            own_pairs = b_pairs[half:] if stage == "gold" else b_pairs[:half]
-            train_reward(args, run, stage, policy, tokenizer, own_pairs, b_held_out_pairs, b_eval_prompts)
-            continue
-        names = args.reward_model or [str(run_dir / name) for name in args.stages if name.startswith("reward")]
+            train_sft(args, run, policy, tokenizer, text_ids, held_out_ids)
+        elif stage != "ppo":
+            policy, tokenizer = start_model(args, sft_dir)
+            half = len(pair_ids) // 2 if args.train_gold else len(pair_ids)
+            own_pairs = pair_ids[half:] if stage == "gold" else pair_ids[:half]
+            train_reward(args, run, stage, policy, tokenizer, own_pairs, held_out_pair_ids, eval_prompts)
+    if "ppo" in stages:
+        policy, tokenizer = start_model(args, sft_dir)
+        reference = frozen(start_model(args, sft_dir)[0])
+        names = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
         reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
-        gold_dir = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
-        gold_model = frozen(load_reward_model(args, gold_dir, tokenizer)) if gold_dir else None
-        reference = frozen(start_model(replace(args, model=sft_dir), texts)[0])
+        gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
+        gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
+        value_model = load_reward_model(args, names[0], tokenizer)  # [R25] begins as the reward model
         if args.share_backbone:
-            value_model = nn.Linear(policy.config.hidden_size, 1).to(args.device)
+            value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
             nn.init.zeros_(value_model.weight)  # [R11]
             nn.init.zeros_(value_model.bias)
-        else:
-            value_model = load_reward_model(args, names[0], tokenizer)  # [R25]
-        before, row = rate_policy(args, reference, reference, reward_models, gold_model, tokenizer, b_eval_prompts)
-        run.log("eval", 0, {f"eval/{name}": number for name, number in row.items()})
-        train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, b_prompts)
-        after, row = rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, b_eval_prompts)
-        run.log("eval", args.ppo_iterations, {f"eval/{name}": number for name, number in row.items()})
+        judges = reference, reward_models, gold_model
+        train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
 
-    # 7. Summary
-    writer.close()
-    print(run.seconds)
-    for b, a in list(zip(before, after))[:4] if args.stages[-1] == "ppo" else []:
-        print(b, a, sep="\n")
-    draw_curves(run.metrics, run_dir / "curves.png")
+        # 8. Before and after
+        before, row = rate_policy(args, reference, *judges, tokenizer, eval_prompts)
+        run.log("eval", 0, row)
+        after, row = rate_policy(args, policy, *judges, tokenizer, eval_prompts)
+        run.log("eval", args.ppo_iterations, row)
+        draw_curves(run.metrics, run_dir / "curves.png")
+        print_comparison(run.metrics, before, after)
+        print(f"\ncurves      {run_dir / 'curves.png'}")
+
+    # 9. Summary
+    run.writer.close()
+    for row in run.metrics:
+        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
+            if name in row:
+                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
+    print(f"seconds     {time.perf_counter() - started:.1f} in all, of them {phases}")
+    print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
+    print(f"logs        tensorboard --logdir {run_dir}")
+    if args.stage == "all":
+        models = f"--model {run_dir / 'sft'} --reward-model {run_dir / 'reward'}"
+        print(f"next        python rlhf_gpt2_ppo.py --stage ppo {models} --kl-coef 0")
     return run.metrics
 
 

@@ -59,7 +59,9 @@ def test_logprobs_at_a_temperature(token_logprobs):
     """Odds of 1 : 9 become 1 : 3 at temperature 2."""
     logits, tokens = tensor([0.0, math.log(9)], [0.0, math.log(9)]).unsqueeze(0), torch.tensor([[0, 1]])
     check(token_logprobs(logits, tokens, 1.0), [[math.log(0.1), math.log(0.9)]], LOGPROBS, "odds 1 : 9, temperature 1")
-    check(token_logprobs(logits, tokens, 2.0), [[math.log(0.25), math.log(0.75)]], LOGPROBS, "odds 1 : 9, temperature 2")
+    check(
+        token_logprobs(logits, tokens, 2.0), [[math.log(0.25), math.log(0.75)]], LOGPROBS, "odds 1 : 9, temperature 2"
+    )
 
 
 def test_logprobs_survive_large_logits(token_logprobs):
@@ -123,7 +125,14 @@ def test_whitening_equals_the_reference(masked_whiten, case, shift_mean):
     for junk in (0.0, NAN):
         x, mask = masked_columns(case, junk)
         whitened = masked_whiten(x, mask, shift_mean)
-        check(whitened[mask.bool()], expected, WHITEN, f"{case}, shift_mean={shift_mean}, {junk} in the padding", 1e-7, 1e-7)
+        check(
+            whitened[mask.bool()],
+            expected,
+            WHITEN,
+            f"{case}, shift_mean={shift_mean}, {junk} in the padding",
+            1e-7,
+            1e-7,
+        )
         check(whitened[~mask.bool()], [0.0] * int((mask == 0).sum()), WHITEN, f"off the mask, {case}")
 
 
@@ -182,7 +191,12 @@ def test_gae_equals_the_reference(compute_gae, case, gamma, gae_lambda):
         rest = gamma, gae_lambda
         for form in (gae_reference.gae_double_sum, gae_reference.gae_n_step_average):
             expected = [*form(r, v, [*v[1:], 7.0], ends, ends, *rest), *[0.0] * (len(row) - len(r))]
-            check(row, expected, GAE, f"{form.__name__}, γ={gamma}, λ={gae_lambda}, response {response}, NaN in the padding")
+            check(
+                row,
+                expected,
+                GAE,
+                f"{form.__name__}, γ={gamma}, λ={gae_lambda}, response {response}, NaN in the padding",
+            )
 
 
 def test_gae_leaves_its_inputs_alone(compute_gae):
@@ -221,7 +235,10 @@ def test_value_loss_equals_the_reference(clipped_value_loss, case, clip_coef):
     if clip_coef is not None:
         assume(all(abs(abs(v - old) - clip_coef) > 1e-6 for v, old, _ in rows))
         for v, old, target in rows:  # equal errors on both sides: any slope between is right
-            assume(abs((v - target) ** 2 - (old + max(min(v - old, clip_coef), -clip_coef) - target) ** 2) > 1e-9 or abs(v - old) < clip_coef)
+            assume(
+                abs((v - target) ** 2 - (old + max(min(v - old, clip_coef), -clip_coef) - target) ** 2) > 1e-9
+                or abs(v - old) < clip_coef
+            )
     expected = [gae_reference.clipped_value_loss(*row, clip_coef) for row in rows]
     for junk in (0.0, NAN):
         value, old_value, returns, mask = masked_columns(case, junk)
@@ -250,7 +267,7 @@ def test_losses_in_float32(clipped_policy_loss, clipped_value_loss):
     ("kl", "expected"),
     [(6.0, 0.2), (6.6, 0.2 * (1 + 0.1 * 0.0256)), (60.0, 0.2 * (1 + 0.2 * 0.0256)), (0.0, 0.2 * (1 - 0.2 * 0.0256))],
 )
-def test_adaptive_kl(AdaptiveKLController, kl, expected):  # noqa: N803
+def test_adaptive_kl(AdaptiveKLController, kl, expected):
     """β 0.2, target 6, horizon 10,000, 256 responses: on target, a tenth above, far above (cut to 0.2), far below."""
     controller = AdaptiveKLController(0.2, 6.0, 10_000)
     value = controller.update(kl, 256)
