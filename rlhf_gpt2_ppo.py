@@ -180,7 +180,7 @@ class InputError(ValueError):
 
 
 def token_logprobs(logits, tokens, temperature):
-    """ln π(token) at a temperature [R14]: logits (B, T, V), tokens (B, T) → (B, T), in nats.
+    """ln π(token) at a temperature [R9]: logits (B, T, V), tokens (B, T) → (B, T), in nats.
 
     The temperature that sampled is the one that scores: else the ratio is not 1 before the first update.
     """
@@ -200,7 +200,7 @@ def masked_mean(x, mask):
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """x with variance 1 and mean 0 (shift_mean=False: its own mean kept) over the mask, 0 off it [R21]. (B, T).
+    """x with variance 1 and mean 0 (shift_mean=False: its own mean kept) over the mask, 0 off it [R14]. (B, T).
 
     The variance is biased, as in lm-human-preferences, with its 1e-8 under the root.
     """
@@ -216,7 +216,7 @@ def last_real(mask):
 
 
 def kl_penalized_rewards(score, logprob, ref_logprob, mask, kl_coef):
-    """rₜ = −β (ln π − ln π_ref) on each token [R20], and score on the last real one. score (B,), the rest (B, T)."""
+    """rₜ = −β (ln π − ln π_ref) on each token [R13], and score on the last real one. score (B,), the rest (B, T)."""
     rewards = torch.where(mask.bool(), -kl_coef * (logprob - ref_logprob), 0.0)
     is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask.bool()
     return rewards + torch.where(is_last, score.unsqueeze(-1), 0.0)
@@ -246,7 +246,7 @@ def clipped_policy_loss(logprob, old_logprob, advantage, mask, clip_coef):
 
 
 def clipped_value_loss(value, old_value, returns, mask, clip_coef):
-    """½ E[max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²)] over the mask [R22]. All (B, T).
+    """½ E[max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²)] over the mask [R15]. All (B, T).
 
     clip_coef=None is the plain ½ E[(V − R)²]. A scalar to minimise.
     """
@@ -259,7 +259,7 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef):
 
 
 class AdaptiveKLController:
-    """β that steers a response's KL, in nats, towards target (Ziegler et al. 2019 §2.2) [R23].
+    """β that steers a response's KL, in nats, towards target (Ziegler et al. 2019 §2.2) [R16].
 
     e = clip(KL / target − 1, ±0.2),  β ← β (1 + e n / horizon)  after n responses.
     """
@@ -280,7 +280,7 @@ def token_entropy(logits, temperature):
 
 
 def ensemble_score(scores, k):
-    """(K, B) scores of K reward models → (B,): mean − k·std (biased). Where they disagree they know little."""
+    """(K, B) scores of K reward models → (B,): mean − k·std (biased) [R22]. Where they disagree they know little."""
     return scores.mean(0) - k * scores.std(0, correction=0)
 
 
@@ -524,7 +524,7 @@ def fit_to_tokenizer(model, tokenizer):
 
 
 def without_dropout(model):
-    """Dropout off, for good: [R24] under dropout the ratio compares two different networks.
+    """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
 
     p = 0 and not eval(), which switches gradient checkpointing off too.
     """
@@ -538,7 +538,7 @@ def new_reward_model(args, name, tokenizer):
     """The model of stage 1 with a scalar head in place of the one over the vocabulary."""
     model = from_disk("AutoModelForSequenceClassification", name, num_labels=1, dtype=torch.float32)
     fit_to_tokenizer(model, tokenizer)
-    nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)  # [R8]
+    nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)  # [R7]
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
     return without_dropout(model).to(args.device)
 
@@ -565,13 +565,13 @@ def hidden_states(model, tokens, mask):
 
 
 def head_scores(model, hidden):
-    """A reward model's score of each hidden state, (B, L): normalised by what its config holds [R9]."""
+    """A reward model's score of each hidden state, (B, L): normalised by what its config holds [R8]."""
     config = model.config
     return (model.score(hidden).squeeze(-1) - config.reward_mean) / config.reward_std
 
 
 def reward_scores(model, tokens, mask):
-    """(B,) scores of whole texts, prompt and response [R1], read off the last real token alone [R7]."""
+    """(B,) scores of whole texts, prompt and response [R1], read off the last real token alone [R6]."""
     hidden = hidden_states(model, tokens, mask)
     return head_scores(model, hidden[torch.arange(len(hidden)), last_real(mask)])
 
@@ -873,7 +873,7 @@ def sft_loss(model, tokens, mask, learned):
 
 
 def sft_backward(args, model, tokenizer, texts, weight):
-    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R19]; the mean."""
+    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R12]; the mean."""
     tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
     learned = learned_tokens(texts, mask, args.mask_prompt)
     count = learned[:, 1:].sum().clamp(min=1)
@@ -1072,7 +1072,7 @@ def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
 
 @torch.no_grad()
 def normalise(args, model, policy, tokenizer, prompts):
-    """[R9] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
+    """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
     scores = []
     for start in range(0, len(prompts), args.batch_size):
         rollout = roll_out(args, policy, tokenizer, prompts[start : start + args.batch_size])
@@ -1116,16 +1116,16 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
 
         # 4. Rewards, advantages, returns
         has_eos = (tokens == tokenizer.eos_token_id).any(-1)
-        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R26] [R27]
+        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
         rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
         rlhf_reward = rewards.sum(-1)
         if args.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R18] γ is 1
+        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R11] γ is 1
         returns = advantages + values
         clock.append(time.perf_counter())
 
-        # 5. Update: epochs of minibatches, each in micro-batches [R19]
+        # 5. Update: epochs of minibatches, each in micro-batches [R12]
         losses = []
         epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
         for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
@@ -1155,7 +1155,7 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
             losses.append(stats)
             if args.target_kl is not None and stats[3] > args.target_kl:
                 break  # before this step is taken; the next rollout starts afresh
-            if args.ptx_coef:  # [R28]
+            if args.ptx_coef:  # [R21]
                 batch = [texts[i] for i in ptx_order[iteration * updates + update]]
                 sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
             for module in modules.values():
@@ -1313,10 +1313,10 @@ def train(args: Args) -> list[dict]:
         reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
         gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
         gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
-        value_model = load_reward_model(args, names[0], tokenizer)  # [R25] begins as the reward model
+        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] begins as the reward model
         if args.share_backbone:
             value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
-            nn.init.zeros_(value_model.weight)  # [R11]
+            nn.init.zeros_(value_model.weight)  # [R10]
             nn.init.zeros_(value_model.bias)
         judges = reference, reward_models, gold_model
         train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
