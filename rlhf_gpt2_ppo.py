@@ -362,24 +362,31 @@ def load_rows(args):
     import datasets
 
     datasets.disable_progress_bars()
+    path = Path(args.dataset)
+    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
+    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
     try:
-        if Path(args.dataset).is_file():
-            suffix = Path(args.dataset).suffix.lstrip(".")
-            form = {"jsonl": "json"}.get(suffix, suffix)
-            rows = datasets.load_dataset(form, data_files=args.dataset, split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset(args.dataset, split="train", streaming=True)
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError("the file is empty")
+        rows = datasets.load_dataset(**source, split="train", streaming=True)
         # many sets are sorted by label: the first rows would be of one class
         rows = list(rows.shuffle(seed=args.seed, buffer_size=50_000).take(args.num_texts))
     except Exception as error:
-        raise InputError(f"--dataset {args.dataset} cannot be read: {str(error).splitlines()[0]}") from error
-    if not rows:
-        raise InputError(f"--dataset {args.dataset} is empty")
-    if not {args.text_column, args.label_column} <= rows[0].keys() and not {"chosen", "rejected"} <= rows[0].keys():
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
+    if len(rows) < 10:
+        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
+    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
+    if not any(set(columns) <= rows[0].keys() for columns in (labelled, paired)):
         raise InputError(
-            f"--dataset {args.dataset} has the columns {', '.join(rows[0])}; needed are {args.text_column} and "
-            f"{args.label_column} (--text-column, --label-column), or chosen and rejected"
+            f"--dataset {args.dataset} has the columns {', '.join(rows[0])}; needed are {' and '.join(labelled)} "
+            f"(--text-column, --label-column), or {' and '.join(paired)}"
         )
+    texts = [args.text_column] if set(labelled) <= rows[0].keys() else [*paired, *{"prompt"} & rows[0].keys()]
+    for row in rows:
+        for name in texts:
+            if not isinstance(row[name], str):
+                raise InputError(f"--dataset {args.dataset}: {name} must hold texts, found {row[name]!r}")
     return rows
 
 
@@ -389,7 +396,7 @@ def texts_and_pairs(rows, args):
     A labelled text is split after prompt_words words; pairs are a positive and a negative one. A row with chosen and
     rejected is a pair, split at the last "Assistant:" as in hh-rlhf, or by its column prompt.
     """
-    if "chosen" in rows[0]:
+    if args.label_column not in rows[0]:
         pairs = []
         for row in rows:
             if "prompt" in row:
@@ -462,7 +469,7 @@ def from_disk(kind, name, **options):
     try:
         return getattr(transformers, kind).from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be loaded by {kind}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
 
 
 def new_tokenizer(texts):
@@ -1254,6 +1261,9 @@ def train(args: Args) -> list[dict]:
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
+
+    if args.judge:
+        read_constitution(args)  # a mistake in it is said now, not after stage 1
 
     # 2. Texts and pairs; a tenth of the rows is held out
     rows = load_rows(args)

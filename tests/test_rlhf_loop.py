@@ -163,7 +163,9 @@ def sampled(rlhf, tiny, temperature=0.7, length=20, eos_id=5):
     model, tokenizer = model_and_tokenizer(rlhf, tiny())
     with torch.no_grad():
         model.transformer.wte.weight *= 0.5
-        model.transformer.ln_f.bias += 8 * model.transformer.wte.weight[eos_id] / model.transformer.wte.weight[eos_id].norm()
+        model.transformer.ln_f.bias += (
+            8 * model.transformer.wte.weight[eos_id] / model.transformer.wte.weight[eos_id].norm()
+        )
     queries, query_mask = rlhf.pad(SEQUENCES * 16, 1, "cpu", "left")
     torch.manual_seed(3)
     return model, queries, query_mask, *rlhf.sample(model, queries, query_mask, length, temperature, eos_id, 1)
@@ -240,7 +242,9 @@ def test_reward_and_value_read_query_and_response(rlhf, tiny):
 def test_reward_head_initialisation(rlhf, tiny, tiny_gpt2, monkeypatch):
     """[R7] N(0, 1/√(d+1)), no bias."""
     _, tokenizer = model_and_tokenizer(rlhf, tiny())
-    heads = torch.cat([rlhf.new_reward_model(tiny(), tiny_gpt2, tokenizer).score.weight.flatten() for _ in range(60)]).detach()
+    heads = torch.cat(
+        [rlhf.new_reward_model(tiny(), tiny_gpt2, tokenizer).score.weight.flatten() for _ in range(60)]
+    ).detach()
     assert len(heads) == 60 * 16
     assert float(heads.std()) == pytest.approx(1 / math.sqrt(17), rel=0.08) and abs(float(heads.mean())) < 0.03
     assert rlhf.new_reward_model(tiny(), tiny_gpt2, tokenizer).score.bias is None
@@ -435,9 +439,15 @@ def test_value_network(watch, tiny):
     policy = seen.calls["train_ppo"][0].arguments[2]
     assert not {p.data_ptr() for p in value_model.parameters()} & {p.data_ptr() for p in policy.parameters()}
     rollout, models = seen.calls["judge_rollout"][0].arguments[1], seen.calls["judge_rollout"][0].arguments[3]
-    hidden = models[0].transformer(
-        rollout.whole, attention_mask=rollout.whole_mask, position_ids=(rollout.whole_mask.cumsum(-1) - 1).clamp(min=0)
-    ).last_hidden_state
+    hidden = (
+        models[0]
+        .transformer(
+            rollout.whole,
+            attention_mask=rollout.whole_mask,
+            position_ids=(rollout.whole_mask.cumsum(-1) - 1).clamp(min=0),
+        )
+        .last_hidden_state
+    )
     config = models[0].config
     scores = (models[0].score(hidden)[..., 0] - config.reward_mean) / config.reward_std
     values = seen.calls["compute_gae"][0].arguments[1]
