@@ -60,12 +60,12 @@ class Args:
     )
     text_column: str = "text"  # the data set's column of texts
     label_column: str = "label"  # its column of labels: 1 positive, 0 negative
-    num_texts: int = 6000  # rows that are read, or texts that the grammar writes
+    num_texts: int = 16_000  # rows that are read, or texts that the grammar writes
     prompt_words: int = 5  # words of a labelled text that are the prompt; what follows is the response
     max_length: int = 64  # tokens of a text that are used; what is longer is cut
     seed: int = 1  # of weights, data and samples
     sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
-    sft_steps: int = 300  # gradient steps of stage 1
+    sft_steps: int = 180  # gradient steps of stage 1
     sft_batch_size: int = 32  # texts in each
     sft_learning_rate: float | None = None  # default 3e-3 for the small GPT-2, 3e-5 for --model
     mask_prompt: bool = False  # stage 1 learns the responses alone
@@ -73,23 +73,23 @@ class Args:
     judge: str | None = None  # Hub id or directory of an instruct model
     judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
     constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 150  # gradient steps of stage 2
+    reward_steps: int = 300  # gradient steps of stage 2
     reward_batch_size: int = 32  # pairs in each
     reward_learning_rate: float | None = None  # default 1e-3 for the small GPT-2, 2e-5 for --model
     ensemble: int = 1  # reward models, K
     ensemble_std: float = 1.0  # k: the score is the ensemble's mean less k standard deviations
     train_gold: bool = False  # train one reward model more, on half of the pairs, that only judges
     ppo_iterations: int = 30  # rollouts of stage 3
-    batch_size: int = 128  # responses in each, B
+    batch_size: int = 96  # responses in each, B
     response_length: int = 20  # tokens of a response at most, T
     temperature: float = 1.0  # of the sampling, and of every log-probability in stage 3
-    num_epochs: int = 2  # passes over each rollout
+    num_epochs: int = 1  # passes over each rollout
     num_minibatches: int = 2  # gradient steps in each
     micro_batch_size: int = 64  # sequences in one forward pass of training; changes memory, never the gradient
-    learning_rate: float | None = None  # of stage 3; default 3e-4 for the small GPT-2, 1e-5 for --model
+    learning_rate: float | None = None  # of stage 3; default 6e-4 for the small GPT-2, 1e-5 for --model
     value_learning_rate: float | None = None  # of its value network; default learning_rate
     anneal_lr: bool = True  # learning rates fall to 0 over their stage
-    kl_coef: float = 0.15  # β, the price of a nat of KL to the reference
+    kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
     adaptive_kl: bool = False  # steer β so that the KL of a response comes to kl_target
     kl_target: float = 6.0  # in nats a response
     kl_horizon: int = 10_000  # responses over which β may change by a fifth at most
@@ -167,7 +167,7 @@ class Args:
         small, trained = {
             "sft_learning_rate": (3e-3, 3e-5),
             "reward_learning_rate": (1e-3, 2e-5),
-            "learning_rate": (3e-4, 1e-5),
+            "learning_rate": (6e-4, 1e-5),
         }[name]
         return getattr(self, name) or (small if self.model is None else trained)
 
@@ -533,7 +533,7 @@ def fit_to_tokenizer(model, tokenizer):
 def without_dropout(model):
     """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
 
-    p = 0 and not eval(), which switches gradient checkpointing off too.
+    p = 0 and not evaluation mode, which switches gradient checkpointing off too.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -649,7 +649,7 @@ def load_judge(args):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless here: nothing is learned from it, masks are explicit
     model = from_disk("AutoModelForCausalLM", args.judge, dtype=torch.float32)
-    return frozen(model).eval().to(args.device), tokenizer
+    return frozen(without_dropout(model)).to(args.device), tokenizer
 
 
 def chat_ids(tokenizer, request, answer=""):
@@ -1065,7 +1065,7 @@ def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
             chosen, rejected = (score_texts(args, model, tokenizer, side) for side in zip(*held_out))
             row[f"{stage}/held_out_accuracy"] = float((chosen > rejected).float().mean())
             row[f"{stage}/calibration_error"] = calibration_error(chosen - rejected)
-            normalise(args, model, policy, tokenizer, prompts)
+            normalise_scores(args, model, policy, tokenizer, prompts)
             row[f"{stage}/mean"], row[f"{stage}/std"] = model.config.reward_mean, model.config.reward_std
         bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
         run.seconds[stage] = time.perf_counter() - started
@@ -1078,7 +1078,7 @@ def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
 
 
 @torch.no_grad()
-def normalise(args, model, policy, tokenizer, prompts):
+def normalise_scores(args, model, policy, tokenizer, prompts):
     """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
     scores = []
     for start in range(0, len(prompts), args.batch_size):
@@ -1342,6 +1342,7 @@ def train(args: Args) -> list[dict]:
 
     # 9. Summary
     run.writer.close()
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
     for row in run.metrics:
         for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
             if name in row:
