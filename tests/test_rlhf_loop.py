@@ -1,8 +1,8 @@
 """What happens inside rlhf_gpt2_ppo: each test watches one thing, on a GPT-2 of 16 dimensions."""
 
-import copy
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -41,17 +41,10 @@ def watch(rlhf, monkeypatch):
                 seen.steps.append(SimpleNamespace(gradients=gradients, rates=rates))
                 super().step()
 
-        names = "kl_penalized_rewards compute_gae clipped_policy_loss clipped_value_loss masked_whiten roll_out"
+        names = "kl_penalized_rewards compute_gae clipped_policy_loss clipped_value_loss roll_out judge_rollout"
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim, "Adam", Adam)
-            for name in (
-                *names.split(),
-                "judge_rollout",
-                "train_reward",
-                "train_ppo",
-                "rate_policy",
-                "normalise_scores",
-            ):
+            for name in (*names.split(), "train_reward", "train_ppo", "rate_policy", "normalise_scores"):
                 patch.setattr(rlhf, name, keep(name))
             seen.metrics = rlhf.train(args)
         seen.args = args
@@ -104,30 +97,13 @@ def test_padding_changes_nothing(rlhf, tiny, left, right, junk):
     scorer = reward_model(rlhf, tiny(), tokenizer)
     results = []
     for tokens, mask in (padded(SEQUENCES, 0, 0, 1), padded(SEQUENCES, left, right, junk)):
-        learned = mask.clone()
-        learned[:, 0] = 0
-        loss = rlhf.sft_loss(model, tokens, mask, mask)
+        learned = mask * (mask.cumsum(-1) > 1)  # all but each first token: what stands before it is padding or nothing
+        loss = rlhf.sft_loss(model, tokens, mask, learned)
         scores = rlhf.reward_scores(scorer, tokens, mask)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         slopes = torch.autograd.grad(scores.pow(2).sum(), list(scorer.parameters()))
         results.append((loss, scores, flat(gradients), flat(slopes)))
-    if left:  # a first token after padding is predicted from padding: not learned without, so not compared
-        return check_shifted(rlhf, model, scorer, left, right, junk, results)
-    for one, other in zip(*results):
-        assert one.abs().max() > 0.1
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def check_shifted(rlhf, model, scorer, left, right, junk, results):
-    (_, scores, _, slopes), (_, same_scores, _, same_slopes) = results
-    torch.testing.assert_close(scores, same_scores, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(slopes, same_slopes, rtol=1e-4, atol=1e-5)
-    found = []
-    for tokens, mask in (padded(SEQUENCES, 0, 0, 1), padded(SEQUENCES, left, right, junk)):
-        learned = mask * (mask.cumsum(-1) > 1)  # all but the first token
-        loss = rlhf.sft_loss(model, tokens, mask, learned)
-        found.append((loss, flat(torch.autograd.grad(loss, list(model.parameters())))))
-    for one, other in zip(*found):
+    for one, other in zip(*results, strict=True):
         assert one.abs().max() > 0.1
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -167,7 +143,7 @@ def test_a_tokenizer_without_padding_gets_one(rlhf, tiny, tiny_gpt2, tmp_path):
 
 def sampled(rlhf, tiny, temperature=0.7, length=20, eos_id=5):
     """Responses of 64 queries of several lengths, and the model: a common token stands for EOS, so that many end."""
-    model, tokenizer = model_and_tokenizer(rlhf, tiny())
+    model, _ = model_and_tokenizer(rlhf, tiny())
     with torch.no_grad():
         model.transformer.wte.weight *= 0.5
         model.transformer.ln_f.bias += (
@@ -246,7 +222,7 @@ def test_reward_and_value_read_query_and_response(rlhf, tiny):
     torch.testing.assert_close(values[0, 0], rlhf.reward_scores(model, tokens[:, :3], mask[:, :3])[0])
 
 
-def test_reward_head_initialisation(rlhf, tiny, tiny_gpt2, monkeypatch):
+def test_reward_head_initialisation(rlhf, tiny, tiny_gpt2):
     """[R7] N(0, 1/√(d+1)), no bias."""
     _, tokenizer = model_and_tokenizer(rlhf, tiny())
     heads = torch.cat(
@@ -261,7 +237,7 @@ def test_reward_is_normalised_on_the_samples_of_stage_1(watch, rlhf, tiny):
     """[R8] Mean 0, variance 1 over what the model of stage 1 writes; kept in the saved config."""
     seen = watch(tiny(eval_prompts=64, num_texts=900))
     (call,) = seen.calls["normalise_scores"]
-    args, model, policy, tokenizer, prompts = call.arguments
+    args, model, policy, _, prompts = call.arguments
     assert same_weights(policy.state_dict(), weights_of(f"{args.run_dir}/sft"))
     scores = []
     for rollout in (call.result for call in seen.calls["roll_out"][: -(-64 // 12)]):
@@ -270,14 +246,8 @@ def test_reward_is_normalised_on_the_samples_of_stage_1(watch, rlhf, tiny):
     assert len(scores) == len(prompts) == 64
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
-    config = json.loads((torch_path(args) / "reward" / "config.json").read_text())
+    config = json.loads((Path(args.run_dir) / "reward" / "config.json").read_text())
     assert config["reward_std"] == pytest.approx(model.config.reward_std) and config["reward_mean"] != 0
-
-
-def torch_path(args):
-    from pathlib import Path
-
-    return Path(args.run_dir)
 
 
 def test_ensemble(rlhf):
@@ -290,7 +260,7 @@ def test_ensemble(rlhf):
 def test_an_ensemble_scores_and_the_gold_model_judges(watch, rlhf, tiny):
     seen = watch(tiny(ensemble=2, train_gold=True))
     call = seen.calls["judge_rollout"][0]
-    args, rollout, _, models, gold_model = call.arguments
+    _, rollout, _, models, gold_model = call.arguments
     with torch.no_grad():
         one, two = (rlhf.reward_scores(model, rollout.whole, rollout.whole_mask) for model in models)
         gold = rlhf.reward_scores(gold_model, rollout.whole, rollout.whole_mask)
@@ -351,7 +321,7 @@ def test_micro_batches_never_change_the_gradient(watch, tiny):
 def test_first_update_identities(watch, tiny):
     """Before the first gradient step the ratio is 1 to 1e-5, at a temperature that is not 1, and so is val/ratio."""
     seen = watch(tiny(temperature=0.8, num_epochs=1, num_minibatches=1, response_length=12))
-    logprob, old_logprob, advantage, mask, clip_coef = seen.calls["clipped_policy_loss"][0].arguments
+    logprob, old_logprob, _, mask, clip_coef = seen.calls["clipped_policy_loss"][0].arguments
     ratio = (logprob - old_logprob)[mask.bool()].exp()
     assert len(ratio) > 50 and clip_coef == 0.2
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
@@ -370,8 +340,7 @@ def test_scores_and_penalties(watch, tiny):
         has_eos = (rollout.tokens == 0).any(-1)
         expected = judged.result[1] - 0.1 * mask.sum(-1) - torch.where(has_eos, 0.0, 3.0)
         torch.testing.assert_close(score, expected)
-    rates = [row["response/eos_rate"] for row in seen.ppo]
-    assert 0 <= min(rates) and max(rates) < 1
+    assert max(row["response/eos_rate"] for row in seen.ppo) < 1
 
 
 def test_per_token_kl_and_the_score_on_the_last_token(watch, tiny):
@@ -405,7 +374,7 @@ def test_reference_log_probabilities(watch, rlhf, tiny):
 
 
 def test_discount_and_whitening(watch, tiny):
-    """[R11] [R14] γ 1, λ 0.95; rewards of a rollout keep their mean; advantages of a minibatch have mean 0, variance 1."""
+    """[R11] [R14] γ 1, λ 0.95; rewards keep their mean; advantages of a minibatch have mean 0 and variance 1."""
     seen = watch(tiny(whiten_rewards=True))
     assert all(call.arguments[3:] == [1.0, 0.95] for call in seen.calls["compute_gae"])
     raw = seen.calls["kl_penalized_rewards"][0].result
@@ -425,7 +394,6 @@ def test_discount_and_whitening(watch, tiny):
 
 def test_every_epoch_sees_every_response_once(watch, tiny):
     seen = watch(tiny(num_minibatches=5, ppo_iterations=1))
-    rollout = seen.calls["roll_out"][-3].result if len(seen.calls["roll_out"]) > 3 else None
     calls = seen.calls["clipped_policy_loss"]
     assert len(calls) == 2 * 5
     all_old = seen.calls["kl_penalized_rewards"][0].arguments[1].sum(-1).sort().values
@@ -436,11 +404,10 @@ def test_every_epoch_sees_every_response_once(watch, tiny):
         torch.testing.assert_close(old, all_old)
     order = [torch.cat([call.arguments[1] for call in epoch]).sum(-1) for epoch in (calls[:5], calls[5:])]
     assert not torch.equal(*order), "shuffled anew"
-    assert rollout is None or rollout.mask.shape[1] == 8
 
 
 def test_value_network(watch, tiny):
-    """[R20] Begins as the reward model, in a network of its own; [R15] its loss is clipped around the rollout's values."""
+    """[R20] Begins as the reward model, a network of its own; [R15] its loss is clipped around the rollout's values."""
     seen = watch(tiny(num_epochs=1, num_minibatches=1, ppo_iterations=1))
     value_model = seen.calls["train_ppo"][0].arguments[3]
     policy = seen.calls["train_ppo"][0].arguments[2]
@@ -473,7 +440,7 @@ def test_shared_backbone(watch, tiny):
     seen = watch(tiny(share_backbone=True, vf_coef=0.5))
     assert (seen.calls["compute_gae"][0].arguments[1] == 0).all()
     assert (seen.calls["compute_gae"][1].arguments[1] != 0).any()
-    assert not (torch_path(seen.args) / "value").exists()
+    assert not (Path(seen.args.run_dir) / "value").exists()
     other = watch(tiny("other", share_backbone=True, vf_coef=50.0, max_grad_norm=1e9))
     policy, head = seen.steps[7].gradients
     assert len(head) == 2 and head[0].abs().max() > 0
@@ -559,9 +526,9 @@ def test_entropy_bonus(watch, rlhf, tiny):
 
 
 def test_frozen_models_do_not_move(watch, tiny):
-    """Reference and reward model after stage 3 are, bit for bit, what stages 1 and 2 wrote; policy and value are not."""
+    """Reference and reward model after stage 3 are, bit for bit, what stages 1 and 2 wrote."""
     seen = watch(tiny(ptx_coef=0.1))
-    run_dir = torch_path(seen.args)
+    run_dir = Path(seen.args.run_dir)
     _, _, policy, value, reference, (reward,), *_ = seen.calls["train_ppo"][0].arguments
     sft, trained = weights_of(run_dir / "sft"), weights_of(run_dir / "reward", AutoModelForSequenceClassification)
     assert same_weights(reference.state_dict(), sft) and same_weights(reward.state_dict(), trained)
@@ -597,4 +564,4 @@ def test_before_and_after_are_rated_alike(watch, rlhf, tiny):
     rows = [row for row in seen.metrics if row["stage"] == "eval"]
     assert [row["step"] for row in rows] == [0, 2]
     assert abs(rows[0]["objective/kl"]) < 1e-4 < abs(rows[1]["objective/kl"])
-    assert copy.deepcopy(rows[0]).keys() == rows[1].keys() >= {"objective/gold", "response/distinct_2"}
+    assert rows[0].keys() == rows[1].keys() >= {"objective/gold", "response/distinct_2"}
