@@ -65,7 +65,7 @@ class Args:
     max_length: int = 64  # tokens of a text that are used; what is longer is cut
     seed: int = 1  # of weights, data and samples
     sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
-    sft_steps: int = 180  # gradient steps of stage 1
+    sft_steps: int = 200  # gradient steps of stage 1
     sft_batch_size: int = 32  # texts in each
     sft_learning_rate: float | None = None  # default 3e-3 for the small GPT-2, 3e-5 for --model
     mask_prompt: bool = False  # stage 1 learns the responses alone
@@ -73,7 +73,7 @@ class Args:
     judge: str | None = None  # Hub id or directory of an instruct model
     judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
     constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 300  # gradient steps of stage 2
+    reward_steps: int = 200  # gradient steps of stage 2
     reward_batch_size: int = 32  # pairs in each
     reward_learning_rate: float | None = None  # default 1e-3 for the small GPT-2, 2e-5 for --model
     ensemble: int = 1  # reward models, K
@@ -90,9 +90,9 @@ class Args:
     value_learning_rate: float | None = None  # of its value network; default learning_rate
     anneal_lr: bool = True  # learning rates fall to 0 over their stage
     kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
-    adaptive_kl: bool = False  # steer β so that the KL of a response comes to kl_target
-    kl_target: float = 6.0  # in nats a response
-    kl_horizon: int = 10_000  # responses over which β may change by a fifth at most
+    adaptive_kl: bool = True  # steer β so that the KL of a response comes to kl_target
+    kl_target: float = 2.3  # in nats a response
+    kl_horizon: int = 500  # responses over which β may change by a fifth at most
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # GAE's λ
     clip_coef: float = 0.2  # ε of the policy's ratio

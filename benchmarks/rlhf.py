@@ -60,9 +60,9 @@ def hacking(args):
     sft = ["--model", args.work / "sft" / "sft"]
     rows += run("rewards", ["--stage", "reward", *sft, *weak, "--ensemble", 4], args.work)
     models = [args.work / "rewards" / name for name in ("reward", "reward2", "reward3", "reward4")]
-    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 60, "--no-anneal-lr", "--reward-model"]
+    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 60, "--no-anneal-lr", "--no-adaptive-kl", "--reward-model"]
     rows += run("β = 0", [*ppo, models[0], "--kl-coef", 0], args.work)
-    rows += run("β = 0.25", [*ppo, models[0]], args.work)
+    rows += run("β = 0.25", [*ppo, models[0], "--kl-coef", 0.25], args.work)
     held = ["--kl-coef", 0.25, "--length-penalty", 0.02]
     rows += run("β = 0.25, 4 reward models, length penalty", [*ppo, *models, *held], args.work)
     return rows
