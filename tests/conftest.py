@@ -124,3 +124,53 @@ def small(cartpole, tmp_path):
         return cartpole.Args(**{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rlhf(request):
+    return load_script(request, "rlhf_gpt2_ppo.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(rlhf, tmp_path_factory):
+    """A GPT-2 of 16 dimensions on disk, with dropout and a tokenizer of the grammar's words."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    directory = tmp_path_factory.mktemp("tiny_gpt2")
+    texts = [row["text"] for row in rlhf.load_rows(rlhf.Args(num_texts=200))]
+    tokenizer = rlhf.new_tokenizer(texts)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2, eos_token_id=0, bos_token_id=0))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def tiny(rlhf, tiny_gpt2, tmp_path):
+    """Args of a run of a few steps with that model, less what the test changes."""
+
+    def make(name="run", **changes):
+        defaults = {
+            "model": tiny_gpt2,
+            "num_texts": 100,
+            "max_length": 40,
+            "response_length": 8,
+            "sft_steps": 3,
+            "sft_batch_size": 8,
+            "sft_learning_rate": 1e-2,
+            "reward_steps": 3,
+            "reward_batch_size": 6,
+            "reward_learning_rate": 1e-2,
+            "ppo_iterations": 2,
+            "batch_size": 12,
+            "num_epochs": 2,
+            "learning_rate": 1e-2,
+            "eval_prompts": 10,
+            "checkpoint_every": 0,
+            "run_dir": str(tmp_path / name),
+        }
+        return rlhf.Args(**{**defaults, **changes})
+
+    return make

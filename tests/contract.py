@@ -37,7 +37,7 @@ GRPO = {
 }
 
 # script → the contract that it fulfils. A test file says whose equations it checks in FAMILIES; without, PPO's
-SCRIPTS = {ROOT / "ppo_cartpole.py": PPO, ROOT / "ppo_atari.py": PPO}
+SCRIPTS = {ROOT / "ppo_cartpole.py": PPO, ROOT / "ppo_atari.py": PPO, ROOT / "rlhf_gpt2_ppo.py": RLHF}
 
 
 def load_script(path):

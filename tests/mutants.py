@@ -19,6 +19,7 @@ EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx
 SUITES = {
     "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")],
     "ppo_atari.py": ["tests/test_atari.py"],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
+    "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs")],
 }
 
 # (what is wrong, the right text, the wrong text)
@@ -224,6 +225,174 @@ ATARI = [
 # (script, what is wrong, the right text, the wrong text)
 MUTANTS = [("ppo_cartpole.py", *mutant) for mutant in CARTPOLE]
 MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
+RLHF = [
+    (
+        "temperature forgotten in the score",
+        "    logits = logits / temperature\n    return logits.gather",
+        "    return logits.gather",
+    ),
+    (
+        "temperature forgotten in the sampling",
+        "(output.logits[:, -1] / temperature).softmax(-1)",
+        "output.logits[:, -1].softmax(-1)",
+    ),
+    (
+        "greedy sampling",
+        "token = torch.multinomial((output.logits[:, -1] / temperature).softmax(-1), 1)",
+        "token = output.logits[:, -1:].argmax(-1)",
+    ),
+    (
+        "preference the wrong way round",
+        "logsigmoid(chosen_score - rejected_score)",
+        "logsigmoid(rejected_score - chosen_score)",
+    ),
+    (
+        "mean over rows of means",
+        "return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)",
+        "return (torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()",
+    ),
+    ("mask multiplied, NaN leaks", "return torch.where(mask, x, 0.0).sum() / mask", "return (x * mask).sum() / mask"),
+    (
+        "whitening loses the mean that it should keep",
+        "return whitened if shift_mean else torch.where(mask.bool(), whitened + mean, 0.0)",
+        "return whitened",
+    ),
+    (
+        "score on the last column",
+        "is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask.bool()",
+        "is_last = nn.functional.one_hot(torch.full_like(last_real(mask), mask.shape[1] - 1), mask.shape[1]).bool()",
+    ),
+    ("score on every token", "torch.where(is_last, score", "torch.where(mask.bool(), score"),
+    ("KL penalty of the wrong sign", "-kl_coef * (logprob - ref_logprob)", "kl_coef * (logprob - ref_logprob)"),
+    ("GAE reads the values of padding", "    values = torch.where(mask, values, 0.0)\n", ""),
+    ("λ forgotten", "delta + gamma * gae_lambda * last", "delta + gamma * last"),
+    ("clip range half open", "ratio.clamp(1 - clip_coef, 1 + clip_coef)", "ratio.clamp(None, 1 + clip_coef)"),
+    ("max for min in the policy loss", "torch.min(ratio * advantage", "torch.max(ratio * advantage"),
+    ("½ of the value loss lost", "return 0.5 * masked_mean(loss, mask)", "return masked_mean(loss, mask)"),
+    (
+        "β not kept by the controller",
+        "self.kl_coef *= 1 + error * n / self.horizon",
+        "return self.kl_coef * (1 + error * n / self.horizon)",
+    ),
+    ("ensemble's mean plus its spread", "scores.mean(0) - k *", "scores.mean(0) + k *"),
+    (
+        "a cut text gets an EOS",
+        "[*response, tokenizer.eos_token_id][:room]",
+        "[*response[: room - 1], tokenizer.eos_token_id]",
+    ),
+    ("no text has an EOS", "[*response, tokenizer.eos_token_id][:room]", "response[:room]"),
+    (
+        "positions count padding",
+        "positions = (mask.cumsum(-1) - 1).clamp(min=0)\n    return model.base_model",
+        "positions = torch.arange(mask.shape[1]).expand_as(mask)\n    return model.base_model",
+    ),
+    (
+        "attention sees padding",
+        "return model.base_model(input_ids=tokens, attention_mask=mask, position_ids",
+        "return model.base_model(input_ids=tokens, attention_mask=torch.ones_like(mask), position_ids",
+    ),
+    ("reward read off the last column", "hidden[torch.arange(len(hidden)), last_real(mask)]", "hidden[:, -1]"),
+    (
+        "reward not normalised",
+        "return (model.score(hidden).squeeze(-1) - config.reward_mean) / config.reward_std",
+        "return model.score(hidden).squeeze(-1)",
+    ),
+    (
+        "logits one token late",
+        "hidden_states(policy, tokens, mask)[:, -length - 1 : -1])",
+        "hidden_states(policy, tokens, mask)[:, -length:])",
+    ),
+    (
+        "values one token late",
+        "tokens, mask)[:, -length - 1 : -1]\n    return value_model",
+        "tokens, mask)[:, -length:]\n    return value_model",
+    ),
+    (
+        "the first EOS masked out",
+        "        mask[:, Q + t] = running\n        running = running & (token[:, 0] != eos_id)",
+        "        running = running & (token[:, 0] != eos_id)\n        mask[:, Q + t] = running",
+    ),
+    (
+        "tokens after EOS go on",
+        "running = running & (token[:, 0] != eos_id)",
+        "running = running | (token[:, 0] != eos_id)",
+    ),
+    (
+        "padding is EOS",
+        "if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):",
+        "if tokenizer.pad_token_id is None:",
+    ),
+    ("dropout left on", "            module.p = 0.0\n", "            pass\n"),
+    ("reward head of another size", "std=(model.config.hidden_size + 1) ** -0.5", "std=0.02"),
+    (
+        "gradients of micro-batches averaged",
+        "(loss * share).backward()",
+        "(loss / -(-len(mb) // args.micro_batch_size)).backward()",
+    ),
+    ("SFT averages over micro-batches", "learned[rows]) / count", "learned[rows]) / learned[rows][:, 1:].sum()"),
+    ("prompt learned though masked", "learned[i, : len(prompt) if mask_prompt else 0] = 0", "pass"),
+    ("learning rate not annealed", '        group["lr"] = group["initial_lr"] * remaining\n', "        pass\n"),
+    ("Adam's ε left at torch's", "eps=1e-5, ", ""),
+    (
+        "advantages not whitened",
+        "masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]",
+        "advantages[mb]",
+    ),
+    ("rewards whitened to mean 0", "masked_whiten(rewards, mask, shift_mean=False)", "masked_whiten(rewards, mask)"),
+    ("length rewarded", "scores - args.length_penalty", "scores + args.length_penalty"),
+    ("responses that end are penalised", "args.missing_eos_penalty * ~has_eos", "args.missing_eos_penalty * has_eos"),
+    ("reference learns too", "reference = frozen(start_model(args, sft_dir)[0])", "reference = policy"),
+    (
+        "value network begins anew",
+        "value_model = load_reward_model(args, names[0], tokenizer)",
+        "value_model = new_reward_model(args, sft_dir, tokenizer)",
+    ),
+    ("value head begins at random", "            nn.init.zeros_(value_model.weight)  # [R10]\n", ""),
+    (
+        "one norm clipped for both networks",
+        "                nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)\n            optimizer.step()\n        clock",
+        "                pass\n            nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()], args.max_grad_norm)\n            optimizer.step()\n        clock",
+    ),
+    (
+        "target-kl ignored",
+        "                break  # before this step is taken",
+        "                pass  # before this step is taken",
+    ),
+    ("β never updated", '            controller.update(row["objective/kl"], len(tokens))\n', "            pass\n"),
+    (
+        "pretraining mix unweighted",
+        "[texts[i] for i in ptx_order[iteration * updates + update]]\n                sft_backward(args, policy, tokenizer, batch, args.ptx_coef)",
+        "[texts[i] for i in ptx_order[iteration * updates + update]]\n                sft_backward(args, policy, tokenizer, batch, 1.0)",
+    ),
+    (
+        "minibatches of one order for ever",
+        "torch.randperm(len(tokens)).tensor_split",
+        "torch.arange(len(tokens)).tensor_split",
+    ),
+    ("random state not restored on resume", '            torch.set_rng_state(self.saved["rng"])\n', ""),
+    ("optimizer not restored on resume", '            optimizer.load_state_dict(self.saved["optimizer"])\n', ""),
+    ("β not restored on resume", 'run.saved["kl_coef"] if first else args.kl_coef', "args.kl_coef"),
+    ("NaN goes unnoticed", "if not losses.isfinite().all():", "if False:"),
+    (
+        "the judge's liking for A kept",
+        "return (first_shown_first - first_shown_second) / 2",
+        "return first_shown_first",
+    ),
+    ("the judge's verdict turned round", "pair if margin > 0 else pair[::-1]", "pair if margin < 0 else pair[::-1]"),
+    ("the negative called positive", 'total += -sign if "not" in words else sign', "total += sign"),
+    (
+        "gold trained on the others' pairs",
+        'own_pairs = pair_ids[half:] if stage == "gold" else pair_ids[:half]',
+        "own_pairs = pair_ids",
+    ),
+    ("after rated with other random numbers", '    torch.manual_seed(stage_seed(args, "rate"))\n', ""),
+]
+
+# (script, what is wrong, the right text, the wrong text)
+MUTANTS = [
+    *(("ppo_cartpole.py", *mutant) for mutant in CARTPOLE),
+    *(("rlhf_gpt2_ppo.py", *mutant) for mutant in RLHF),
+]
 
 
 def plant(mutant, folder):

@@ -15,7 +15,21 @@ DIFFERENT = {
         "play": "whole games by a policy that samples, filmed by a second emulator",
         "evaluate": "it says games for greedy episodes",
         "train": "one network, games for episodes, several processes",
-    }
+    },
+    **{
+        (ppo, "rlhf_gpt2_ppo"): {
+            "Args": "three stages of a language model",
+            "compute_gae": "padded responses (B, T) with a mask; each ends, none is truncated",
+            "clipped_policy_loss": "a mean over the mask",
+            "clipped_value_loss": "a mean over the mask",
+            "load": "no --evaluate, no saved model",
+            "new_run_dir": "named after the data, not an environment",
+            "train": "three stages",
+            "parse_args": "no --evaluate",
+            "main": "no --evaluate, no Gymnasium",
+        }
+        for ppo in ("ppo_cartpole", "ppo_atari")
+    },
 }
 
 

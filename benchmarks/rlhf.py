@@ -1,0 +1,158 @@
+"""rlhf_gpt2_ppo.py, measured: five seeds of the default run, reward hacking shown, real sentences, a real judge.
+
+Run      python benchmarks/rlhf.py seeds                          (the default run, seeds 1 to 5)
+         python benchmarks/rlhf.py hacking                        (three runs of stage 3 on one reward model, a figure)
+         python benchmarks/rlhf.py sentences --shared ../shared   (reviews that people wrote, GPT-2's own BPE)
+         python benchmarks/rlhf.py judge --shared ../shared --judge DIR    (an instruct model's preferences)
+         python benchmarks/rlhf.py hacking --plot                 (redraws the figure from the kept results)
+Writes   benchmarks/results/rlhf_NAME.jsonl (raw: a line naming the machine, then lines of each run),
+         docs/figures/rlhf_NAME.png; models go to --work
+
+Each run is a process of its own, `python rlhf_gpt2_ppo.py …`; its seconds are those of the whole process.
+DIR/data/sentence_polarity holds rt-polarity.pos and rt-polarity.neg (Pang and Lee 2005), DIR/data/gpt2_bpe the
+vocab.json and merges.txt of GPT-2; neither is part of this repository.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from cartpole import RESULTS, ROOT, machine
+from matplotlib.figure import Figure
+
+KEPT = ("objective/", "response/", "policy/", "val/", "held_out", "calibration", "perplexity")
+
+
+def run(name, flags, work):
+    """One process of the script; returns its rows, the last with the seconds that it took."""
+    run_dir = work / name
+    command = [sys.executable, str(ROOT / "rlhf_gpt2_ppo.py"), *map(str, flags), "--run-dir", str(run_dir)]
+    start = time.perf_counter()
+    result = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if result.returncode:
+        sys.exit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
+    rows = []
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found = {key: round(value, 4) for key, value in row.items() if any(kept in key for kept in KEPT)}
+        if found and (row["stage"] != "sft" or "sft/perplexity" in row):
+            rows.append({"run": name, "stage": row["stage"], "step": row["step"], **found})
+    out = [line for line in result.stdout.splitlines() if line.startswith(("judge", "seconds"))]
+    rows.append({"run": name, "flags": " ".join(map(str, flags)), "seconds": round(seconds, 1), "said": out})
+    ends = [row for row in rows if row.get("stage") == "eval"]
+    print(json.dumps({"run": name, "seconds": round(seconds, 1), "before_after": ends, "said": out}), flush=True)
+    return rows
+
+
+def seeds(args):
+    return [row for seed in range(1, 6) for row in run(f"seed-{seed}", ["--seed", seed], args.work)]
+
+
+def hacking(args):
+    """A reward model that saw few pairs, then stage 3 without and with what holds the policy back."""
+    weak = ["--num-texts", 600, "--reward-steps", 60]
+    rows = run("sft", ["--stage", "sft"], args.work)
+    sft = ["--model", args.work / "sft" / "sft"]
+    rows += run("rewards", ["--stage", "reward", *sft, *weak, "--ensemble", 4], args.work)
+    models = [args.work / "rewards" / name for name in ("reward", "reward2", "reward3", "reward4")]
+    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 60, "--no-anneal-lr", "--no-adaptive-kl", "--reward-model"]
+    rows += run("β = 0", [*ppo, models[0], "--kl-coef", 0], args.work)
+    rows += run("β = 0.25", [*ppo, models[0], "--kl-coef", 0.25], args.work)
+    held = ["--kl-coef", 0.25, "--length-penalty", 0.02]
+    rows += run("β = 0.25, 4 reward models, length penalty", [*ppo, *models, *held], args.work)
+    return rows
+
+
+def write_sentences(args):
+    """The real sentences as the script reads them, and a small GPT-2 with GPT-2's own vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    path = args.work / "sentences.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for label, name in ((1, "rt-polarity.pos"), (0, "rt-polarity.neg")):
+            for line in (args.shared / "data/sentence_polarity" / name).read_text(encoding="utf-8").splitlines():
+                file.write(json.dumps({"text": line.strip(), "label": label}) + "\n")
+    if not (args.work / "gpt2").exists():
+        sizes = {"n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
+        config = GPT2Config(**sizes, activation_function="gelu_pytorch_tanh")
+        GPT2LMHeadModel(config).save_pretrained(args.work / "gpt2")
+        GPT2Tokenizer.from_pretrained(args.shared / "data/gpt2_bpe").save_pretrained(args.work / "gpt2")
+    return ["--model", args.work / "gpt2", "--dataset", path, "--num-texts", 10_000, "--max-length", 48]
+
+
+def sentences(args):
+    """Stage 3 against a reward model, judged by another one that was trained on the other half of the pairs."""
+    real = write_sentences(args)
+    sizes = ["--sft-steps", 400, "--sft-learning-rate", 2e-3, "--reward-steps", 150, "--reward-learning-rate", 3e-4]
+    rewards = ["--train-gold", "--ensemble", 3]
+    ppo = ["--ppo-iterations", 30, "--batch-size", 32, "--learning-rate", 3e-4, "--eval-prompts", 96]
+    ppo += ["--missing-eos-penalty", 0, "--no-anneal-lr"]
+    rows = run("sft", ["--stage", "sft", *real, *sizes], args.work)
+    stage = [*real[2:], "--model", args.work / "sft" / "sft"]
+    rows += run("rewards", ["--stage", "reward", *stage, *sizes, *rewards, "--eval-prompts", 96], args.work)
+    models = [args.work / "rewards" / name for name in ("reward", "reward2", "reward3")]
+    common = ["--stage", "ppo", *stage, *ppo, "--gold-model", args.work / "rewards" / "gold", "--reward-model"]
+    rows += run("β = 0.05", [*common, models[0], "--kl-coef", 0.05], args.work)
+    held = ["--kl-coef", 0.3, "--length-penalty", 0.01]
+    rows += run("β = 0.3, 3 reward models, length penalty", [*common, *models, *held], args.work)
+    return rows
+
+
+def judge(args):
+    """How often an instruct model prefers the sentence that people called positive; then the stages on its word."""
+    real = write_sentences(args)
+    few = ["--judge-pairs", args.pairs, "--judge", args.judge, "--sft-steps", 50, "--reward-steps", 30]
+    few += ["--ppo-iterations", 3, "--batch-size", 16, "--eval-prompts", 16, "--micro-batch-size", 8]
+    rates = ["--sft-learning-rate", 2e-3, "--reward-learning-rate", 3e-4, "--learning-rate", 3e-4]
+    rows = run("preferences", [*real, *few, *rates, "--preferences", "ai"], args.work)
+    critique = [*few, "--judge-pairs", 16, "--sft-data", "critique", "--stage", "sft"]
+    return rows + run("critique", [*real, *critique, *rates], args.work)
+
+
+def draw(path, figure):
+    """Score, what is truly wanted, KL, length: a line for each run."""
+    head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    panels = Figure(figsize=(10, 6.5), layout="constrained").subplots(2, 2)
+    titles = {"objective/scores": "score of the reward model", "objective/gold": "what is truly wanted"}
+    titles |= {"objective/kl": "KL to the reference, nats a response", "response/length": "tokens a response"}
+    runs = dict.fromkeys(row["run"] for row in rows if row.get("stage") == "ppo")
+    for axes, (key, title) in zip(panels.flat, titles.items()):
+        for name in runs:
+            points = [(row["step"], row[key]) for row in rows if row["run"] == name and row.get("stage") == "ppo"]
+            axes.plot(*zip(*points), label=name)
+        axes.set(title=title, xlabel="iteration")
+    panels.flat[2].set_yscale("symlog", linthresh=10)
+    panels.flat[0].legend(fontsize=8)
+    panels.flat[0].figure.savefig(figure, dpi=120)
+    print(f"{figure} ({head['machine']})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=["seeds", "hacking", "sentences", "judge"])
+    parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_NAME")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the real material")
+    parser.add_argument("--judge", help="directory or Hub id of an instruct model")
+    parser.add_argument("--pairs", type=int, default=200, help="pairs that it judges")
+    parser.add_argument("--plot", action="store_true", help="only redraw the figure")
+    args = parser.parse_args()
+    args.work = args.work or ROOT / "runs" / f"benchmark_{args.name}"
+    path = RESULTS / f"rlhf_{args.name}.jsonl"
+    if not args.plot:
+        rows = {"seeds": seeds, "hacking": hacking, "sentences": sentences, "judge": judge}[args.name](args)
+        head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")}
+        head["transformers"] = version("transformers")
+        lines = [json.dumps(row, ensure_ascii=False).replace(str(args.work), "WORK") for row in (head, *rows)]
+        path.write_text("\n".join(line.replace(str(ROOT.parent), "..") for line in lines) + "\n", encoding="utf-8")
+    if args.name in ("hacking", "sentences"):
+        draw(path, ROOT / "docs" / "figures" / f"rlhf_{args.name}.png")
+
+
+if __name__ == "__main__":
+    main()

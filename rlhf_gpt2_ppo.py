@@ -1,0 +1,1387 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "tokenizers==0.23.3",
+#     "datasets==5.2.0",
+#     "tensorboard==2.21.0",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+"""Three-stage RLHF with PPO on GPT-2: supervised fine-tuning, a reward model, PPO with four models, in one file.
+
+Teaches  the details of RLHF with PPO, tagged [R1]..[R29] on the line where each happens (docs/details.md)
+Run      python rlhf_gpt2_ppo.py
+Expect   TO MEASURE
+Departs  TO WRITE
+
+    L_RM = −E[ ln σ( r(x, y_chosen) − r(x, y_rejected) ) ]                     InstructGPT Eq. 1
+    rₜ   = −β ln( π(yₜ|sₜ) / π_ref(yₜ|sₜ) )  +  [t is the last token] r(x, y)    Ziegler et al. 2019 Eq. 2, per token
+    Âₜ   = δₜ + γλ Âₜ₊₁,  δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ),  γ = 1                    GAE Eq. 16
+    L    = −E[ min(ρₜ Âₜ, clip(ρₜ, 1−ε, 1+ε) Âₜ) ] + c₁ ½ (V(sₜ) − Rₜ)²          PPO Eq. 7, Eq. 9
+    maximise also  γ_ptx E[ ln π(x) ]  over the texts of stage 1                InstructGPT Eq. 2
+
+Shapes   B sequences, Q tokens of query (padded on the left), T of response. sₜ is the query and the first t tokens of
+         the response. (B, T) over response tokens: mask 1 up to and with the first EOS, 0 after it.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+PRINCIPLES = (
+    "Prefer the review that is glad about the film.",
+    "Prefer praise to complaint.",
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    stage: Literal["all", "sft", "reward", "ppo"] = "all"  # one stage alone, or all three
+    model: str | None = None  # Hub id or directory to start from, e.g. gpt2; default a small GPT-2 with random weights
+    reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
+    gold_model: str | None = None  # for --stage ppo: a reward model that only judges, in place of the grammar's truth
+    dataset: str | None = (
+        None  # Hub id or local file with text and label, or chosen and rejected; default the grammar's
+    )
+    text_column: str = "text"  # the data set's column of texts
+    label_column: str = "label"  # its column of labels: 1 positive, 0 negative
+    num_texts: int = 16_000  # rows that are read, or texts that the grammar writes
+    prompt_words: int = 5  # words of a labelled text that are the prompt; what follows is the response
+    max_length: int = 64  # tokens of a text that are used; what is longer is cut
+    seed: int = 1  # of weights, data and samples
+    sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
+    sft_steps: int = 200  # gradient steps of stage 1
+    sft_batch_size: int = 32  # texts in each
+    sft_learning_rate: float | None = None  # default 3e-3 for the small GPT-2, 3e-5 for --model
+    mask_prompt: bool = False  # stage 1 learns the responses alone
+    preferences: Literal["labels", "ai"] = "labels"  # who says which text of a pair is better: the data, or --judge
+    judge: str | None = None  # Hub id or directory of an instruct model
+    judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
+    constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
+    reward_steps: int = 200  # gradient steps of stage 2
+    reward_batch_size: int = 32  # pairs in each
+    reward_learning_rate: float | None = None  # default 1e-3 for the small GPT-2, 2e-5 for --model
+    ensemble: int = 1  # reward models, K
+    ensemble_std: float = 1.0  # k: the score is the ensemble's mean less k standard deviations
+    train_gold: bool = False  # train one reward model more, on half of the pairs, that only judges
+    ppo_iterations: int = 30  # rollouts of stage 3
+    batch_size: int = 96  # responses in each, B
+    response_length: int = 20  # tokens of a response at most, T
+    temperature: float = 1.0  # of the sampling, and of every log-probability in stage 3
+    num_epochs: int = 1  # passes over each rollout
+    num_minibatches: int = 2  # gradient steps in each
+    micro_batch_size: int = 64  # sequences in one forward pass of training; changes memory, never the gradient
+    learning_rate: float | None = None  # of stage 3; default 6e-4 for the small GPT-2, 1e-5 for --model
+    value_learning_rate: float | None = None  # of its value network; default learning_rate
+    anneal_lr: bool = True  # learning rates fall to 0 over their stage
+    kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
+    adaptive_kl: bool = True  # steer β so that the KL of a response comes to kl_target
+    kl_target: float = 2.3  # in nats a response
+    kl_horizon: int = 500  # responses over which β may change by a fifth at most
+    gamma: float = 1.0  # discount per token
+    gae_lambda: float = 0.95  # GAE's λ
+    clip_coef: float = 0.2  # ε of the policy's ratio
+    value_clip: float | None = 0.2  # how far a value may move in an update at full gradient; None: anywhere
+    vf_coef: float = 0.5  # weight of the value loss where policy and value share a backbone, c₁
+    share_backbone: bool = False  # the value is a head on the policy, not a network of its own
+    whiten_rewards: bool = False  # rewards of a rollout to variance 1, their mean kept
+    whiten_advantages: bool = True  # advantages of a minibatch to mean 0, variance 1
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    ptx_coef: float = 0.0  # weight of stage 1's loss in stage 3's, InstructGPT's γ
+    length_penalty: float = 0.0  # taken from the score for each token of the response
+    missing_eos_penalty: float = 1.0  # taken from the score of a response that does not end
+    max_grad_norm: float = 1.0  # global norm that each network's gradients are cut to
+    target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL to its sampler exceeds this, nats
+    eval_prompts: int = 512  # held-out prompts that the policies before and after answer
+    device: str = "cpu"  # cpu, cuda, cuda:1 …
+    torch_threads: int = 1  # CPU threads of torch
+    torch_deterministic: bool = True  # refuse operations whose result varies from run to run
+    run_dir: str | None = (
+        None  # where models, logs, checkpoint and plot go; default runs/<data>__<script>__<seed>__<time>
+    )
+    checkpoint_every: int = 50  # gradient steps (stage 3: iterations) between two checkpoints; 0: at a stage's end only
+    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+    wandb_project: str = "rlhf-gpt2-ppo"  # its project there
+
+    def __post_init__(self):
+        positive = (
+            "num_texts prompt_words max_length sft_steps sft_batch_size judge_pairs reward_steps reward_batch_size "
+            "ensemble ppo_iterations batch_size response_length temperature num_epochs num_minibatches "
+            "micro_batch_size kl_target kl_horizon clip_coef max_grad_norm eval_prompts torch_threads"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        optional = "sft_learning_rate reward_learning_rate learning_rate value_learning_rate value_clip target_kl"
+        for name in optional.split():
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        from_zero = "seed checkpoint_every ensemble_std kl_coef vf_coef ent_coef ptx_coef length_penalty"
+        for name in (*from_zero.split(), "missing_eos_penalty"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.batch_size < self.num_minibatches:
+            raise ValueError(f"num_minibatches {self.num_minibatches} must not exceed batch_size {self.batch_size}")
+        if self.stage in ("reward", "ppo") and self.model is None:
+            raise ValueError(f"stage {self.stage} starts from a model: model must name stage 1's, got none")
+        if self.stage == "ppo" and not self.reward_model:
+            raise ValueError("stage ppo needs reward_model, the directory of at least one, got none")
+        if self.stage != "ppo" and (self.reward_model or self.gold_model):
+            raise ValueError(f"reward_model and gold_model are for stage ppo; stage {self.stage} trains its own")
+        if (self.preferences == "ai" or self.sft_data == "critique") and self.judge is None:
+            raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
+        if self.adaptive_kl and self.kl_coef == 0:
+            raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0")
+        if "" in (self.model, self.dataset, self.judge, self.resume, self.run_dir):
+            raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
+        if self.resume and self.run_dir:
+            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
+
+    @property
+    def stages(self):
+        """Names of the stages to run; each writes the directory of its name, ppo writes policy and value."""
+        rewards = ["reward", *(f"reward{k}" for k in range(2, self.ensemble + 1)), *["gold"] * self.train_gold]
+        return {"all": ["sft", *rewards, "ppo"], "sft": ["sft"], "reward": rewards, "ppo": ["ppo"]}[self.stage]
+
+    def rate(self, name):
+        """The learning rate of that name: as given, else for a model of random weights or for a trained one."""
+        small, trained = {
+            "sft_learning_rate": (3e-3, 3e-5),
+            "reward_learning_rate": (1e-3, 2e-5),
+            "learning_rate": (6e-4, 1e-5),
+        }[name]
+        return getattr(self, name) or (small if self.model is None else trained)
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+
+
+# ---- Equations ----
+
+
+def token_logprobs(logits, tokens, temperature):
+    """ln π(token) at a temperature [R9]: logits (B, T, V), tokens (B, T) → (B, T), in nats.
+
+    The temperature that sampled is the one that scores: else the ratio is not 1 before the first update.
+    """
+    logits = logits / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def preference_loss(chosen_score, rejected_score):
+    """−E[ln σ(chosen − rejected)], Bradley–Terry (InstructGPT Eq. 1). Both (B,); a scalar to minimise."""
+    return -nn.functional.logsigmoid(chosen_score - rejected_score).mean()
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is 1, both (B, T); 0 where it never is. What lies off the mask is not read, not even NaN."""
+    mask = mask.bool()
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """x with variance 1 and mean 0 (shift_mean=False: its own mean kept) over the mask, 0 off it [R14]. (B, T).
+
+    The variance is biased, as in lm-human-preferences, with its 1e-8 under the root.
+    """
+    mean = masked_mean(x, mask)
+    centred = torch.where(mask.bool(), x - mean, 0.0)
+    whitened = centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
+    return whitened if shift_mean else torch.where(mask.bool(), whitened + mean, 0.0)
+
+
+def last_real(mask):
+    """(B,) index of the last 1 in each row of mask (B, T), whichever side is padded; 0 in a row without one."""
+    return (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
+
+
+def kl_penalized_rewards(score, logprob, ref_logprob, mask, kl_coef):
+    """rₜ = −β (ln π − ln π_ref) on each token [R13], and score on the last real one. score (B,), the rest (B, T)."""
+    rewards = torch.where(mask.bool(), -kl_coef * (logprob - ref_logprob), 0.0)
+    is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask.bool()
+    return rewards + torch.where(is_last, score.unsqueeze(-1), 0.0)
+
+
+def compute_gae(rewards, values, mask, gamma, gae_lambda):
+    """Âₜ = δₜ + γλ Âₜ₊₁ (GAE Eq. 16) over each response, all (B, T); 0 off the mask.
+
+    A response is an episode that ends with its last real token: beyond it there is no value and no advantage.
+    """
+    mask = mask.bool()
+    values = torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(values)
+    next_value = last = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = torch.where(mask[:, t], rewards[:, t], 0.0) + gamma * next_value - values[:, t]
+        last = torch.where(mask[:, t], delta + gamma * gae_lambda * last, 0.0)
+        next_value = values[:, t]
+        advantages[:, t] = last
+    return advantages
+
+
+def clipped_policy_loss(logprob, old_logprob, advantage, mask, clip_coef):
+    """−E[min(ρ Â, clip(ρ, 1−ε, 1+ε) Â)] over the mask (PPO Eq. 7). All (B, T); a scalar to minimise."""
+    ratio = torch.where(mask.bool(), logprob - old_logprob, 0.0).exp()
+    return -masked_mean(torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage), mask)
+
+
+def clipped_value_loss(value, old_value, returns, mask, clip_coef):
+    """½ E[max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²)] over the mask [R15]. All (B, T).
+
+    clip_coef=None is the plain ½ E[(V − R)²]. A scalar to minimise.
+    """
+    value = torch.where(mask.bool(), value, 0.0)  # so that a NaN in the padding stays out of the gradient too
+    loss = (value - returns) ** 2
+    if clip_coef is not None:
+        clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+        loss = torch.max(loss, (clipped - returns) ** 2)
+    return 0.5 * masked_mean(loss, mask)
+
+
+class AdaptiveKLController:
+    """β that steers a response's KL, in nats, towards target (Ziegler et al. 2019 §2.2) [R16].
+
+    e = clip(KL / target − 1, ±0.2),  β ← β (1 + e n / horizon)  after n responses.
+    """
+
+    def __init__(self, kl_coef, target, horizon):
+        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
+
+    def update(self, kl, n):
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.kl_coef *= 1 + error * n / self.horizon
+        return self.kl_coef
+
+
+def token_entropy(logits, temperature):
+    """H[π] (B, T) in nats at a temperature, of logits (B, T, V)."""
+    logprobs = (logits / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def ensemble_score(scores, k):
+    """(K, B) scores of K reward models → (B,): mean − k·std (biased) [R22]. Where they disagree they know little."""
+    return scores.mean(0) - k * scores.std(0, correction=0)
+
+
+# ---- Data ----
+
+# The grammar's words. A review is two or three sentences, most of them of its own sentiment.
+WORDS = {
+    "aspects": "acting camera cast dialogue direction editing ending humour music pacing plot script",
+    "genres": "cartoon comedy drama musical mystery remake sequel thriller western",
+    "praise": "brilliant charming clever delightful elegant fresh gripping moving stunning superb tender witty",
+    "blame": "awkward bland boring clumsy dull hollow lifeless messy shallow stale tedious tired",
+    "love": "admired enjoyed loved",
+    "hate": "disliked hated regretted",
+    "adverbs": "often quite really truly",
+    "times": "alone abroad twice yesterday",
+}
+ASPECTS, GENRES, PRAISE, BLAME, LOVE, HATE, ADVERBS, TIMES = (words.split() for words in WORDS.values())
+NEUTRAL = [*(f"I saw it {time}." for time in TIMES), "It runs for hours."]
+
+
+def one_of(words):
+    return f"(?:{'|'.join(words)})"
+
+
+WORD = one_of(PRAISE + BLAME)
+PHRASE = f"(?:(?:not |{one_of(ADVERBS)} )?{WORD}|{WORD} (?:and|but) {WORD})"
+SENTENCE = re.compile(
+    rf"The {one_of(ASPECTS)}(?: of this {one_of(GENRES)})? was {PHRASE}\."
+    rf"|I {one_of(LOVE + HATE)} the {one_of(ASPECTS)}\.|{one_of(map(re.escape, NEUTRAL))}"
+)
+
+
+def write_sentence(rng, sentiment, subject):
+    """Of sentiment 1, 0 or −1; None as the subject leaves the form free."""
+    words, others = (PRAISE, BLAME) if sentiment > 0 else (BLAME, PRAISE)
+    (one, two), other = rng.sample(words, 2), rng.choice(others)
+    phrases = (
+        (one, f"{one} and {two}", f"{rng.choice(ADVERBS)} {one}", f"not {other}")
+        if sentiment
+        else (f"{one} but {other}",)
+    )
+    forms = [f"{subject or f'The {rng.choice(ASPECTS)}'} was {rng.choice(phrases)}."]
+    if subject is None:
+        verb = rng.choice(LOVE if sentiment > 0 else HATE)
+        forms.append(f"I {verb} the {rng.choice(ASPECTS)}." if sentiment else rng.choice(NEUTRAL))
+    return rng.choice(forms)
+
+
+def write_review(rng, is_positive):
+    """A review that is truly positive, or truly negative; its first five words give nothing away."""
+    own = 1 if is_positive else -1
+    text = ""
+    while true_sentiment(text) * own <= 0:
+        subject = f"The {rng.choice(ASPECTS)} of this {rng.choice(GENRES)}"
+        sentiments = rng.choices((own, 0, -own), (6, 2, 1), k=rng.choice((2, 3)))
+        text = " ".join(write_sentence(rng, each, None if i else subject) for i, each in enumerate(sentiments))
+    return text
+
+
+def true_sentiment(text):
+    """Positive sentences less negative ones, as a share of all; what the grammar could not have said counts 0."""
+    sentences = re.findall(r"\S[^.]*\.?", text)
+    total = 0
+    for sentence in sentences:
+        if SENTENCE.fullmatch(sentence):
+            words = sentence.rstrip(".").split()
+            praise, blame = (sum(word in kind for word in words) for kind in (PRAISE + LOVE, BLAME + HATE))
+            sign = (praise > blame) - (praise < blame)
+            total += -sign if "not" in words else sign
+    return total / max(len(sentences), 1)
+
+
+def load_rows(args):
+    """num_texts rows of the data set, or of the grammar in the same form: dicts with text and label."""
+    if args.dataset is None:
+        rng = random.Random(args.seed)
+        labels = [i % 2 for i in range(args.num_texts)]
+        return [{args.text_column: write_review(rng, label == 1), args.label_column: label} for label in labels]
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(args.dataset)
+    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
+    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
+    try:
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError("the file is empty")
+        rows = datasets.load_dataset(**source, split="train", streaming=True)
+        # many sets are sorted by label: the first rows would be of one class
+        rows = list(rows.shuffle(seed=args.seed, buffer_size=50_000).take(args.num_texts))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
+    if len(rows) < 10:
+        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
+    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
+    if not any(set(columns) <= rows[0].keys() for columns in (labelled, paired)):
+        raise InputError(
+            f"--dataset {args.dataset} has the columns {', '.join(rows[0])}; needed are {' and '.join(labelled)} "
+            f"(--text-column, --label-column), or {' and '.join(paired)}"
+        )
+    texts = [args.text_column] if set(labelled) <= rows[0].keys() else [*paired, *{"prompt"} & rows[0].keys()]
+    for row in rows:
+        for name in texts:
+            if not isinstance(row[name], str):
+                raise InputError(f"--dataset {args.dataset}: {name} must hold texts, found {row[name]!r}")
+    return rows
+
+
+def texts_and_pairs(rows, args):
+    """Texts to imitate, (prompt, response) each, and pairs (chosen, rejected) of such texts.
+
+    A labelled text is split after prompt_words words; pairs are a positive and a negative one. A row with chosen and
+    rejected is a pair, split at the last "Assistant:" as in hh-rlhf, or by its column prompt.
+    """
+    if args.label_column not in rows[0]:
+        pairs = []
+        for row in rows:
+            if "prompt" in row:
+                pair = [(row["prompt"], row[key]) for key in ("chosen", "rejected")]
+            else:
+                pair = [re.fullmatch(r"(.*\bAssistant:)(.*)", row[key], re.DOTALL) for key in ("chosen", "rejected")]
+                if None in pair:
+                    raise InputError(f"--dataset {args.dataset}: neither a column prompt nor 'Assistant:' in each text")
+                pair = [match.groups() for match in pair]
+            pairs.append(tuple(pair))
+        return [chosen for chosen, _ in pairs], pairs
+    by_label, texts = {0: [], 1: []}, []
+    for row in rows:
+        words = re.match(rf"(?:\s*\S+){{{args.prompt_words}}}(?=\s)", row[args.text_column])
+        if row[args.label_column] not in by_label:
+            raise InputError(f"--dataset {args.dataset}: labels must be 0 and 1, found {row[args.label_column]!r}")
+        if words:  # a text with no word after its prompt has no response
+            texts.append((words.group(), row[args.text_column][words.end() :]))
+            by_label[row[args.label_column]].append(texts[-1])
+    if not all(by_label.values()):
+        counts = f"{len(by_label[1])} positive and {len(by_label[0])} negative"
+        raise InputError(
+            f"--dataset {args.dataset} has {counts} texts of more than {args.prompt_words} words; both kinds are needed"
+        )
+    return texts, list(zip(by_label[1], by_label[0]))
+
+
+def encode(tokenizer, texts, max_length):
+    """Texts (prompt, response) → token lists (prompt, response with EOS). What exceeds max_length is cut [R2]."""
+    prompts, responses = (tokenizer(list(part), add_special_tokens=False)["input_ids"] for part in zip(*texts))
+    encoded = []
+    for prompt, response in zip(prompts, responses):
+        room = max(max_length - len(prompt), 0)
+        encoded.append((prompt[:max_length], [*response, tokenizer.eos_token_id][:room]))
+    return encoded
+
+
+def encode_pairs(tokenizer, pairs, max_length):
+    """Pairs of texts → pairs (chosen, rejected) of token lists, prompt and response in one."""
+    sides = [[prompt + response for prompt, response in encode(tokenizer, side, max_length)] for side in zip(*pairs)]
+    return list(zip(*sides))
+
+
+def pad(sequences, pad_id, device, side="right"):
+    """Token lists → tokens (B, L) and mask (B, L) of what is no padding, both long [R2]."""
+    length = max(map(len, sequences))
+    tokens, mask = (torch.full((len(sequences), length), x, dtype=torch.long) for x in (pad_id, 0))
+    for i, sequence in enumerate(sequences):
+        columns = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        tokens[i, columns] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, columns] = 1
+    return tokens.to(device), mask.to(device)
+
+
+def epochs_of(count, steps, batch_size, seed):
+    """Indices (steps, batch_size) that go through a shuffled `count` again and again; of a seed: a run resumes."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch_size // count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+    return order[: steps * batch_size].view(steps, batch_size)
+
+
+# ---- Models ----
+
+
+def from_disk(kind, name, **options):
+    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+
+
+def new_tokenizer(texts):
+    """A byte-level BPE like GPT-2's, trained on the texts; its padding is a token of its own, not EOS [R2]."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    eos, pad = "<|endoftext|>", "<|pad|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes: no text is unknown
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=[eos, pad], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
+
+
+def start_model(args, name, texts=()):
+    """(language model, tokenizer) of a Hub id or a directory; without a name, a small GPT-2 of random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    if name is None:
+        tokenizer = new_tokenizer(prompt + response for prompt, response in texts)
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=args.max_length + args.response_length,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            activation_function="gelu_pytorch_tanh",  # gelu_new, GPT-2's own, is the same function in slower steps
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = GPT2LMHeadModel(config)
+    else:
+        tokenizer = from_disk("AutoTokenizer", name)
+        model = from_disk("AutoModelForCausalLM", name, dtype=torch.float32)
+        if model.config.model_type != "gpt2":
+            raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # where padding is EOS, nobody learns to stop
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    fit_to_tokenizer(model, tokenizer)
+    context = model.config.max_position_embeddings
+    if args.max_length > context or args.response_length >= context:
+        raise InputError(
+            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
+            f"of {context} tokens that {name} has"
+        )
+    return without_dropout(model).to(args.device), tokenizer
+
+
+def fit_to_tokenizer(model, tokenizer):
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def without_dropout(model):
+    """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
+
+    p = 0 and not evaluation mode, which switches gradient checkpointing off too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def new_reward_model(args, name, tokenizer):
+    """The model of stage 1 with a scalar head in place of the one over the vocabulary."""
+    model = from_disk("AutoModelForSequenceClassification", name, num_labels=1, dtype=torch.float32)
+    fit_to_tokenizer(model, tokenizer)
+    nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)  # [R7]
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    return without_dropout(model).to(args.device)
+
+
+def load_reward_model(args, name, tokenizer):
+    """A reward model from disk, checked: it has a trained head, and it knows the policy's tokens."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_disk("AutoModelForSequenceClassification", name, **options)
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise InputError(f"{name} is no reward model: it has no trained head with one output")
+    if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
+    return without_dropout(model).to(args.device)
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+def hidden_states(model, tokens, mask):
+    """(B, L, d) of tokens (B, L). Positions count what is no padding [R3], so that padding changes nothing."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions).last_hidden_state
+
+
+def head_scores(model, hidden):
+    """A reward model's score of each hidden state, (B, L): normalised by what its config holds [R8]."""
+    config = model.config
+    return (model.score(hidden).squeeze(-1) - config.reward_mean) / config.reward_std
+
+
+def reward_scores(model, tokens, mask):
+    """(B,) scores of whole texts, prompt and response [R1], read off the last real token alone [R6]."""
+    hidden = hidden_states(model, tokens, mask)
+    return head_scores(model, hidden[torch.arange(len(hidden)), last_real(mask)])
+
+
+def policy_logits(policy, tokens, mask, length):
+    """Logits (B, T, V) of the last `length` tokens of (B, L): the state before a token is the token before's."""
+    return policy.lm_head(hidden_states(policy, tokens, mask)[:, -length - 1 : -1])
+
+
+def response_values(value_model, policy, tokens, mask, length):
+    """V (B, T) of the states before the last `length` tokens, query and response so far [R1].
+
+    value_model is a reward model in form; or a linear head, which shares the policy's backbone.
+    """
+    shared = isinstance(value_model, nn.Linear)
+    hidden = hidden_states(policy if shared else value_model, tokens, mask)[:, -length - 1 : -1]
+    return value_model(hidden).squeeze(-1) if shared else head_scores(value_model, hidden)
+
+
+@torch.no_grad()
+def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
+    """Responses to queries (B, Q), padded on the left: tokens, their log-probabilities and mask, each (B, length).
+
+    From the whole distribution: no top-k, no top-p. After a response's first EOS come padding and mask 0; all have
+    the same length [R4]. One token a step, keys and values of the earlier ones kept.
+    """
+    B, Q = queries.shape
+    tokens = torch.full((B, length), pad_id, device=queries.device)
+    logprobs = torch.zeros(B, length, device=queries.device)
+    mask = torch.cat([query_mask, torch.zeros_like(tokens)], dim=1)
+    running = torch.ones(B, dtype=torch.bool, device=queries.device)
+    inputs, positions, cache = queries, (query_mask.cumsum(-1) - 1).clamp(min=0), None
+    for t in range(length):
+        seen = mask[:, : Q + t]
+        output = model(
+            inputs, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache = output.past_key_values
+        token = torch.multinomial((output.logits[:, -1] / temperature).softmax(-1), 1)
+        tokens[:, t] = torch.where(running, token[:, 0], pad_id)
+        logprobs[:, t] = torch.where(running, token_logprobs(output.logits[:, -1:], token, temperature)[:, 0], 0.0)
+        mask[:, Q + t] = running
+        running = running & (token[:, 0] != eos_id)
+        if not running.any():
+            break
+        inputs, positions = tokens[:, t : t + 1], seen.sum(-1, keepdim=True)
+    return tokens, logprobs, mask[:, Q:]
+
+
+# ---- A judge in place of labels: Constitutional AI ----
+
+
+def read_constitution(args):
+    if args.constitution is None:
+        return list(PRINCIPLES)
+    try:
+        lines = Path(args.constitution).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--constitution {args.constitution} cannot be read as text: {error}") from error
+    principles = [line.strip() for line in lines if line.strip()]
+    if not principles:
+        raise InputError(f"--constitution {args.constitution} holds no principle")
+    return principles
+
+
+def load_judge(args):
+    tokenizer = from_disk("AutoTokenizer", args.judge)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless here: nothing is learned from it, masks are explicit
+    model = from_disk("AutoModelForCausalLM", args.judge, dtype=torch.float32)
+    return frozen(without_dropout(model)).to(args.device), tokenizer
+
+
+def chat_ids(tokenizer, request, answer=""):
+    """Token list of a request in the judge's own chat form, and the beginning of its answer."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": request}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = f"{request}\n\n"
+    return tokenizer(text + answer, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def judge_margins(judge, tokenizer, pairs, principles, batch_size):
+    """ln P(first is better) − ln P(second is better) for pairs of texts, (N,), in nats.
+
+    Each pair is shown in both orders and the two answers averaged (Bai et al. 2022b §4.1 asks for "A" or "B" by its
+    log-probability): a small judge's liking for the letter A, often larger than its opinion, cancels.
+    """
+    rules = "\n".join(f"- {principle}" for principle in principles)
+    question = "Which text is better by these principles? Answer with A or B."
+    form = f"Two texts:\n\nA: {{}}\n\nB: {{}}\n\nPrinciples:\n{rules}\n\n{question}"
+    shown = [form.format(a.strip(), b.strip()) for pair in pairs for a, b in (pair, pair[::-1])]
+    prompts = [chat_ids(tokenizer, request, "The better text is") for request in shown]
+    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "AB"]
+    margins = []
+    for start in range(0, len(prompts), batch_size):
+        tokens, mask = pad(prompts[start : start + batch_size], tokenizer.pad_token_id, judge.device, "left")
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = judge(tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
+        margins.append(logits[:, letters[0]] - logits[:, letters[1]])
+    first_shown_first, first_shown_second = torch.cat(margins).view(-1, 2).T
+    return (first_shown_first - first_shown_second) / 2
+
+
+def label_by_judge(args, pairs):
+    """judge_pairs pairs, each with the text in front that the judge prefers; and the share that the data agrees on."""
+    judge, tokenizer = load_judge(args)
+    pairs = pairs[: args.judge_pairs]
+    texts = [("".join(chosen), "".join(rejected)) for chosen, rejected in pairs]
+    margins = judge_margins(judge, tokenizer, texts, read_constitution(args), args.micro_batch_size)
+    relabelled = [pair if margin > 0 else pair[::-1] for pair, margin in zip(pairs, margins.tolist())]
+    return relabelled, float((margins > 0).float().mean())
+
+
+@torch.no_grad()
+def judge_answers(judge, tokenizer, requests, batch_size, max_new_tokens=64):
+    """The judge's greedy answers to requests."""
+    prompts = [chat_ids(tokenizer, request) for request in requests]
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        tokens, mask = pad(prompts[start : start + batch_size], tokenizer.pad_token_id, judge.device, "left")
+        output = judge.generate(
+            tokens,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers += tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+    return [" ".join(answer.split()) for answer in answers]
+
+
+def revise_by_judge(args, texts):
+    """judge_pairs texts as the judge rewrote them after criticising them (Bai et al. 2022b §3.1); prompts are kept."""
+    judge, tokenizer = load_judge(args)
+    texts = texts[: args.judge_pairs]
+    rules = " ".join(read_constitution(args))
+    requests = [
+        f"Text: {''.join(text).strip()}\n\nIn one sentence, say where this text goes against: {rules}" for text in texts
+    ]
+    critiques = judge_answers(judge, tokenizer, requests, args.micro_batch_size)
+    requests = [
+        f"Text: {''.join(text).strip()}\n\nCritique: {critique}\n\nRewrite the text in one sentence so that it keeps "
+        f"to: {rules} Begin with the words: {text[0].strip()}"
+        for text, critique in zip(texts, critiques)
+    ]
+    revised = []
+    for (prompt, _), revision in zip(texts, judge_answers(judge, tokenizer, requests, args.micro_batch_size)):
+        rest = revision.removeprefix(prompt.strip()).strip()
+        if rest:
+            revised.append((prompt, f" {rest}"))
+    return revised, critiques
+
+
+def kept_in(path, ask, *arguments):
+    """What ask(*arguments) returns, read from the file if it was asked before: the judge is slow, and a run resumes."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(ask(*arguments), ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---- Files, logs, evaluation ----
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def save(path, content):
+    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load(path, *keys):
+    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: --resume takes a run directory")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["args"] = Args(**content["args"])
+        missing = set(keys) - content.keys()
+    except Exception as error:
+        raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
+    if missing:
+        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def save_model(directory, model, tokenizer):
+    """A normal transformers directory, written aside and renamed."""
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
+
+
+def start_wandb(args, run_dir):
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("--track needs Weights & Biases: pip install wandb") from error
+    wandb.init(project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+
+
+@dataclass
+class Run:
+    """What the stages share: where to write, what was logged, and the checkpoint that is gone on from."""
+
+    args: Args
+    dir: Path
+    saved: dict | None
+    metrics: list
+    seconds: dict  # of each phase
+
+    def begin(self, stage, modules, optimizer):
+        """Seed the stage and open its log; returns the step to begin with, 0 unless the checkpoint is of this stage."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        torch.manual_seed(stage_seed(self.args, stage))
+        resumed = self.saved is not None and self.saved["stage"] == stage
+        first = self.saved["step"] if resumed else 0
+        self.writer = SummaryWriter(self.dir / "logs" / stage, purge_step=first + 1 if resumed else None)
+        if resumed:
+            for name, module in modules.items():
+                module.load_state_dict(self.saved["modules"][name])
+            optimizer.load_state_dict(self.saved["optimizer"])
+            torch.set_rng_state(self.saved["rng"])
+            if self.saved["cuda_rng"] is not None and self.args.device.startswith("cuda"):
+                torch.cuda.set_rng_state(self.saved["cuda_rng"], self.args.device)
+        return first
+
+    def log(self, stage, step, row):
+        for name, number in row.items():
+            self.writer.add_scalar(name, number, step)
+        self.metrics.append({"stage": stage, "step": step, **row})
+
+    def checkpoint(self, stage, step, steps, modules, optimizer, **more):
+        """After a step, if it is due: everything that a resumed run needs."""
+        every = self.args.checkpoint_every
+        if step != steps and (not every or step % every):
+            return
+        self.writer.flush()
+        cuda = self.args.device.startswith("cuda")
+        content = {
+            "args": asdict(self.args),
+            "stage": stage,
+            "step": step,
+            "modules": {name: module.state_dict() for name, module in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.args.device) if cuda else None,
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+            **more,
+        }
+        save(self.dir / "checkpoint.pt", content)
+
+    def check_finite(self, losses, stage, step):
+        if not losses.isfinite().all():
+            path = self.dir / "checkpoint.pt"
+            kept = f"; {path} holds the last good state" if path.exists() else ""
+            raise InputError(f"the loss is not finite in step {step} of stage {stage}: lower its learning rate{kept}")
+
+
+def stage_seed(args, stage):
+    """Each stage draws numbers of its own, the same whether it runs alone or after others."""
+    return args.seed + zlib.crc32(stage.encode())
+
+
+def new_optimizer(*groups):
+    """One Adam over (module, learning rate) groups."""
+    groups = [{"params": list(module.parameters()), "lr": rate, "initial_lr": rate} for module, rate in groups]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # [D3] not 1e-8
+
+
+def anneal(optimizer, remaining):
+    """[R5] Every rate falls linearly to 0 over its stage."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * remaining
+
+
+def sft_loss(model, tokens, mask, learned):
+    """Sum of −ln π over the tokens that are learned, (B, L) with 1 for each; divide by their number. In nats."""
+    hidden = hidden_states(model, tokens, mask)[:, :-1]
+    logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
+    return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
+
+
+def sft_backward(args, model, tokenizer, texts, weight):
+    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R12]; the mean."""
+    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
+    learned = learned_tokens(texts, mask, args.mask_prompt)
+    count = learned[:, 1:].sum().clamp(min=1)
+    loss = torch.zeros((), device=args.device)
+    for start in range(0, len(texts), args.micro_batch_size):
+        rows = slice(start, start + args.micro_batch_size)
+        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
+        (weight * micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss
+
+
+def learned_tokens(texts, mask, mask_prompt):
+    """Which tokens stage 1 learns: all real ones, or the responses' alone."""
+    learned = mask.clone()
+    for i, (prompt, _) in enumerate(texts):
+        learned[i, : len(prompt) if mask_prompt else 0] = 0
+    return learned
+
+
+@torch.no_grad()
+def perplexity(args, model, tokenizer, texts):
+    total, count = 0.0, 0
+    for start in range(0, len(texts), args.micro_batch_size):
+        batch = texts[start : start + args.micro_batch_size]
+        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
+        learned = learned_tokens(batch, mask, args.mask_prompt)
+        total += float(sft_loss(model, tokens, mask, learned))
+        count += int(learned[:, 1:].sum())
+    return float(torch.tensor(total / max(count, 1)).exp())
+
+
+@torch.no_grad()
+def score_texts(args, model, tokenizer, sequences):
+    """(N,) scores of token lists."""
+    batches = (sequences[i : i + args.micro_batch_size] for i in range(0, len(sequences), args.micro_batch_size))
+    return torch.cat([reward_scores(model, *pad(batch, tokenizer.pad_token_id, args.device)) for batch in batches])
+
+
+def calibration_error(margins, bins=10):
+    """Expected calibration error of σ(|margin|) as the probability of being right, margins (N,) > 0 where right."""
+    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
+    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence[bin_of == b] - right[bin_of == b]).sum().abs() for b in range(bins)]
+    return float(sum(gaps) / len(margins))
+
+
+def distinct_2(responses):
+    """Different pairs of neighbouring words as a share of all such pairs in the responses (Li et al. 2016)."""
+    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+class Rollout(NamedTuple):
+    tokens: torch.Tensor  # (B, T) response tokens
+    logprobs: torch.Tensor  # (B, T) their log-probabilities under the policy that drew them
+    mask: torch.Tensor  # (B, T) 1 up to and with the first EOS
+    whole: torch.Tensor  # (B, Q + T) query and response
+    whole_mask: torch.Tensor  # (B, Q + T) 1 on what is no padding
+    texts: list  # B pairs (prompt, response) of text
+
+
+def roll_out(args, policy, tokenizer, prompts):
+    """The policy's responses to prompts, B token lists."""
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    queries, query_mask = pad(prompts, pad_id, args.device, "left")
+    tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, eos_id, pad_id)
+    texts = []
+    for prompt, token, kept in zip(prompts, tokens, mask.bool()):
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts.append(tuple(tokenizer.decode(part, **options) for part in (prompt, token[kept].tolist())))
+    whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
+    return Rollout(tokens, logprobs, mask, whole, whole_mask, texts)
+
+
+@torch.no_grad()
+def judge_rollout(args, rollout, reference, reward_models, gold_model):
+    """What the frozen models say: the reference's log-probabilities (B, T), scores (B,), and what is true (B,) or None.
+
+    True is 1 for a positive review of the grammar and 0 for any other, or the score of the model that only judges.
+    """
+    logits = policy_logits(reference, rollout.whole, rollout.whole_mask, args.response_length)
+    ref_logprobs = token_logprobs(logits, rollout.tokens, args.temperature)
+    scores = torch.stack([reward_scores(model, rollout.whole, rollout.whole_mask) for model in reward_models])
+    gold = None
+    if gold_model is not None:
+        gold = reward_scores(gold_model, rollout.whole, rollout.whole_mask)
+    elif args.dataset is None:
+        gold = torch.tensor([float(true_sentiment(prompt + response) > 0) for prompt, response in rollout.texts])
+    return ref_logprobs, ensemble_score(scores, args.ensemble_std), gold
+
+
+def describe(rollout, ref_logprobs, scores, gold, eos_id):
+    """What a reader wants to know of responses, each a mean over them."""
+    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
+    row = {
+        "objective/scores": scores,
+        "objective/kl": kl,  # of a whole response, nats
+        "objective/gold": gold,
+        "response/length": rollout.mask.sum(-1),
+        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
+    }
+    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
+
+
+def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
+    """The policy's responses to held-out prompts, always with the same random numbers: (texts, what they are like)."""
+    torch.manual_seed(stage_seed(args, "rate"))
+    texts, rows = [], []
+    for start in range(0, len(prompts), args.batch_size):
+        rollout = roll_out(args, policy, tokenizer, prompts[start : start + args.batch_size])
+        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        row = describe(rollout, *judged, tokenizer.eos_token_id)
+        rows += [row] * len(rollout.texts)
+        texts += rollout.texts
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
+
+
+# ---- Stage 1 ----
+
+
+def train_sft(args, run, model, tokenizer, texts, held_out):
+    """Supervised fine-tuning on token lists (prompt, response); writes the directory sft."""
+    from tqdm import trange
+
+    started = time.perf_counter() - run.seconds.get("sft", 0.0)
+    optimizer = new_optimizer((model, args.rate("sft_learning_rate")))
+    first = run.begin("sft", {"model": model}, optimizer)
+    order = epochs_of(len(texts), args.sft_steps, args.sft_batch_size, stage_seed(args, "sft"))
+    bar = trange(first, args.sft_steps, desc="1 sft", initial=first, total=args.sft_steps)
+    for step in bar:
+        anneal(optimizer, 1 - step / args.sft_steps if args.anneal_lr else 1)
+        batch = [texts[i] for i in order[step]]
+        optimizer.zero_grad()
+        loss = sft_backward(args, model, tokenizer, batch, weight=1.0)
+        run.check_finite(loss, "sft", step)
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        row = {"sft/loss": float(loss), "sft/learning_rate": optimizer.param_groups[0]["lr"]}
+        if step + 1 == args.sft_steps:
+            row["sft/perplexity"] = perplexity(args, model, tokenizer, held_out)
+        bar.set_postfix(loss=f"{row['sft/loss']:.3f}", refresh=False)
+        run.seconds["sft"] = time.perf_counter() - started
+        run.log("sft", step + 1, row)
+        run.checkpoint("sft", step + 1, args.sft_steps, {"model": model}, optimizer)
+    save_model(run.dir / "sft", model, tokenizer)
+
+
+# ---- Stage 2 ----
+
+
+def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
+    """A reward model on pairs (chosen, rejected) of token lists; writes the directory named like the stage."""
+    from tqdm import trange
+
+    started = time.perf_counter() - run.seconds.get(stage, 0.0)
+    torch.manual_seed(stage_seed(args, stage))
+    model = new_reward_model(args, policy.name_or_path, tokenizer)
+    optimizer = new_optimizer((model, args.rate("reward_learning_rate")))
+    first = run.begin(stage, {"model": model}, optimizer)
+    order = epochs_of(len(pairs), args.reward_steps, args.reward_batch_size, stage_seed(args, stage))
+    bar = trange(first, args.reward_steps, desc=f"2 {stage}", initial=first, total=args.reward_steps)
+    for step in bar:
+        anneal(optimizer, 1 - step / args.reward_steps if args.anneal_lr else 1)
+        batch = [pairs[i] for i in order[step]]
+        optimizer.zero_grad()
+        loss = accuracy = 0.0
+        for part in range(0, len(batch), args.micro_batch_size):
+            micro = batch[part : part + args.micro_batch_size]
+            both = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
+            chosen, rejected = reward_scores(model, *pad(both, tokenizer.pad_token_id, args.device)).chunk(2)
+            micro_loss = preference_loss(chosen, rejected) * len(micro) / len(batch)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            accuracy += float((chosen > rejected).float().sum()) / len(batch)
+        run.check_finite(loss, stage, step)
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        row = {f"{stage}/loss": float(loss), f"{stage}/accuracy": accuracy}
+        if step + 1 == args.reward_steps:
+            chosen, rejected = (score_texts(args, model, tokenizer, side) for side in zip(*held_out))
+            row[f"{stage}/held_out_accuracy"] = float((chosen > rejected).float().mean())
+            row[f"{stage}/calibration_error"] = calibration_error(chosen - rejected)
+            normalise_scores(args, model, policy, tokenizer, prompts)
+            row[f"{stage}/mean"], row[f"{stage}/std"] = model.config.reward_mean, model.config.reward_std
+        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
+        run.seconds[stage] = time.perf_counter() - started
+        run.log(stage, step + 1, row)
+        more = {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
+        run.checkpoint(stage, step + 1, args.reward_steps, {"model": model}, optimizer, **more)
+    if first == args.reward_steps:
+        model.config.reward_mean, model.config.reward_std = run.saved["reward_mean"], run.saved["reward_std"]
+    save_model(run.dir / stage, model, tokenizer)
+
+
+@torch.no_grad()
+def normalise_scores(args, model, policy, tokenizer, prompts):
+    """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
+    scores = []
+    for start in range(0, len(prompts), args.batch_size):
+        rollout = roll_out(args, policy, tokenizer, prompts[start : start + args.batch_size])
+        scores.append(reward_scores(model, rollout.whole, rollout.whole_mask))
+    scores = torch.cat(scores)
+    model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
+
+
+# ---- Stage 3 ----
+
+
+def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts, texts):
+    """PPO on prompts (token lists), texts for --ptx-coef; writes the directories policy and value."""
+    from tqdm import trange
+
+    # 1. Optimizer, β, or what the checkpoint says of them
+    T = args.response_length
+    rate = args.rate("learning_rate")
+    optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
+    modules = {"policy": policy, "value": value_model}
+    first = run.begin("ppo", modules, optimizer)
+    controller = AdaptiveKLController(run.saved["kl_coef"] if first else args.kl_coef, args.kl_target, args.kl_horizon)
+    order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
+    updates = args.num_epochs * args.num_minibatches
+    ptx_order = epochs_of(len(texts), args.ppo_iterations * updates, args.sft_batch_size, stage_seed(args, "ptx"))
+    bar = trange(first, args.ppo_iterations, desc="3 ppo", initial=first, total=args.ppo_iterations)
+
+    for iteration in bar:
+        clock = [time.perf_counter()]
+        anneal(optimizer, 1 - iteration / args.ppo_iterations if args.anneal_lr else 1)
+
+        # 2. Rollout: the policy answers B queries
+        rollout = roll_out(args, policy, tokenizer, [prompts[i] for i in order[iteration]])
+        tokens, old_logprobs, mask, whole, whole_mask, _ = rollout
+        clock.append(time.perf_counter())
+
+        # 3. What the other three models say of it
+        ref_logprobs, scores, gold = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        with torch.no_grad():
+            values = response_values(value_model, policy, whole, whole_mask, T)
+
+        # 4. Rewards, advantages, returns
+        has_eos = (tokens == tokenizer.eos_token_id).any(-1)
+        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
+        rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
+        rlhf_reward = rewards.sum(-1)
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R11] γ is 1
+        returns = advantages + values
+        clock.append(time.perf_counter())
+
+        # 5. Update: epochs of minibatches, each in micro-batches [R12]
+        losses = []
+        epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
+        for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
+            mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
+            optimizer.zero_grad()
+            stats = torch.zeros(6, device=args.device)
+            for start in range(0, len(mb), args.micro_batch_size):
+                rows = mb[start : start + args.micro_batch_size]
+                m = mask[rows]
+                logits = policy_logits(policy, whole[rows], whole_mask[rows], T)
+                logprob = token_logprobs(logits, tokens[rows], args.temperature)
+                entropy = masked_mean(token_entropy(logits, args.temperature), m)
+                value = response_values(value_model, policy, whole[rows], whole_mask[rows], T)
+                advantage = mb_advantages[start : start + args.micro_batch_size]
+                policy_loss = clipped_policy_loss(logprob, old_logprobs[rows], advantage, m, args.clip_coef)
+                value_loss = clipped_value_loss(value, values[rows], returns[rows], m, args.value_clip)
+                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                share = m.sum() / mask[mb].sum()  # a mean over micro-batches would weigh short responses' tokens more
+                (loss * share).backward()
+                with torch.no_grad():
+                    log_ratio = logprob - old_logprobs[rows]
+                    k3 = masked_mean(log_ratio.expm1() - log_ratio, m)
+                    clipfrac = masked_mean((log_ratio.expm1().abs() > args.clip_coef).float(), m)
+                    ratio = masked_mean(log_ratio.exp(), m)
+                    stats += share * torch.stack([policy_loss, value_loss, entropy, k3, clipfrac, ratio])
+            run.check_finite(stats, "ppo", iteration)
+            losses.append(stats)
+            if args.target_kl is not None and stats[3] > args.target_kl:
+                break  # before this step is taken; the next rollout starts afresh
+            if args.ptx_coef:  # [R21]
+                batch = [texts[i] for i in ptx_order[iteration * updates + update]]
+                sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
+            for module in modules.values():
+                nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+            optimizer.step()
+        clock.append(time.perf_counter())
+
+        # 6. Metrics: the losses are means over every minibatch
+        for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
+            run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
+        row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
+        names = ["policy/loss", "val/loss", "policy/entropy", "policy/approx_kl", "policy/clipfrac", "val/ratio"]
+        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
+        row["objective/rlhf_reward"] = float(rlhf_reward.mean())
+        row["objective/kl_coef"] = controller.kl_coef
+        row["time/tokens_per_second"] = float(mask.sum()) / (clock[-1] - clock[0])
+        if args.adaptive_kl:
+            controller.update(row["objective/kl"], len(tokens))
+        shown = {
+            name.split("/")[1]: f"{row[name]:.2f}"
+            for name in ("objective/scores", "objective/gold", "objective/kl")
+            if name in row
+        }
+        bar.set_postfix(shown, refresh=False)
+        run.log("ppo", iteration + 1, row)
+        run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules, optimizer, kl_coef=controller.kl_coef)
+    save_model(run.dir / "policy", policy, tokenizer)
+    if not isinstance(value_model, nn.Linear):
+        save_model(run.dir / "value", value_model, tokenizer)
+
+
+# ---- Training ----
+
+
+def draw_curves(metrics, path):
+    """PNG of stage 3: score and true worth, KL, entropy, length."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in metrics if row["stage"] == "ppo"]
+    panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
+    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
+    for axes, lines in zip(panels.flat, names):
+        for name in lines:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
+        axes.set(xlabel="iteration")
+        axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+def print_comparison(metrics, before, after):
+    """The policies before and after stage 3 on the same held-out prompts: what their responses are like, and four."""
+    rows = [row for row in metrics if row["stage"] == "eval"]
+    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
+    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
+    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
+    print("\n                                              before    after")
+    for name, unit in units.items():
+        if name in rows[0]:
+            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
+    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
+        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
+
+
+# what a resumed run may do otherwise than before; everything else would make it another run
+CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
+
+
+def new_run_dir(args):
+    name = Path(args.dataset or "grammar").stem
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def resumed_args(run_dir):
+    """The settings with which train() goes on with the run in run_dir."""
+    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
+
+
+def train(args: Args) -> list[dict]:
+    """Run the stages, compare the policies before and after. Returns the metrics of each step, oldest first."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+
+    # 1. Settings
+    saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
+    if saved:
+        settings = replace(saved["args"], run_dir=None)
+        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+            given, before = getattr(args, name), getattr(settings, name)
+            if given != before:
+                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
+
+    if args.judge:
+        read_constitution(args)  # a mistake in it is said now, not after stage 1
+
+    # 2. Texts and pairs; a tenth of the rows is held out
+    rows = load_rows(args)
+    tenth = -(-len(rows) // 10)
+    texts, pairs = texts_and_pairs(rows[tenth:], args)
+    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args)
+
+    # 3. The model to begin with
+    torch.manual_seed(args.seed)
+    policy, tokenizer = start_model(args, args.model, texts)
+
+    # 4. Run directory, logs
+    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
+    if run_dir.exists() and not saved:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}")
+    if args.track:
+        start_wandb(args, run_dir)
+    run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
+
+    # 5. A judge in place of the labels
+    if args.preferences == "ai" and "reward" in args.stages:
+        pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
+        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
+    if args.sft_data == "critique" and "sft" in args.stages:
+        texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
+        print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
+
+    # 6. Tokens
+    text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
+    pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
+    room = policy.config.max_position_embeddings - args.response_length
+    prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
+    eval_prompts = eval_prompts[: args.eval_prompts]
+    if not prompts or not eval_prompts:
+        raise InputError(
+            f"every prompt is longer than {room} tokens, what --response-length {args.response_length} leaves of the "
+            f"context of {policy.config.max_position_embeddings}"
+        )
+
+    # 7. The stages; those before the checkpoint's are done
+    stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
+    sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
+    for stage in stages:
+        if stage == "sft":
+            train_sft(args, run, policy, tokenizer, text_ids, held_out_ids)
+        elif stage != "ppo":
+            policy, tokenizer = start_model(args, sft_dir)
+            half = len(pair_ids) // 2 if args.train_gold else len(pair_ids)
+            own_pairs = pair_ids[half:] if stage == "gold" else pair_ids[:half]
+            train_reward(args, run, stage, policy, tokenizer, own_pairs, held_out_pair_ids, eval_prompts)
+    if "ppo" in stages:
+        policy, tokenizer = start_model(args, sft_dir)
+        reference = frozen(start_model(args, sft_dir)[0])
+        names = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
+        reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
+        gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
+        gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
+        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] begins as the reward model
+        if args.share_backbone:
+            value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
+            nn.init.zeros_(value_model.weight)  # [R10]
+            nn.init.zeros_(value_model.bias)
+        judges = reference, reward_models, gold_model
+        train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
+
+        # 8. Before and after
+        before, row = rate_policy(args, reference, *judges, tokenizer, eval_prompts)
+        run.log("eval", 0, row)
+        after, row = rate_policy(args, policy, *judges, tokenizer, eval_prompts)
+        run.log("eval", args.ppo_iterations, row)
+        draw_curves(run.metrics, run_dir / "curves.png")
+        print_comparison(run.metrics, before, after)
+        print(f"\ncurves      {run_dir / 'curves.png'}")
+
+    # 9. Summary
+    run.writer.close()
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
+    for row in run.metrics:
+        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
+            if name in row:
+                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
+    print(f"seconds     {time.perf_counter() - started:.1f} in all, of them {phases}")
+    print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
+    print(f"logs        tensorboard --logdir {run_dir}")
+    if args.stage == "all":
+        models = f"--model {run_dir / 'sft'} --reward-model {run_dir / 'reward'}"
+        print(f"next        python rlhf_gpt2_ppo.py --stage ppo {models} --kl-coef 0")
+    return run.metrics
+
+
+def parse_args():
+    """The command line. With --resume the saved run's settings are the defaults of the other flags."""
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.resume:
+        return tyro.cli(Args, default=resumed_args(args.resume))
+    return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
+
+
+def main():
+    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    run_dir = None
+    try:
+        args = parse_args()
+        run_dir = args.resume or args.run_dir
+        train(args)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
+        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
