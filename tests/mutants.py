@@ -149,7 +149,6 @@ CARTPOLE = [
 ]
 
 ATARI = [
-    # Preprocessing
     ("no no-op starts", '"noop_max": 30', '"noop_max": 0'),
     ("no maximum over two frames", '"maxpool": True', '"maxpool": False'),
     ("no frame skip", '"frameskip": 4', '"frameskip": 1'),
@@ -162,8 +161,6 @@ ATARI = [
     ("pixels from 0 to 255", ".div_(255)", ""),
     ("pixels scaled twice", ".div_(255)", ".div_(255).div_(255)"),
     ("frames taken for rows", ".permute(0, 3, 1, 2)  # [D22]", ".permute(0, 2, 1, 3).reshape(-1, 4, 84, 84)  # [D22]"),
-    # Network
-    ("a trunk for each head", "self.critic(features)", "self.critic(self.trunk(pixels.float()))"),
     (
         "the policy's last layer begins large",
         "int(envs.single_action_space.n)), 0.01)",
@@ -174,7 +171,6 @@ ATARI = [
         "torch.autocast(obs.device.type, enabled=False)",
         "torch.autocast(obs.device.type, torch.bfloat16)",
     ),
-    # Loop
     ("rewards unclipped", "np.sign(reward)", "reward"),
     ("a lost life taken for the game's end", 'terminated & (info["lives"] == 0)', "terminated"),
     (
@@ -189,36 +185,13 @@ ATARI = [
         "was_over = is_game_over(is_terminated, is_truncated, info)",
         "was_over = is_terminated | is_truncated",
     ),
-    ("scores run on into the next game", "episode_return[i] = episode_length[i] = 0", "episode_length[i] = 0"),
     ("scores of signs", "episode_return += reward * ~was_over", "episode_return += np.sign(reward) * ~was_over"),
-    ("rollout begins at a stale observation", "        obs[0] = obs[T]\n", ""),
-    ("value of the last observation missing", "            values[T] = agent(obs[T])[1]\n", ""),
-    ("gradients never zeroed", "            optimizer.zero_grad()\n", ""),
     ("a minibatch left out", ".tensor_split(args.num_minibatches)", ".tensor_split(args.num_minibatches)[:-1]"),
-    # Several processes
     ("advantages normalised by each process for itself", "dist.all_reduce(sums)\n", "pass\n"),
     ("spread of each process for itself", "dist.all_reduce(squares)\n", "pass\n"),
     ("gradients of uneven parts averaged evenly", "    parts *= count\n", ""),
     ("gradients not exchanged", "dist.all_reduce(parts)\n", "pass\n"),
     ("steps of one process counted", "dist.all_reduce(transitions)\n", "pass\n"),
-    # Files, evaluation
-    (
-        "evaluation of a life, not a game",
-        "running &= ~is_game_over(terminated, truncated, info)",
-        "running &= ~terminated",
-    ),
-    ("evaluation counts later games", "returns += rewards * running", "returns += rewards"),
-    ("optimizer not restored on resume", '        optimizer.load_state_dict(saved["optimizer"])\n', ""),
-    (
-        "network not restored on resume",
-        '        agent.load_state_dict(saved["agent"])\n        optimizer',
-        "        optimizer",
-    ),
-    (
-        "games resumed with the seed of the start",
-        "envs.reset(seed=args.seed + global_step + rank * N)",
-        "envs.reset(seed=args.seed)",
-    ),
     ("the film in grey", "grayscale=False", "grayscale=True"),
 ]
 
@@ -389,10 +362,7 @@ RLHF = [
 ]
 
 # (script, what is wrong, the right text, the wrong text)
-MUTANTS = [
-    *(("ppo_cartpole.py", *mutant) for mutant in CARTPOLE),
-    *(("rlhf_gpt2_ppo.py", *mutant) for mutant in RLHF),
-]
+MUTANTS += [("rlhf_gpt2_ppo.py", *mutant) for mutant in RLHF]
 
 
 def plant(mutant, folder):
