@@ -1,0 +1,1589 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "tokenizers==0.23.3",
+#     "datasets==5.2.0",
+#     "tensorboard==2.21.0",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+"""GRPO for language models: groups of answers in place of a critic, from a toy on a laptop to full size on one GPU.
+
+Teaches  group relative policy optimisation, its details tagged [G1]..[G23] where each happens (docs/details.md)
+Run      python grpo_llm.py
+Expect   TO MEASURE
+Departs  TO WRITE
+
+    Âᵢ   = (Rᵢ − mean(R)) / std(R)  over the G answers to one question        DeepSeekMath §4.1.2, outcome supervision
+    Âᵢₜ  = Σ of the normalised rewards of the steps that end at t or later     DeepSeekMath §4.1.3, process supervision
+    ρᵢₜ  = π(oᵢₜ | q, oᵢ,₍<t₎) / π_old(oᵢₜ | q, oᵢ,₍<t₎)
+    k3ᵢₜ = π_ref/π − ln(π_ref/π) − 1                                          DeepSeekMath Eq. 4
+    L    = −1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Âᵢₜ) − β k3ᵢₜ }      DeepSeekMath Eq. 3
+
+Which knobs make which algorithm (each a flag, in any combination):
+
+    GRPO       the defaults' --reduction sequence, --scale-by-std, --clip-low 0.2 --clip-high 0.2, --beta above 0
+    DAPO       --reduction token --clip-high 0.28 --dynamic-sampling 4 --truncated mask, --beta 0
+    Dr. GRPO   --reduction constant --no-scale-by-std, --beta 0
+    GSPO       --importance sequence --clip-low 3e-4 --clip-high 4e-4, --beta 0
+
+Shapes   P prompts, G completions of each, B = P·G sequences, T tokens of a completion at most. (B, T) over completion
+         tokens: mask 1 up to and with the first EOS, 0 after it. A group is G consecutive rows.
+"""
+
+import ast
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Args:
+    # the task
+    task: Literal["arithmetic", "countdown", "gsm8k", "jsonl"] = "arithmetic"  # what is asked
+    data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
+    terms: int = 3  # numbers in a problem of arithmetic or countdown
+    max_term: int = 99  # the largest of them
+    operators: str = "+"  # of arithmetic: "+" or "+-"
+    instruction: str | None = None  # for --model: what it is told, {} is the problem; default INSTRUCTIONS[task]
+    num_problems: int = 20_000  # problems that are generated, or read at most
+    seed: int = 1  # of weights, problems and samples
+    # the model
+    model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 needs --optimizer adamw8bit
+    lora_rank: int = 0  # train adapters of this rank (pip install peft); the reference is the adapter switched off
+    warm_start_steps: int = 300  # supervised steps on worked solutions, without --model
+    warm_start_batch_size: int = 64  # solutions in each
+    warm_start_learning_rate: float = 3e-3  # at the start; falls to 0
+    # the algorithm
+    algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
+    supervision: Literal["outcome", "process"] = "outcome"  # one reward an answer, or one for each written step
+    steps: int = 100  # rollouts
+    prompts_per_step: int = 32  # P, over all processes
+    group_size: int = 8  # G, completions of each prompt
+    max_tokens: int = 32  # T, tokens of a completion at most
+    temperature: float = 1.0  # of the sampling and of every log-probability; 0 is for evaluation alone
+    num_epochs: int = 1  # μ, passes over each rollout
+    num_minibatches: int = 1  # gradient steps in each
+    clip_low: float = 0.2  # ε_low: the ratio's gradient ends below 1 − ε_low
+    clip_high: float = 0.2  # ε_high: and above 1 + ε_high
+    beta: float = 0.0  # β, weight of the KL to the reference in the loss; 0 keeps no reference
+    scale_by_std: bool = True  # divide by the group's standard deviation
+    reduction: Literal["sequence", "token", "constant"] = "sequence"  # what the token losses are averaged over
+    importance: Literal["token", "sequence"] = "token"  # a ratio for each token, or one for the sequence (GSPO)
+    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: the trainer's arithmetic or the sampler's
+    reference_every: int = 0  # steps after which the reference becomes the policy (iterative GRPO); 0: never
+    dynamic_sampling: int = 0  # further rounds of prompts, at most, to replace groups without variance (DAPO)
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: as they are, out of the loss, or
+    truncation_penalty: float = 1.0  # this taken from their reward
+    # the rewards, which add up; that of the verifier has weight 1
+    format_weight: float = 0.0  # reward of a completion that matches --format-pattern
+    format_pattern: str = r"(?s).*#+ *-?[\d,.]+\s*"  # regular expression for all of it
+    length_weight: float = 0.0  # taken from the reward of a completion of T tokens, in proportion from shorter ones
+    reward_model: str | None = None  # Hub id or directory of a sequence classifier with one output, R_φ
+    reward_model_weight: float = 1.0  # of its score
+    reward_model_steps: int = 0  # its gradient steps at each refresh of the reference, a tenth of them replay
+    reward_model_learning_rate: float = 1e-5  # in them
+    # the update
+    learning_rate: float = 1e-3  # of the small model; about 1e-6 to 1e-5 for a trained one
+    warmup_steps: int = 0  # rollouts over which the learning rate rises to its value
+    anneal_lr: bool = True  # and then falls to 0
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # global norm that the gradient is cut to
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or 2 bytes of state a parameter
+    micro_batch_tokens: int = 8192  # tokens in one forward pass of training; changes memory, never the gradient
+    row_tokens: int = 256  # completions of a prompt share a row, and the prompt, up to this many tokens
+    logprob_tokens: int = 1024  # tokens whose logits exist at once
+    gradient_checkpointing: bool = False  # keep a layer's input alone, compute the rest again: less memory, more time
+    generate_rows: int = 2048  # sequences that are sampled at once
+    # evaluation
+    eval_every: int = 25  # steps between two evaluations on held-out problems; 0: before and after only
+    eval_problems: int = 256  # held-out problems
+    eval_samples: int = 16  # samples of each, n
+    eval_k: int = 8  # k of pass@k and maj@k
+    # the run
+    device: str = "cpu"  # cpu, cuda, cuda:1 …
+    torch_threads: int = 1  # CPU threads of torch
+    run_dir: str | None = (
+        None  # where models, logs, checkpoint and plot go; default runs/<task>__<script>__<seed>__<time>
+    )
+    checkpoint_every: int = 25  # steps between two checkpoints; 0: at the end only
+    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+    wandb_project: str = "grpo-llm"  # its project there
+
+    def __post_init__(self):
+        positive = (
+            "terms max_term num_problems warm_start_steps warm_start_batch_size warm_start_learning_rate steps "
+            "prompts_per_step max_tokens temperature num_epochs num_minibatches clip_high learning_rate max_grad_norm "
+            "micro_batch_tokens row_tokens logprob_tokens generate_rows eval_problems eval_samples eval_k torch_threads"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        from_zero = (
+            "seed lora_rank clip_low beta reference_every dynamic_sampling truncation_penalty format_weight "
+            "length_weight reward_model_steps reward_model_learning_rate warmup_steps weight_decay eval_every "
+            "checkpoint_every"
+        )
+        for name in from_zero.split():
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be 2 or more, or every advantage is 0, got {self.group_size}")
+        if self.prompts_per_step < self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches {self.num_minibatches} must not exceed prompts_per_step {self.prompts_per_step}"
+            )
+        if self.eval_k > self.eval_samples:
+            raise ValueError(f"eval_k {self.eval_k} must not exceed eval_samples {self.eval_samples}")
+        if self.operators not in ("+", "+-"):
+            raise ValueError(f"operators must be + or +-, got {self.operators!r}")
+        if self.dtype == "bfloat16" and self.optimizer == "adamw" and not self.lora_rank:
+            raise ValueError(
+                "dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began"
+            )
+        if self.task in ("gsm8k", "jsonl") and self.model is None:
+            raise ValueError(f"task {self.task} needs a model that can read, got none")
+        if self.task == "jsonl" and self.data is None:
+            raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
+        if self.reference_every and not (self.beta or self.reward_model_steps):
+            raise ValueError(
+                f"reference_every {self.reference_every} refreshes nothing: beta and reward_model_steps are 0"
+            )
+        if self.reward_model_steps and not (self.reward_model and self.reference_every):
+            raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
+        if self.lora_rank and self.reference_every:
+            raise ValueError(
+                "lora_rank keeps the model without the adapter as the reference: reference_every must be 0"
+            )
+        if "" in (self.model, self.data, self.resume, self.run_dir, self.reward_model):
+            raise ValueError("model, data, resume, run_dir and reward_model need a name or a path, got an empty one")
+        if self.resume and self.run_dir:
+            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
+        try:
+            re.compile(self.format_pattern)
+        except re.error as error:
+            raise ValueError(f"format_pattern {self.format_pattern!r} is no regular expression: {error}") from None
+
+    @property
+    def updates(self):
+        """Gradient steps for each rollout; with one, π_old is π and every ratio is exactly 1."""
+        return self.num_epochs * self.num_minibatches
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+
+
+# ---- Equations ----
+
+
+def group_advantages(rewards, group_size, scale_by_std=True):
+    """(Rᵢ − mean) / std within each group [G2] (DeepSeekMath §4.1.2). rewards (B,), groups consecutive → (B,).
+
+    The standard deviation is the paper's, over G (biased). scale_by_std=False is Dr. GRPO's. A group whose rewards are
+    all equal gives exactly 0, not 0/0. Raises ValueError if B is no multiple of group_size.
+    """
+    if len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards are no whole groups of {group_size}")
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.mean(-1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / groups.std(-1, correction=0, keepdim=True)
+    all_equal = (groups == groups[:, :1]).all(-1, keepdim=True)
+    return torch.where(all_equal, 0.0, advantages).flatten()
+
+
+def process_advantages(step_rewards, step_ids, group_size):
+    """Σ of the normalised rewards of a token's own step and the later ones [G3] (DeepSeekMath §4.1.3) → (B, T).
+
+    step_rewards: B lists of floats; step_ids (B, T): the step of each token, −1 for none, which gets 0. All step
+    rewards of a group are normalised together, in float64. Raises ValueError if B is no multiple of group_size.
+    """
+    if len(step_rewards) % group_size:
+        raise ValueError(f"{len(step_rewards)} sequences are no whole groups of {group_size}")
+    rows = []
+    for start in range(0, len(step_rewards), group_size):
+        group = step_rewards[start : start + group_size]
+        rewards = torch.tensor([reward for own in group for reward in own], dtype=torch.float64)
+        normalised = group_advantages(rewards, max(len(rewards), 1))
+        rows += normalised.split([len(own) for own in group])
+    to_go = [torch.cat([own.flip(0).cumsum(0).flip(0), own.new_zeros(1)]) for own in rows]  # step −1 finds the 0
+    return torch.stack([own.to(ids.device)[ids] for own, ids in zip(to_go, step_ids)])
+
+
+def token_logprobs(logits, tokens, temperature):
+    """ln π(token) at a temperature [R9]: logits (B, T, V), tokens (B, T) → (B, T), in nats.
+
+    The temperature that sampled is the one that scores: else the ratio is not 1 before the first update.
+    """
+    logits = logits / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def kl_k3(logprob, ref_logprob):
+    """expm1(r) − r with r = ln π_ref − ln π (DeepSeekMath Eq. 4) [G5]: an estimate of KL(π‖π_ref), never negative."""
+    log_ratio = ref_logprob - logprob
+    return log_ratio.expm1() - log_ratio
+
+
+def grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, clip_low, clip_high, beta):
+    """−min(ρ Â, clip(ρ, 1−ε_low, 1+ε_high) Â) + β k3 for each token [G4] (DeepSeekMath Eq. 3).
+
+    logprob, old_logprob, ref_logprob (B, T), advantage (B,) or (B, T) → (B, T). ref_logprob=None when beta is 0.
+    """
+    advantage = advantage.unsqueeze(-1) if advantage.dim() < logprob.dim() else advantage
+    ratio = (logprob - old_logprob).exp()
+    loss = -torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    return loss if ref_logprob is None else loss + beta * kl_k3(logprob, ref_logprob)
+
+
+def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens):
+    """Token losses (B, T) to the scalar to minimise [G7].
+
+    "sequence"  a mean over each sequence, then over sequences            GRPO, DeepSeekMath Eq. 3
+    "token"     a mean over all tokens                                    DAPO Eq. 8
+    "constant"  a sum over sequences · max_tokens, whatever their length  Dr. GRPO §3.2
+
+    The totals are those of the whole optimiser step, so that the losses of micro-batches add up to its loss.
+    """
+    loss = torch.where(mask.bool(), loss, 0.0)
+    if reduction == "sequence":
+        return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / total_sequences
+    if reduction == "token":
+        return loss.sum() / total_tokens
+    if reduction == "constant":
+        return loss.sum() / (total_sequences * max_tokens)
+    raise ValueError(f"reduction {reduction!r} is none of sequence, token, constant")
+
+
+def sequence_logprob(logprob, old_logprob, mask):
+    """ln π_old + mean over the sequence of ln π/π_old, (B, T) [G15]: every token's ratio is GSPO's (Eq. 7) then."""
+    log_ratio = torch.where(mask.bool(), logprob - old_logprob, 0.0)
+    return old_logprob + log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def pass_at_k(num_samples, num_right, k):
+    """Chance that one of k samples is right, unbiased from n of which c were [G21] (Chen et al. 2021, Eq. 1)."""
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+# ---- Problems ----
+
+
+class Problem(NamedTuple):
+    prompt: str
+    answer: str  # a number, an expression, or for countdown the target
+    values: tuple = ()  # what a right solution's steps come to, for process supervision
+    solution: str = ""  # worked out, for the warm start
+    numbers: tuple = ()  # countdown's
+
+
+INSTRUCTIONS = {
+    "arithmetic": "What is {}?",
+    "countdown": "{}\nUse each of the numbers once, with + - * / and parentheses, to reach the target. "
+    "Write the expression alone on the last line.",
+    "gsm8k": "{}\nThink step by step, a step a line, and end with #### and the answer, a number.",
+    "jsonl": "{}",
+}
+
+
+def write_sum(rng, args):
+    """12+34-56 → the lines 12+34=46, 46-56=-10 and #-10."""
+    total = rng.randint(0, args.max_term)
+    prompt, lines, values = str(total), [], []
+    for _ in range(args.terms - 1):
+        operator, term = rng.choice(args.operators), rng.randint(0, args.max_term)
+        before, total = total, total + term if operator == "+" else total - term
+        prompt += f"{operator}{term}"
+        lines.append(f"{before}{operator}{term}={total}")
+        values.append(str(total))
+    return Problem(prompt, str(total), (*values, str(total)), "\n".join([*lines, f"#{total}"]))
+
+
+def write_countdown(rng, args):
+    """Numbers and a target that they reach: joined two at a time by an operator that leaves a whole number."""
+    numbers = [rng.randint(1, args.max_term) for _ in range(args.terms)]
+    parts = [(str(number), number) for number in numbers]
+    while len(parts) > 1:
+        (left, a), (right, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        choices = (
+            [("+", a + b), ("*", a * b)]
+            + [("-", a - b)] * (a >= b)
+            + [("/", a // b if b else 0)] * (b > 0 and a % b == 0)
+        )
+        operator, value = rng.choice([choice for choice in choices if choice[1] <= 1000] or choices)
+        parts.append((f"({left}{operator}{right})", value))
+    expression, target = parts[0]
+    return Problem(f"{','.join(map(str, numbers))}={target}", str(target), (), expression[1:-1], tuple(numbers))
+
+
+def load_problems(args):
+    """(to learn from, held out): generated, or read from a file or the Hub. No held-out prompt is among the others."""
+    if args.task in ("arithmetic", "countdown"):
+        rng = random.Random(args.seed)
+        write = write_sum if args.task == "arithmetic" else write_countdown
+        problems = [write(rng, args) for _ in range(args.num_problems)]
+    else:
+        problems = [read_problem(args, row) for row in read_rows(args)]
+    problems = list({problem.prompt: problem for problem in problems}.values())  # each prompt once
+    held_out = min(args.eval_problems, len(problems) // 2)
+    if len(problems) - held_out < args.prompts_per_step or not held_out:
+        raise InputError(
+            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside those held out"
+        )
+    return problems[held_out:], problems[:held_out]
+
+
+def read_rows(args):
+    if args.data is None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            rows = datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True)
+            return list(rows.take(args.num_problems))
+        except Exception as error:
+            raise InputError(f"gsm8k cannot be fetched: {error}. --data takes a file in its form") from error
+    try:
+        with open(args.data, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise InputError(f"--data {args.data} is no file of JSON lines: {error}") from error
+    return rows[: args.num_problems]
+
+
+def read_problem(args, row):
+    """A row {"question", "answer"} in gsm8k's form, "… <<48/2=24>>24 … #### 72"; or {"prompt", "answer"}."""
+    names = ("question", "answer") if args.task == "gsm8k" else ("prompt", "answer")
+    if not isinstance(row, dict) or not set(names) <= row.keys():
+        found = ", ".join(row) if isinstance(row, dict) else repr(row)
+        raise InputError(f"task {args.task} needs rows with {' and '.join(names)}, found {found}")
+    prompt, answer = (str(row[name]).strip() for name in names)
+    if args.task == "jsonl":
+        return Problem(prompt, answer)
+    worked, marker, final = answer.partition("####")
+    if not marker:
+        raise InputError(f"task gsm8k needs #### before the answer, found {answer[-60:]!r}")
+    final = final.strip()
+    values = (*re.findall(r"=([^=<>]*)>>", worked), final)
+    return Problem(prompt, final, values, re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}")
+
+
+def problems_from(problems, positions, seed):
+    """Those at some positions of an endless stream that shuffles the problems anew each epoch."""
+    chosen, orders = [], {}
+    for position in positions:
+        epoch, index = divmod(position, len(problems))
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(len(problems), generator=seeded(seed, "order", epoch)).tolist()
+        chosen.append(problems[orders[epoch][index]])
+    return chosen
+
+
+def seeded(*names):
+    """A generator for each use: what it draws depends on its names alone, not on the process, nor on a resume."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(names).encode()))
+
+
+# ---- Verifiers and rewards ----
+
+# A minus after a digit or a parenthesis subtracts, elsewhere it is a sign. Commas count between groups of three digits.
+NUMBER = re.compile(r"(?:(?<![0-9)])[-−])?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+
+
+def as_number(text):
+    """The exact value of a number as people write it, 28,080 or −3 or $1.50; None for anything else."""
+    if len(text) > 40 or not NUMBER.fullmatch(text):
+        return None
+    return Fraction(text.replace(",", "").replace("$", "").replace("−", "-"))
+
+
+def last_number(text):
+    """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
+    found = NUMBER.findall(text[-2000:])
+    return as_number(found[-1]) if found else None
+
+
+def countdown_value(expression, numbers):
+    """Value of an expression of + - * / that uses each number once, else None: parsed, never evaluated [G20]."""
+    expression = expression.replace("×", "*").replace("÷", "/").replace("−", "-")
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    used = []
+
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp):
+            left, right = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Add):
+                return left + right
+            if isinstance(node.op, ast.Sub):
+                return left - right
+            if isinstance(node.op, ast.Mult):
+                return left * right
+            if isinstance(node.op, ast.Div) and right:
+                return left / right
+        raise ValueError
+
+    try:
+        result = value(tree)
+    except ValueError:
+        return None
+    return result if Counter(used) == Counter(numbers) else None
+
+
+def final_answer(problem, completion):
+    """What a completion answers, in a form that can be compared and counted; None for no answer."""
+    if problem.numbers:
+        lines = completion.strip().splitlines()
+        expression = lines[-1].partition("=")[0].strip() if lines else ""
+        return countdown_value(expression, problem.numbers)
+    if as_number(problem.answer) is not None:
+        return last_number(completion)
+    return completion.strip()[-200:] or None
+
+
+def is_right(problem, completion):
+    """Does the completion's answer equal the problem's? Exact for numbers; math-verify decides on expressions."""
+    answer = final_answer(problem, completion)
+    wanted = as_number(problem.answer)
+    if answer is None or wanted is not None:
+        return answer is not None and answer == wanted
+    from math_verify import parse, verify
+
+    try:
+        return bool(
+            verify(parse(problem.answer, parsing_timeout=1), parse(answer, parsing_timeout=1), timeout_seconds=1)
+        )
+    except Exception:  # whatever a model writes must not end the run
+        return False
+
+
+def step_rewards_of(problem, completion):
+    """(rewards of the completion's steps, step of each line). A step is a line that is not blank.
+
+    It is worth 1 if its value, the line's last number, is one that a right solution comes to and that no earlier line
+    had: that its own arithmetic is consistent says nothing, and a line written twice is worth nothing [G20].
+    """
+    wanted = Counter(as_number(value) for value in problem.values)
+    rewards, step_of_line = [], []
+    for line in completion.split("\n"):
+        step_of_line.append(len(rewards) if line.strip() else -1)
+        if line.strip():
+            value = last_number(line)
+            rewards.append(float(value is not None and wanted[value] > 0))
+            wanted[value] -= 1
+    return rewards, step_of_line
+
+
+def reward_parts(args, problem, completion, num_tokens, is_truncated):
+    """The rewards of a completion, by name; they add up. YOUR OWN TASK: write its reward here, as a line more."""
+    parts = {"verifier": float(is_right(problem, completion))}
+    if args.format_weight:
+        parts["format"] = args.format_weight * bool(re.fullmatch(args.format_pattern, completion))
+    if args.length_weight:
+        parts["length"] = -args.length_weight * num_tokens / args.max_tokens
+    if args.truncated == "penalise":
+        parts["truncation"] = -args.truncation_penalty * is_truncated  # [G12]
+    return parts
+
+
+# ---- Model ----
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def from_disk(kind, name, **options):
+    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+
+
+def new_tokenizer():
+    """A token a character, enough for arithmetic; padding is no EOS."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<pad>", "<eos>", "<unk>", *"0123456789+-*/()=#,.: \n"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(tokenizer):
+    """A transformer like Qwen3 of 0.4M parameters and random weights: the code path is that of the large ones."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def load_model(args, name):
+    """(language model, tokenizer, EOS ids) of a Hub id or a directory, fit to be trained here or refused."""
+    tokenizer = from_disk("AutoTokenizer", name)
+    model = from_disk("AutoModelForCausalLM", name, dtype=getattr(torch, args.dtype))
+    eos_ids = model.generation_config.eos_token_id  # [G9] one, several or none; chat models often have two
+    eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
+    if tokenizer.eos_token_id is not None:
+        eos_ids = sorted({*eos_ids, tokenizer.eos_token_id})
+    if not eos_ids:
+        raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # [G14] under dropout the ratio compares two different networks
+    for option in ("attention_dropout", "attn_pdrop"):
+        if hasattr(model.config, option):
+            setattr(model.config, option, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model = model.to(args.device).eval()
+    check_forward(model, name)
+    return model, tokenizer, eos_ids
+
+
+@torch.no_grad()
+def check_forward(model, name):
+    """Refuse a model whose log-probabilities packed rows would get wrong: ALiBi, scaled or capped logits."""
+    tokens = torch.arange(3, 15, device=model.device) % model.config.vocab_size
+    prompt, completion = tokens[:5].tolist(), tokens[5:]
+    logits = model(tokens[None]).logits[:, 4:-1].float()
+    whole = token_logprobs(logits, completion[None], 1.0)[0]
+    twice = torch.stack([completion, completion]).cpu()
+    batch = pack_rows([prompt], twice, torch.ones_like(twice), [[0, 1]], 2, model.device)
+    packed = completion_logprobs(model, batch, len(completion), 1.0, 1024)
+    difference = float((packed - whole).abs().mean())
+    if not difference < 0.5:
+        raise InputError(
+            f"{name}: packed rows and the model's own forward pass differ by {difference:.2f} nats a token"
+        )
+
+
+def encode_prompt(args, tokenizer, problem):
+    """Token list of what the model is shown: the problem alone, or the instruction in the model's own chat form."""
+    if args.model is None:
+        return tokenizer(f"{problem.prompt}\n", add_special_tokens=False)["input_ids"]
+    text = (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
+    if not tokenizer.chat_template:
+        return tokenizer(f"{text}\n")["input_ids"]
+    messages = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# ---- Generation ----
+
+
+def sample_token(logits, noise, temperature):
+    """One token a row of logits (B, V) by noise (B,) uniform in [0, 1), and its log-probability. Temperature 0: greedy.
+
+    By the cumulative sum: torch.multinomial over a vocabulary of 49k takes many times as long on a CPU.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.zeros_like(logits[:, 0])
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    token = torch.searchsorted(sums, noise[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
+    return token[:, 0], (weights.gather(-1, token) / total).log()[:, 0]
+
+
+def new_cache(model, rows, length):
+    """Keys and values of `rows` sequences, with room for `length` tokens: one that grows copies itself each token."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        """What transformers' layers ask of a cache layer, with the prompts' keys and values shared by their groups."""
+
+        def lazy_initialization(self, keys, values):
+            self.dtype, self.device = keys.dtype, keys.device
+            self.room = [x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
+            self.used, self.live, self.is_initialized = 0, rows, True
+
+        def update(self, keys, values, *args, **kwargs):
+            if not self.is_initialized:  # the prompts: each is written once for each of its group
+                self.lazy_initialization(keys, values)
+                self.used = keys.shape[2]
+                for room, x in zip(self.room, (keys, values)):
+                    room.view(len(x), -1, *room.shape[1:])[:, :, :, : self.used] = x[:, None]
+                return keys, values
+            self.used += keys.shape[2]
+            for room, x in zip(self.room, (keys, values)):
+                room[: self.live, :, self.used - x.shape[2] : self.used] = x
+            return tuple(room[: self.live, :, : self.used] for room in self.room)
+
+        def get_seq_length(self):
+            return self.used if self.is_initialized else 0
+
+        def fill(self, holes, movers, live):
+            """Rows `movers` take the places `holes`; the first `live` rows remain."""
+            for room in self.room:
+                room[holes, :, : self.used] = room[movers, :, : self.used]
+            self.live = live
+
+    return Cache(layers=[RoomyLayer() for _ in range(model.config.num_hidden_layers)])
+
+
+@torch.no_grad()
+def generate(model, prompts, noise, temperature, eos_ids, pad_id):
+    """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
+
+    prompts: P token lists; B = P·G and G consecutive rows belong to a prompt. From the whole distribution at the
+    temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9]. Each prompt is read once
+    and its keys and values are shared by the group [G1]; rows that are done leave the batch. A row's completion
+    depends on its prompt and its noise alone, not on the rows beside it [G23].
+    """
+    B, T = noise.shape
+    group_size, device = B // len(prompts), model.device
+    Q = max(map(len, prompts))
+    queries = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    seen = torch.arange(Q, device=device) >= Q - lengths[:, None]  # padding on the left: all end in the same column
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)
+    cache = new_cache(model, B, Q + T)
+    head, eos, noise = model.get_output_embeddings(), torch.tensor(eos_ids, device=device), noise.to(device)
+    state = model.base_model(
+        queries, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    logits = head(state.last_hidden_state[:, -1]).repeat_interleave(group_size, 0)
+    lengths = lengths.repeat_interleave(group_size)
+    seen = torch.cat([seen, seen.new_ones(len(prompts), T)], 1).repeat_interleave(group_size, 0)
+
+    tokens = torch.full((B, T), pad_id, device=device)
+    logprobs, mask = torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.long, device=device)
+    rows = torch.arange(B, device=device)  # which sequence each row of the batch is
+    for t in range(T):
+        token, logprob = sample_token(logits, noise[rows, t], temperature)
+        tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, 1
+        going = ~torch.isin(token, eos)
+        live = int(going.sum())
+        if live == 0 or t + 1 == T:
+            break
+        if live < len(rows):  # the last rows that go on take the places of those that are done
+            holes = (~going[:live]).nonzero()[:, 0]
+            movers = live + going[live:].nonzero()[:, 0]
+            for layer in cache.layers:
+                layer.fill(holes, movers, live)
+            keep = torch.arange(live, device=device)
+            keep[holes] = movers
+            rows, token = rows[keep], token[keep]
+        hidden = model.base_model(
+            token[:, None],
+            attention_mask=seen[rows, None, None, : Q + t + 1],
+            position_ids=(lengths[rows] + t)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = head(hidden[:, -1])
+    return tokens, logprobs, mask
+
+
+class Group(NamedTuple):
+    problem: Problem
+    prompt: list  # its tokens
+    tokens: torch.Tensor  # (G, T)
+    logprobs: torch.Tensor  # (G, T) as the sampler saw them
+    mask: torch.Tensor  # (G, T) 1 up to and with the first EOS
+    texts: list  # G completions
+
+
+def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, temperature, names):
+    """A group for each problem, at most generate_rows sequences at once. names: what seeds the noise of each."""
+    prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
+    noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
+    at_once, groups = max(args.generate_rows // group_size, 1), []
+    for start in range(0, len(prompts), at_once):
+        part = slice(start, start + at_once)
+        output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, tokenizer.pad_token_id)
+        for problem, prompt, *rows in zip(problems[part], prompts[part], *(x.cpu().split(group_size) for x in output)):
+            tokens, logprobs, mask = rows
+            completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
+            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            groups.append(Group(problem, prompt, tokens, logprobs, mask, texts))
+    return groups
+
+
+# ---- Training on packed rows ----
+
+
+class Batch(NamedTuple):
+    sequences: torch.Tensor  # (S,) rows of the rollout that are in it
+    ids: torch.Tensor  # (R, L) tokens: a prompt, its completions, the next prompt, …
+    positions: torch.Tensor  # (R, L) each completion goes on where its prompt ended
+    visible: torch.Tensor  # (R, 1, L, L) which token sees which
+    sources: torch.Tensor  # (N,) where in ids, flat, the state before each completion token is
+    targets: torch.Tensor  # (N,) those tokens
+    places: tuple  # (N,), (N,): sequence in this batch and t of each
+
+
+def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens):
+    """Which sequences share a row, and which rows a micro-batch: lists of lists of sequence indices [G17].
+
+    Completions of a prompt share it in a row of row_tokens at most, or of the longest sequence's. The longest rows
+    come first: what does not fit into memory fails at once. A sequence's last token is never read, only predicted.
+    """
+    total = {i: prompt_lengths[i // group_size] + length - 1 for i, length in lengths.items()}
+    capacity = max([row_tokens, *total.values()])
+    groups = {}
+    for i in sorted(lengths, key=lambda i: -lengths[i]):
+        groups.setdefault(i // group_size, []).append(i)
+    rows, room = [], 0
+    for group, members in groups.items():
+        new_to_row = True
+        for i in members:
+            needed = lengths[i] - 1 + prompt_lengths[group] * new_to_row
+            if needed > room:
+                rows.append([])
+                needed, room = total[i], capacity
+            rows[-1].append(i)
+            room -= needed
+            new_to_row = False
+    sizes = {id(row): row_size(row, prompt_lengths, lengths, group_size) for row in rows}
+    rows.sort(key=lambda row: -sizes[id(row)])
+    micro_batches, longest = [], 0
+    for row in rows:
+        if not micro_batches or (len(micro_batches[-1]) + 1) * longest > micro_batch_tokens:
+            micro_batches.append([])
+            longest = sizes[id(row)]
+        micro_batches[-1].append(row)
+    return micro_batches
+
+
+def row_size(row, prompt_lengths, lengths, group_size):
+    prompts = {i // group_size for i in row}
+    return sum(prompt_lengths[p] for p in prompts) + sum(lengths[i] - 1 for i in row)
+
+
+def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
+    """Prompts (P token lists), tokens and mask (B, T), rows of indices → a Batch, padded at the ends of rows alone."""
+    lengths = mask.sum(-1).tolist()
+    size = max(row_size(row, list(map(len, prompts)), lengths, group_size) for row in rows)
+    ids, positions, prompt_of, owner = (torch.full((len(rows), size), x) for x in (0, 0, -1, -2))
+    sequences, sources, targets, places = [], [], [], []
+    for r, row in enumerate(rows):
+        end, current = 0, None
+        for i in row:
+            if i // group_size != current:
+                current = i // group_size
+                prompt = torch.tensor(prompts[current])
+                span = slice(end, end + len(prompt))
+                ids[r, span], positions[r, span] = prompt, torch.arange(len(prompt))
+                prompt_of[r, span], owner[r, span] = current, -1
+                end += len(prompt)
+                last = end - 1
+            completion = tokens[i, : lengths[i]]
+            span = slice(end, end + lengths[i] - 1)
+            ids[r, span], positions[r, span] = completion[:-1], len(prompt) + torch.arange(lengths[i] - 1)
+            prompt_of[r, span], owner[r, span] = current, i
+            sources += [r * size + at for at in (last, *range(end, end + lengths[i] - 1))]
+            targets.append(completion)
+            places += [(len(sequences), t) for t in range(lengths[i])]
+            sequences.append(i)
+            end += lengths[i] - 1
+    same_prompt = prompt_of[:, :, None] == prompt_of[:, None, :]
+    visible = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))
+    visible &= torch.ones(size, size, dtype=torch.bool).tril()
+    tensors = (torch.tensor(sequences), ids, positions, visible[:, None], torch.tensor(sources), torch.cat(targets))
+    return Batch(*(x.to(device) for x in tensors), tuple(torch.tensor(places, device=device).T))
+
+
+def logprobs_of(head, hidden, targets, temperature):
+    """Log-probabilities (N,) in float32 of targets (N,) after the states hidden (N, d)."""
+    return token_logprobs(head(hidden).float(), targets, temperature)
+
+
+def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
+    """(S, T) log-probabilities of a batch's completions, 0 off their masks.
+
+    Logits are made for logprob_tokens tokens at a time and, where gradients are wanted, made again in the backward
+    pass [G16]: whole, they are the largest tensor of all, 8 × 1,024 tokens × 152k words × 4 bytes = 5 GB.
+    """
+    hidden = model.base_model(
+        batch.ids, attention_mask=batch.visible, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
+    hidden = hidden.flatten(0, 1)[batch.sources]
+    head, parts = model.get_output_embeddings(), []
+    for states, targets in zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(logprobs_of, head, states, targets, temperature, use_reentrant=False))
+        else:
+            parts.append(logprobs_of(head, states, targets, temperature))
+    logprobs = torch.zeros(len(batch.sequences), max_tokens, device=hidden.device)
+    return logprobs.index_put(batch.places, torch.cat(parts))
+
+
+# ---- Optimizer ----
+
+
+def round_stochastically(x):
+    """float32 → bfloat16, up or down with the chances that make the mean right [G18].
+
+    Rounded to the nearest, a step below 1/256 of a weight is lost, every time: at lr 1e-6 nearly all are.
+    """
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class AdamW8bit:
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) with 2 bytes of state a parameter [G19] (Dettmers et al. 2022).
+
+    Both moments are kept in blocks of 256, a float32 maximum for each and an 8-bit logarithm for each element: √v to
+    within 2.2% over 16 octaves below the block's maximum, m to within 4.4%. bfloat16 weights are rounded
+    stochastically.
+    Works through a parameter in slices, so that no float32 copy of a large one ever exists.
+    """
+
+    BLOCK, SLICE = 256, 1 << 24
+
+    def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+        self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
+        self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
+        self.state = []
+        for parameter in self.param_groups[0]["params"]:
+            blocks = -(-parameter.numel() // self.BLOCK)
+            codes = (
+                torch.zeros(blocks, self.BLOCK, dtype=kind, device=parameter.device)
+                for kind in (torch.int8, torch.uint8)
+            )
+            maxima = (torch.zeros(blocks, 1, device=parameter.device) for _ in range(2))
+            self.state.append([*codes, *maxima])
+
+    def zero_grad(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for parameter, state in zip(self.param_groups[0]["params"], self.state):
+            if parameter.grad is None:
+                continue
+            weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
+            for start in range(0, len(weights), self.SLICE):
+                part = slice(start, start + self.SLICE)
+                blocks = slice(start // self.BLOCK, -(-min(start + self.SLICE, len(weights)) // self.BLOCK))
+                self.step_slice(weights[part], gradients[part].float(), [x[blocks] for x in state])
+
+    def step_slice(self, weights, gradients, state):
+        m_codes, v_codes, m_max, v_max = state
+        (beta1, beta2), count = self.betas, len(weights)
+        padded = torch.nn.functional.pad(gradients, (0, m_codes.numel() - count)).view(-1, self.BLOCK)
+        m = m_codes.sign() * torch.exp2((m_codes.float().abs() - 127) / 8) * m_max
+        root_v = torch.where(v_codes > 0, torch.exp2((v_codes.float() - 255) / 16), 0.0) * v_max
+        m.lerp_(padded, 1 - beta1)
+        root_v.square_().lerp_(padded.square(), 1 - beta2).sqrt_()
+        for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
+            maxima.copy_(x.abs().amax(-1, keepdim=True))
+            code = (top + octave * (x.abs() / maxima.clamp(min=1e-38)).log2()).round_()
+            # the smallest √v is rounded up, or its weight's next step would be divided by nothing
+            codes.copy_(code.clamp_(0 if octave == 8 else 1, top) * x.sign())
+        update = (m / (1 - beta1**self.steps)) / (root_v / (1 - beta2**self.steps) ** 0.5 + self.eps)
+        lr = self.param_groups[0]["lr"]
+        new = weights.float() * (1 - lr * self.weight_decay) - lr * update.view(-1)[:count]
+        weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
+
+    def state_dict(self):
+        return {"steps": self.steps, "state": self.state}
+
+    def load_state_dict(self, saved):
+        self.steps = saved["steps"]
+        for own, kept in zip(self.state, saved["state"]):
+            for mine, other in zip(own, kept):
+                mine.copy_(other)
+
+
+def new_optimizer(args, model):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": (0.9, 0.95)}
+    if args.optimizer == "adamw8bit":
+        return AdamW8bit(parameters, **settings)
+    optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
+    optimizer.param_groups[0]["initial_lr"] = args.learning_rate
+    return optimizer
+
+
+# ---- Rewards and advantages of a rollout ----
+
+
+class Rating(NamedTuple):
+    rewards: torch.Tensor  # (G,)
+    parts: dict  # name: (G,), which add up to them
+    is_truncated: torch.Tensor  # (G,) no EOS within max_tokens
+    step_rewards: list  # G lists
+    step_ids: torch.Tensor  # (G, T) step of each token, −1 for none
+
+
+def rate_group(args, group, tokenizer, eos_ids, reward_model):
+    """What a group's completions earned, whole and step by step."""
+    is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
+    columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
+    rows = [reward_parts(args, group.problem, *column) for column in columns]
+    parts = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
+    if reward_model:
+        parts["model"] = args.reward_model_weight * score_texts(*reward_model, group.problem.prompt, group.texts)
+    step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
+    step_ids = step_ids_of(tokenizer, group, step_of_line)
+    return Rating(torch.stack(list(parts.values())).sum(0), parts, is_truncated, list(step_rewards), step_ids)
+
+
+def has_variance(args, rating):
+    """Whether a group's rewards differ; where they do not, its advantages are all 0 and it teaches nothing [G10]."""
+    if args.supervision == "process":
+        return len({reward for rewards in rating.step_rewards for reward in rewards}) > 1
+    return len(set(rating.rewards.tolist())) > 1
+
+
+def advantages_of(args, rewards):
+    """(B,) advantages from (B,) rewards. The baselines keep GRPO's loss: at ρ = 1 it has the policy gradient."""
+    if args.algorithm == "reinforce":  # the mean over everything as the baseline (Williams 1992)
+        return rewards - rewards.mean()
+    if args.algorithm == "rloo":  # the mean of the other G − 1 answers (Kool et al. 2019; Ahmadian et al. 2024)
+        return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
+    if args.algorithm == "rft":  # imitate the right answers, nothing else (DeepSeekMath §5.2.1)
+        return (rewards > 0).float()
+    return group_advantages(rewards, args.group_size, args.scale_by_std)
+
+
+def step_ids_of(tokenizer, group, step_of_line):
+    """(G, T) step of each token: that of the line it stands in; a newline belongs to the line that it ends."""
+    ids = torch.full(group.tokens.shape, -1)
+    for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
+        line = 0
+        for t, text in enumerate(tokenizer.batch_decode([[token] for token in row[:length]], skip_special_tokens=True)):
+            ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]
+            line += text.count("\n")
+    return ids
+
+
+# ---- A learned reward model, R_φ ----
+
+
+def load_reward_model(args):
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_disk("AutoModelForSequenceClassification", args.reward_model, **options)
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise InputError(f"{args.reward_model} is no reward model: it has no trained head with one output")
+    tokenizer = from_disk("AutoTokenizer", args.reward_model)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{args.reward_model}: its tokenizer has no padding token, so texts cannot be scored together")
+    return model.to(args.device).eval(), tokenizer
+
+
+def raw_scores(model, tokenizer, texts):
+    """(N,) scores of (prompt, completion) texts, with gradients."""
+    inputs = tokenizer(
+        [f"{prompt}\n{text}" for prompt, text in texts], padding=True, truncation=True, return_tensors="pt"
+    )
+    return model(**{name: x.to(model.device) for name, x in inputs.items() if name != "token_type_ids"}).logits[:, 0]
+
+
+@torch.no_grad()
+def score_texts(model, tokenizer, prompt, texts):
+    """(N,) scores, normalised by what rlhf_gpt2_ppo.py keeps in the config, if it is there."""
+    scores = raw_scores(model, tokenizer, [(prompt, text) for text in texts]).cpu()
+    return (scores - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_std", 1.0)
+
+
+def continue_reward_model(args, model, tokenizer, optimizer, pairs, replay, step):
+    """Train R_φ on (right, wrong) pairs of texts of the last rollouts, a tenth of each batch from earlier ones [G13]
+    (DeepSeekMath Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
+    rng, losses = random.Random(f"{args.seed} reward {step}"), []
+    for _ in range(args.reward_model_steps):
+        batch = [rng.choice(replay) if replay and i % 10 == 0 else rng.choice(pairs) for i in range(20)]
+        right, wrong = raw_scores(model, tokenizer, [text for pair in batch for text in pair]).view(-1, 2).T
+        loss = -torch.nn.functional.logsigmoid(right - wrong).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+# ---- Files, evaluation ----
+
+
+def save(path, content):
+    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load(path, *keys):
+    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: --resume takes a run directory")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["args"] = Args(**content["args"])
+        missing = set(keys) - content.keys()
+    except Exception as error:
+        raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
+    if missing:
+        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def save_model(directory, model, tokenizer):
+    """A normal transformers directory, written aside and renamed."""
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
+
+
+def start_wandb(args, run_dir):
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("--track needs Weights & Biases: pip install wandb") from error
+    wandb.init(project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+
+
+def evaluate(args, model, tokenizer, eos_ids, problems):
+    """Held-out problems: greedy accuracy, and of eval_samples samples pass@1, pass@k, maj@k [G21]. The noise is always
+    the same, so that two policies differ by what they learned alone."""
+    n, k, count = args.eval_samples, args.eval_k, len(problems)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    names = [("eval", i) for i in range(rank, count, world_size)]
+    problems = problems[rank::world_size]
+    greedy = sample_groups(args, model, tokenizer, eos_ids, problems, 1, 0.0, names)
+    sampled = sample_groups(args, model, tokenizer, eos_ids, problems, n, args.temperature, names)
+    row = Counter()
+    for problem, one, group in zip(problems, greedy, sampled):
+        right = [is_right(problem, text) for text in group.texts]
+        row["greedy"] += is_right(problem, one.texts[0])
+        row["pass@1"] += sum(right) / n
+        row[f"pass@{k}"] += pass_at_k(n, sum(right), k)
+        row[f"maj@{k}"] += majority_at_k([final_answer(problem, text) for text in group.texts], right, k)
+    means = over_ranks(torch.tensor(list(row.values()), dtype=torch.float64)) / count
+    return {f"eval/{name}": mean for name, mean in zip(row, means.tolist())}
+
+
+def majority_at_k(answers, right, k):
+    """Share of the ballots of k answers, one after the other, that elect a right one [G21] (Wang et al. 2023)."""
+    starts, won = range(0, len(answers) - k + 1, k), 0
+    for start in starts:
+        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
+        won += bool(votes) and right[answers.index(votes.most_common(1)[0][0], start)]
+    return won / len(starts)
+
+
+def draw_curves(metrics, path):
+    """PNG: rewards, evaluation, length and entropy, KL and clipping."""
+    from matplotlib.figure import Figure
+
+    panels = Figure(figsize=(10, 7), layout="constrained").subplots(2, 2)
+    groups = (("reward/",), ("eval/",), ("completion/length", "policy/entropy"), ("kl/", "policy/clip", "groups/"))
+    for axes, prefixes in zip(panels.flat, groups):
+        for name in dict.fromkeys(name for row in metrics for name in row if name.startswith(prefixes)):
+            points = [(row["step"], row[name]) for row in metrics if name in row]
+            axes.plot(*zip(*points), label=name, marker="o" if len(points) < 12 else "")
+        axes.set(xlabel="step")
+        axes.legend(fontsize="small")
+    axes.figure.savefig(path, dpi=120)
+
+
+# ---- Training ----
+
+
+def warm_start(args, model, tokenizer, problems):
+    """Supervised steps on worked solutions, until some answers are right: GRPO can only choose among samples."""
+    from tqdm import trange
+
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    bar = trange(args.warm_start_steps, desc="warm start")
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = args.warm_start_learning_rate * (1 - step / args.warm_start_steps)
+        count = args.warm_start_batch_size
+        batch = problems_from(problems, range(step * count, (step + 1) * count), f"{args.seed} warm start")
+        prompts = [encode_prompt(args, tokenizer, problem) for problem in batch]
+        solutions = [[*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], eos] for problem in batch]
+        longest = max(map(len, solutions))
+        tokens = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in solutions], device=args.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in solutions], device=args.device)
+        lengths = dict(enumerate(mask.sum(-1).tolist()))
+        (rows,) = plan_rows(list(map(len, prompts)), lengths, 1, args.row_tokens, math.inf)
+        batch = pack_rows(prompts, tokens, mask, rows, 1)
+        loss = -completion_logprobs(model, batch, longest, 1.0, args.logprob_tokens).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 9:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+# what a resumed run may do otherwise than before; everything else would make it another run
+CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens"
+
+
+def new_run_dir(args):
+    return f"runs/{args.task}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def resumed_args(run_dir):
+    """The settings with which train() goes on with the run in run_dir."""
+    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
+
+
+@torch.no_grad()
+def score(args, model, sequences, micro_batches):
+    """(B, T) log-probabilities of the sequences under a model, 0 where the micro-batches do not reach."""
+    logprobs = torch.zeros(sequences[2].shape)
+    for rows in micro_batches:
+        batch = pack_rows(*sequences, rows, args.group_size, args.device)
+        scored = completion_logprobs(model, batch, args.max_tokens, args.temperature, args.logprob_tokens)
+        logprobs[batch.sequences.cpu()] = scored.cpu()
+    return logprobs
+
+
+def describe(args, seen):
+    """What a reader wants to know of the sampled (group, rating)s, each a mean over them and over all processes."""
+    rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
+    mask, logprobs = (torch.cat([group[i] for group, _ in seen]) for i in (4, 3))
+    truncated = torch.cat([rating.is_truncated for _, rating in seen]).float()
+    row = {"reward/mean": rewards.mean(), "reward/std": rewards.std(-1, correction=0).mean()}
+    for name in seen[0][1].parts:
+        row[f"reward/{name}"] = torch.cat([rating.parts[name] for _, rating in seen]).mean()
+    steps = [reward for _, rating in seen for rewards in rating.step_rewards for reward in rewards]
+    row |= {
+        "reward/steps": torch.tensor(sum(steps) / max(len(steps), 1)),
+        "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]).mean(),
+        "completion/length": mask.sum(-1).float().mean(),
+        "completion/truncated": truncated.mean(),
+        "completion/eos_rate": 1 - truncated.mean(),
+        "policy/entropy": -logprobs.sum() / mask.sum(),  # E[−ln π] is the entropy, at the temperature of the sampling
+    }
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    means = over_ranks(torch.stack([x.float() for x in row.values()])) / world_size
+    return dict(zip(row, means.tolist()))
+
+
+def pairs_of(group, rating):
+    """(right, wrong) pairs of one group's texts, as the verifier says: what a reward model learns from."""
+    texts = [(group.problem.prompt, text) for text in group.texts]
+    is_right = rating.parts["verifier"].bool().tolist()
+    right = [text for text, it_is in zip(texts, is_right) if it_is]
+    return list(zip(right, [text for text, it_is in zip(texts, is_right) if not it_is]))
+
+
+def print_samples(group, rating, count=4):
+    print(f"\n{group.problem.prompt}    right is {group.problem.answer}\n  reward  tokens  completion")
+    for text, reward, length in list(zip(group.texts, rating.rewards.tolist(), group.mask.sum(-1).tolist()))[:count]:
+        print(f"  {reward:6.2f}  {length:6d}  {' / '.join(text.splitlines())[:100]}")
+
+
+def add_adapter(args, model):
+    """LoRA (Hu et al. 2021) on every linear layer of the model, in place; the handle that switches it off [G22]."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("--lora-rank needs peft: pip install peft") from error
+    return get_peft_model(
+        model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+    )
+
+
+def learning_rate_of(args, step):
+    """Rises over warmup_steps, then falls to 0 over the rest, if it is to."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
+    remaining = (args.steps - step) / (args.steps - args.warmup_steps)
+    return args.learning_rate * (remaining if args.anneal_lr else 1.0)
+
+
+def peak_memory(device):
+    """Bytes: of tensors on a GPU since the start, or of the whole process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def log(writer, metrics, step, row):
+    for name, number in row.items() if writer else ():
+        writer.add_scalar(name, number, step)
+    metrics.append({"step": step, **row})
+
+
+def over_ranks(tensor, operation="SUM"):
+    """The tensor, summed (or so) over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def train(args: Args) -> list[dict]:
+    """Run GRPO. Returns the metrics of each step and of each evaluation, oldest first."""
+    import transformers
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import trange
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+
+    # 1. Settings, problems, processes, run directory
+    saved = load(Path(args.resume) / "checkpoint.pt", "step", "policy", "optimizer", "metrics") if args.resume else None
+    if saved:
+        settings = replace(saved["args"], run_dir=None)
+        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+            given, before = getattr(args, name), getattr(settings, name)
+            if given != before:
+                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.prompts_per_step % world_size:
+        raise InputError(
+            f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {world_size} processes"
+        )
+    P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
+    run_dir = [args.resume or args.run_dir or new_run_dir(args)]
+    if world_size > 1:
+        if args.device == "cuda":
+            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        dist.broadcast_object_list(run_dir)  # its name holds the time
+    run_dir = Path(run_dir[0])
+    if rank == 0 and run_dir.exists() and not saved:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}")
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    problems, held_out = load_problems(args)
+
+    # 2. The policy: from disk, or a small one that has seen worked solutions
+    start_dir = args.model or str(run_dir / "start")
+    if args.model is None and not saved and rank == 0:
+        torch.manual_seed(args.seed)
+        tokenizer = new_tokenizer()
+        policy = new_model(tokenizer).to(args.device)
+        warm_start(args, policy, tokenizer, problems)
+        save_model(Path(start_dir), policy, tokenizer)
+    if world_size > 1:
+        dist.barrier()
+    policy, tokenizer, eos_ids = load_model(args, start_dir)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    adapter = add_adapter(args, policy) if args.lora_rank else None
+    optimizer = new_optimizer(args, policy)
+    parameters = optimizer.param_groups[0]["params"]
+
+    # 3. The reference: a frozen copy, or the policy itself with its adapter switched off; a learned reward
+    reference = policy if adapter else load_model(args, start_dir)[0].requires_grad_(False) if args.beta else None
+    reward_model = load_reward_model(args) if args.reward_model else None
+    if args.reward_model_steps:
+        reward_optimizer = torch.optim.AdamW(reward_model[0].parameters(), args.reward_model_learning_rate)
+
+    # 4. What the checkpoint says of them, or a first evaluation
+    first, cursor, metrics, pairs, replay = 0, 0, [], [], []
+    if saved:
+        first, cursor, metrics, pairs, replay = (saved[key] for key in ("step", "cursor", "metrics", "pairs", "replay"))
+        policy.load_state_dict(saved["policy"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        if saved["reference"]:
+            reference.load_state_dict(saved["reference"])
+        if args.reward_model_steps:
+            reward_model[0].load_state_dict(saved["reward_model"])
+            reward_optimizer.load_state_dict(saved["reward_optimizer"])
+    writer = None
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=first + 1 if saved else None)
+        if args.track:
+            start_wandb(args, run_dir)
+    if not saved:
+        log(writer, metrics, 0, evaluate(args, policy, tokenizer, eos_ids, held_out))
+
+    bar = trange(first, args.steps, desc="grpo", initial=first, total=args.steps, disable=rank > 0)
+    for step in bar:
+        torch.manual_seed(zlib.crc32(f"{args.seed} {step} {rank}".encode()))  # a resumed run needs no random state
+        optimizer.param_groups[0]["lr"] = learning_rate_of(args, step)
+        clock = [time.perf_counter()]
+
+        # 5. G answers to each of P questions [G1], and what they earn; DAPO asks on until P groups have variance [G11]
+        groups, ratings, seen = [], [], []
+        for _ in range(1 + args.dynamic_sampling):
+            positions = range(cursor + rank * P, cursor + (rank + 1) * P)
+            names = [("train", position) for position in positions]
+            chosen = problems_from(problems, positions, args.seed)
+            sampled = sample_groups(args, policy, tokenizer, eos_ids, chosen, G, args.temperature, names)
+            for group in sampled:
+                rating = rate_group(args, group, tokenizer, eos_ids, reward_model)
+                seen.append((group, rating))
+                if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
+                    groups.append(group)
+                    ratings.append(rating)
+            cursor += args.prompts_per_step
+            if over_ranks(torch.tensor(len(groups)), "MIN") == P:
+                break
+        row = describe(args, seen)
+        if args.reward_model_steps:
+            pairs += [pair for group, rating in seen for pair in pairs_of(group, rating)]
+        if over_ranks(torch.tensor(len(groups)), "MIN") == 0:
+            raise InputError(f"no group of step {step} has answers of different reward: nothing can be learned from it")
+        clock.append(time.perf_counter())
+
+        # 6. Advantages: how much better than the other answers to the same question
+        prompts = [group.prompt for group in groups]
+        tokens, sampler_logprobs, mask = (torch.cat(column) for column in list(zip(*groups))[2:5])
+        if args.supervision == "process":
+            step_rewards = [rewards for rating in ratings for rewards in rating.step_rewards]
+            step_ids = torch.cat([rating.step_ids for rating in ratings])
+            advantages = process_advantages(step_rewards, step_ids, G).float()
+        else:
+            advantages = advantages_of(args, torch.cat([rating.rewards for rating in ratings]))[:, None].expand(-1, T)
+        if args.truncated == "mask":
+            mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]
+
+        # 7. Epochs of minibatches of groups. What has no advantage has no gradient, unless the KL gives it one [G10]
+        teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0))
+        lengths, prompt_lengths = mask.sum(-1).tolist(), [len(prompt) for prompt in prompts]
+        minibatches = []
+        for _ in range(args.num_epochs):
+            for chosen in torch.randperm(len(groups)).tensor_split(args.num_minibatches):
+                rows = (chosen[:, None] * G + torch.arange(G)).flatten()
+                taught = {i: lengths[i] for i in rows[teaches[rows]].tolist()}
+                plan = plan_rows(prompt_lengths, taught, G, args.row_tokens, args.micro_batch_tokens)
+                minibatches.append((rows, plan))
+
+        # 8. π_old and π_ref, before anything moves
+        first_epoch = [rows for _, plan in minibatches[: args.num_minibatches] for rows in plan]
+        old_logprobs, sequences = sampler_logprobs, (prompts, tokens, mask)
+        if args.old_logprobs == "recomputed" and args.updates > 1:
+            old_logprobs = score(args, policy, sequences, first_epoch)
+        if args.beta:
+            with adapter.disable_adapter() if adapter else nullcontext():
+                ref_logprobs = score(args, reference, sequences, first_epoch)
+
+        # 9. Update
+        policy.train()
+        stats, ratio_max, norms, gap = torch.zeros(7), torch.zeros(()), [], 0.0
+        for update, (rows, plan) in enumerate(minibatches):
+            total_tokens, total_sequences, taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))
+            if not taught:
+                continue  # nobody has anything to learn from
+            optimizer.zero_grad()
+            for micro_batch in plan:
+                batch = pack_rows(*sequences, micro_batch, G, args.device)
+                logprob = completion_logprobs(policy, batch, T, args.temperature, args.logprob_tokens)
+                i = batch.sequences.cpu()
+                m, advantage, old_logprob = (x[i].to(args.device) for x in (mask, advantages, old_logprobs))
+                if args.old_logprobs == "recomputed" and args.updates == 1:
+                    old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
+                ref_logprob = ref_logprobs[i].to(args.device) if args.beta else None
+                ratio_logprob, clip = logprob, (args.clip_low, args.clip_high)
+                if args.importance == "token":
+                    token_loss = grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, *clip, args.beta)
+                else:
+                    ratio_logprob = sequence_logprob(logprob, old_logprob, m)
+                    token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip, 0.0)
+                    token_loss = token_loss + args.beta * kl_k3(logprob, ref_logprob) if args.beta else token_loss
+                loss = reduce_loss(token_loss, m, args.reduction, total_tokens, total_sequences, T)
+                loss.backward()
+                with torch.no_grad():
+                    on = m.bool()
+                    ratio, side = (ratio_logprob - old_logprob).exp()[on], advantage[on]
+                    numbers = [
+                        torch.ones_like(ratio),
+                        ratio,
+                        (ratio < 1 - args.clip_low) & (side < 0),
+                        (ratio > 1 + args.clip_high) & (side > 0),
+                        kl_k3(logprob, ref_logprob)[on] if args.beta else torch.zeros(1),
+                        (logprob.cpu() - sampler_logprobs[i]).abs()[on.cpu()],
+                    ]
+                    stats += torch.stack([*(x.sum().float().cpu() for x in numbers), loss.cpu()])
+                    ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
+            if world_size > 1:
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    over_ranks(parameter.grad)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)))
+            if not math.isfinite(norms[-1]):
+                can_resume = (run_dir / "checkpoint.pt").exists()
+                kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
+                raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
+            optimizer.step()
+            if update == 0:
+                gap = float(stats[5] / stats[0])  # before the first step, so the same weights twice
+        policy.eval()
+        clock.append(time.perf_counter())
+
+        # 10. Iterative GRPO: the reference catches up, the reward model learns from what was sampled [G13]
+        if args.reference_every and (step + 1) % args.reference_every == 0:
+            if args.beta:
+                reference.load_state_dict(policy.state_dict())
+            if args.reward_model_steps and pairs:
+                loss = continue_reward_model(args, *reward_model, reward_optimizer, pairs, replay, step)
+                row["reward_model/loss"] = loss
+                pairs, replay = [], (replay + pairs)[-10_000:]
+
+        # 11. Metrics, evaluation, checkpoint
+        over_ranks(stats)
+        taught_tokens = max(float(stats[0]), 1.0)
+        names = ("policy/ratio_mean", "policy/clip_low", "policy/clip_high", "kl/reference")
+        row |= dict(zip(names, (stats[1:5] / taught_tokens).tolist()))
+        row |= {
+            "policy/ratio_max": float(over_ranks(ratio_max, "MAX")),
+            "policy/sampler_gap": gap,
+            "policy/loss": float(stats[6]) / max(len(norms), 1),
+            "policy/grad_norm": sum(norms) / max(len(norms), 1),
+            "policy/learning_rate": optimizer.param_groups[0]["lr"],
+            "time/generate_tokens_per_second": sum(float(group.mask.sum()) for group, _ in seen)
+            / (clock[1] - clock[0]),
+            "time/train_tokens_per_second": float(mask.sum()) * args.num_epochs / (clock[2] - clock[1]),
+            "time/step_seconds": clock[2] - clock[0],
+            "memory/peak_gb": peak_memory(args.device) / 1e9,
+        }
+        if not args.beta:
+            del row["kl/reference"]
+        done = step + 1
+        is_last = done == args.steps
+        if is_last or (args.eval_every and done % args.eval_every == 0):
+            row |= evaluate(args, policy, tokenizer, eos_ids, held_out)
+        shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
+        bar.set_postfix(shown, refresh=False)
+        log(writer, metrics, done, row)
+        if rank == 0 and (is_last or (args.checkpoint_every and done % args.checkpoint_every == 0)):
+            writer.flush()
+            trained = {name: x.detach() for name, x in policy.named_parameters() if x.requires_grad}
+            refreshed = args.reference_every and args.beta
+            content = {
+                "args": asdict(args),
+                "step": done,
+                "cursor": cursor,
+                "policy": trained,
+                "optimizer": optimizer.state_dict(),
+                "reference": reference.state_dict() if refreshed else None,
+                "reward_model": reward_model[0].state_dict() if args.reward_model_steps else None,
+                "reward_optimizer": reward_optimizer.state_dict() if args.reward_model_steps else None,
+                "pairs": pairs,
+                "replay": replay,
+                "metrics": metrics,
+            }
+            save(run_dir / "checkpoint.pt", content)
+
+    # 12. Summary
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return metrics
+    writer.close()
+    save_model(run_dir / "policy", adapter or policy, tokenizer)
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
+    draw_curves(metrics, run_dir / "curves.png")
+    before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
+    print(f"\n{len(held_out)} held-out problems   before    after")
+    for name in [name for name in before if name.startswith("eval/")]:
+        print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")
+    if first < args.steps:
+        print_samples(*seen[0])
+    print(f"\ncurves      {run_dir / 'curves.png'}")
+    print(f"policy      {run_dir / 'policy'}, for from_pretrained")
+    spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
+    print(f"seconds     {time.perf_counter() - started:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
+    print(f"logs        tensorboard --logdir {run_dir}")
+    if args.model is None:
+        print(f"next        python grpo_llm.py --task {args.task} --supervision process --seed {args.seed}")
+    return metrics
+
+
+def parse_args():
+    """The command line. With --resume the saved run's settings are the defaults of the other flags."""
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.resume:
+        return tyro.cli(Args, default=resumed_args(args.resume))
+    return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
+
+
+def main():
+    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    run_dir = None
+    try:
+        args = parse_args()
+        run_dir = args.resume or args.run_dir
+        train(args)
+    except torch.OutOfMemoryError as error:
+        flags = "--generate-rows if it was sampling, --micro-batch-tokens if it was learning"
+        print(f"error: out of memory: lower {flags}; --gradient-checkpointing saves most: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
+        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
