@@ -19,7 +19,7 @@ step, at most 64 tokens or up to EOS, sampled from the whole distribution at tem
 weights, β 0, one gradient step a rollout, ε 0.2, sequence means, constant learning rate, 2 CPU threads. The reward is 1
 where the last number of the completion is the answer. A step counts from the end of the one before to its own end:
 generation, rewards, update. The first step warms up and is left out of the table. Peak memory is VmHWM, the largest
-resident set of the process, libraries and weights included; `before` is the resident set when training starts.
+resident set of the process, libraries and weights included.
 """
 
 import argparse
@@ -67,10 +67,10 @@ def last_number_is(text, answer):
 # ---- In the child process ----
 
 
-def resident_mb(field):
-    """VmRSS or VmHWM of this process in MB; None where there is no /proc."""
+def peak_resident_mb():
+    """VmHWM of this process in MB; None where there is no /proc."""
     status = Path("/proc/self/status")
-    found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     return round(int(found.group(1)) / 1024) if found else None
 
 
@@ -95,7 +95,7 @@ def run_trl(program, options):
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            self.generation, self.before = 0.0, resident_mb("VmRSS")
+            self.generation = 0.0
             self.mark = time.perf_counter()
 
         def on_step_end(self, *_, **__):
@@ -157,7 +157,6 @@ def run_trl(program, options):
 
         trainer._generate_single_turn = timed_generate
         trainer.train()
-    return watch.before
 
 
 def run_ours(options):
@@ -165,7 +164,6 @@ def run_ours(options):
     sys.path.insert(0, str(ROOT))
     import grpo_llm
 
-    before = resident_mb("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         rows = grpo_llm.train(
             grpo_llm.Args(
@@ -200,12 +198,14 @@ def run_ours(options):
                 tokens=round(row["rollout/length"] * SAMPLES),
                 truncated=row["rollout/truncated"],
             )
-    return before
 
 
 def run_one(program, options):
     """In the child: its rows as lines of JSON after a marker, memory in the last."""
-    before = run_ours(options) if program == "ours" else run_trl(program, options)
+    if program == "ours":
+        run_ours(options)
+    else:
+        run_trl(program, options)
     packages = {}
     for name in ("torch", "transformers", "trl"):
         try:
@@ -213,7 +213,7 @@ def run_one(program, options):
         except PackageNotFoundError:
             packages[name] = None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kB on Linux
-    emit(peak_mb=resident_mb("VmHWM") or peak, ru_maxrss_mb=peak, before_mb=before, packages=packages)
+    emit(peak_mb=peak_resident_mb() or peak, ru_maxrss_mb=peak, packages=packages)
 
 
 # ---- In the parent ----
@@ -241,7 +241,7 @@ def run_child(program, round_number, options, data):
 def measure(options):
     RESULTS.mkdir(parents=True, exist_ok=True)
     settings = {
-        "model": Path(options.model).resolve().name,
+        "model": Path(options.model).name,
         "learning_rate": options.learning_rate,
         "steps": options.steps,
     }
@@ -267,8 +267,8 @@ def print_table(options):
     head, rows = lines[0], lines[1:]
     print(f"\n{head['machine']['cpu']}, {head['machine']['cores']} cores, {head['date']}\n")
     print("| program | seconds a step: median (lowest to highest) | of which generation | tokens a step |", end="")
-    print(" samples a second | peak MB | MB above start | samples a second, ours to this | peak MB, ours to this |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(" samples a second | peak MB | samples a second, ours to this | peak MB, ours to this |")
+    print("|---|---|---|---|---|---|---|---|")
     found = {}
     for program in dict.fromkeys(row["program"] for row in rows):
         steps = [row for row in rows if row["program"] == program and row.get("step", 0) > 1]
@@ -278,14 +278,13 @@ def print_table(options):
             "generation": median(row["generation_seconds"] for row in steps),
             "tokens": median(row["tokens"] for row in steps),
             "peak": median(row["peak_mb"] for row in ends),
-            "above": median(row["peak_mb"] - row["before_mb"] for row in ends),
         }
     ours = found.get("ours")
     for program, its in found.items():
         seconds = median(its["seconds"])
         cells = [program, f"{seconds:.1f} ({min(its['seconds']):.1f} to {max(its['seconds']):.1f})"]
         cells += [f"{its['generation']:.1f}", f"{its['tokens']:,.0f}", f"{SAMPLES / seconds:.2f}"]
-        cells += [f"{its['peak']:,.0f}", f"{its['above']:,.0f}"]
+        cells += [f"{its['peak']:,.0f}"]
         compared = ours is not None and program != "ours"
         cells += [f"{seconds / median(ours['seconds']):.1f}×" if compared else ""]
         cells += [f"{ours['peak'] / its['peak']:.2f}×" if compared else ""]
