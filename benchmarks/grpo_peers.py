@@ -18,8 +18,9 @@ The same for all: sums and differences of two one-digit numbers in the model's c
 step, at most 64 tokens or up to EOS, sampled from the whole distribution at temperature 1 (no top-k or top-p), bfloat16
 weights, β 0, one gradient step a rollout, ε 0.2, sequence means, constant learning rate, 2 CPU threads. The reward is 1
 where the last number of the completion is the answer. A step counts from the end of the one before to its own end:
-generation, rewards, update. The first step warms up and is left out of the table. Peak memory is VmHWM, the largest
-resident set of the process, libraries and weights included.
+generation, rewards, update. The first step warms up and is left out of the table. Ours leaves groups of equal rewards,
+whose gradient is 0, out of the update, TRL computes them; `equal_groups` is their share. Peak memory is VmHWM, the
+largest resident set of the process, libraries and weights included.
 """
 
 import argparse
@@ -47,15 +48,14 @@ PROGRAMS = ["ours", *TRL]
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
-def write_problems(path, count, seed):
-    """A JSONL of {"prompt", "answer"}; a difference is never negative."""
-    rng = random.Random(seed)
+def write_problems(path, seed):
+    """A JSONL of {"prompt", "answer"}, every one of the 155 problems once; no difference is negative."""
+    problems = [(f"{a} + {b}", a + b) for a in range(10) for b in range(10)]
+    problems += [(f"{a} - {b}", a - b) for a in range(10) for b in range(a + 1)]
+    random.Random(seed).shuffle(problems)
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            a, b, sign = rng.randrange(10), rng.randrange(10), rng.choice("+-")
-            a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
-            answer = a + b if sign == "+" else a - b
-            prompt = f"What is {a} {sign} {b}? Answer with the number alone."
+        for problem, answer in problems:
+            prompt = f"What is {problem}? Answer with the number alone."
             file.write(json.dumps({"prompt": prompt, "answer": str(answer)}) + "\n")
 
 
@@ -111,6 +111,7 @@ def run_trl(program, options):
                     reward=round(logs["reward"], 4),
                     tokens=round(logs["completions/mean_length"] * SAMPLES),
                     truncated=logs["completions/clipped_ratio"],
+                    equal_groups=logs["frac_reward_zero_std"],
                 )
                 self.generation = 0.0
 
@@ -189,14 +190,16 @@ def run_ours(options):
             )
         )
     for row in rows:
-        if "rollout/reward" in row:
+        if "time/step_seconds" in row:
+            tokens = row["completion/length"] * SAMPLES
             emit(
                 step=row["step"],
                 seconds=round(row["time/step_seconds"], 3),
-                generation_seconds=round(row["time/generation_seconds"], 3),
-                reward=round(row["rollout/reward"], 4),
-                tokens=round(row["rollout/length"] * SAMPLES),
-                truncated=row["rollout/truncated"],
+                generation_seconds=round(tokens / row["time/generate_tokens_per_second"], 3),
+                reward=round(row["reward/mean"], 4),
+                tokens=round(tokens),
+                truncated=row["completion/truncated"],
+                equal_groups=row["groups/zero_variance"],
             )
 
 
@@ -255,7 +258,7 @@ def measure(options):
         write({"machine": machine(), "date": time.strftime("%Y-%m-%d"), **settings})
         for round_number in range(1, options.rounds + 1):
             data = Path(folder) / f"problems_{round_number}.jsonl"
-            write_problems(data, max(PROMPTS * options.steps, 200), options.seed + round_number - 1)
+            write_problems(data, options.seed + round_number - 1)
             for program in options.programs:
                 for row in run_child(program, round_number, options, data):
                     write(row)
