@@ -228,7 +228,7 @@ def process_advantages(step_rewards, step_ids, group_size):
     for start in range(0, len(step_rewards), group_size):
         group = step_rewards[start : start + group_size]
         rewards = torch.tensor([reward for own in group for reward in own], dtype=torch.float64)
-        normalised = group_advantages(rewards, max(len(rewards), 1))
+        normalised = group_advantages(rewards, len(rewards)) if len(rewards) else rewards
         rows += normalised.split([len(own) for own in group])
     to_go = [torch.cat([own.flip(0).cumsum(0).flip(0), own.new_zeros(1)]) for own in rows]  # step −1 finds the 0
     return torch.stack([own.to(ids.device)[ids] for own, ids in zip(to_go, step_ids)])
