@@ -99,7 +99,7 @@ class Args:
     truncation_penalty: float = 1.0  # this taken from their reward
     # the rewards, which add up; that of the verifier has weight 1
     format_weight: float = 0.0  # reward of a completion that matches --format-pattern
-    format_pattern: str = r"(?s).*#+ *-?[\d,.]+\s*"  # regular expression for all of it
+    format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression for all of it
     length_weight: float = 0.0  # taken from the reward of a completion of T tokens, in proportion from shorter ones
     reward_model: str | None = None  # Hub id or directory of a sequence classifier with one output, R_φ
     reward_model_weight: float = 1.0  # of its score
