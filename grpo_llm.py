@@ -411,19 +411,23 @@ def seeded(*names):
 # ---- Verifiers and rewards ----
 
 # A minus after a digit or a parenthesis subtracts, elsewhere it is a sign. Commas count between groups of three digits.
-NUMBER = re.compile(r"(?:(?<![0-9)])[-−])?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+NUMBER = re.compile(
+    r"(?:(?<![0-9)])[-−])?\$?"
+    r"(?:(?<![0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+)
 
 
 def as_number(text):
     """The exact value of a number as people write it, 28,080 or −3 or $1.50; None for anything else."""
     if len(text) > 40 or not NUMBER.fullmatch(text):
         return None
-    return Fraction(text.replace(",", "").replace("$", "").replace("−", "-"))
+    text = text.replace(",", "").replace("$", "").replace("−", "-")
+    return Fraction(text) if "." in text else int(text)
 
 
 def last_number(text):
     """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
-    found = NUMBER.findall(text[-2000:])
+    found = NUMBER.findall(text, max(len(text) - 2000, 0))
     return as_number(found[-1]) if found else None
 
 
