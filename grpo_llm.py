@@ -484,12 +484,16 @@ def is_right(problem, completion):
     wanted = as_number(problem.answer)
     if answer is None or wanted is not None:
         return answer is not None and answer == wanted
-    from math_verify import parse, verify
-
     try:
-        return bool(
-            verify(parse(problem.answer, parsing_timeout=1), parse(answer, parsing_timeout=1), timeout_seconds=1)
-        )
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise InputError(
+            f"the answer {problem.answer!r} is no number: pip install math-verify to compare it"
+        ) from error
+    # it reads mathematics between dollars; of a bare x^2 + 1 it would see the 1 alone
+    wanted = problem.answer if "$" in problem.answer or "\\boxed" in problem.answer else f"${problem.answer}$"
+    try:
+        return bool(verify(parse(wanted, parsing_timeout=1), parse(answer, parsing_timeout=1), timeout_seconds=1))
     except Exception:  # whatever a model writes must not end the run
         return False
 
