@@ -15,7 +15,9 @@ FAMILIES = [contract.GRPO]
 pytestmark = pytest.mark.equation
 
 GROUPS = "group_advantages, DeepSeekMath §4.1.2: (R − mean) / std within each group of consecutive rows, std over G"
-PROCESS = "process_advantages, DeepSeekMath §4.1.3: Σ of the normalised rewards of a token's own step and the later ones"
+PROCESS = (
+    "process_advantages, DeepSeekMath §4.1.3: Σ of the normalised rewards of a token's own step and the later ones"
+)
 LOGPROBS = "token_logprobs: ln softmax(logits / temperature) at the token"
 K3 = "kl_k3, DeepSeekMath Eq. 4: π_ref/π − ln(π_ref/π) − 1"
 LOSS = "grpo_token_loss, DeepSeekMath Eq. 3: −min(ρ Â, clip(ρ, 1−ε_low, 1+ε_high) Â) + β k3"
