@@ -761,9 +761,10 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
+    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # it is read nowhere
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
-        output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, tokenizer.pad_token_id)
+        output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, pad_id)
         for problem, prompt, *rows in zip(problems[part], prompts[part], *(x.cpu().split(group_size) for x in output)):
             tokens, logprobs, mask = rows
             completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
