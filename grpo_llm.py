@@ -618,7 +618,10 @@ def check_forward(model, name):
     whole = token_logprobs(logits, completion[None], 1.0)[0]
     twice = torch.stack([completion, completion]).cpu()
     batch = pack_rows([prompt], twice, torch.ones_like(twice), [[0, 1]], 2, model.device)
-    packed = completion_logprobs(model, batch, len(completion), 1.0, 1024)
+    try:
+        packed = completion_logprobs(model, batch, len(completion), 1.0, 1024)
+    except Exception as error:
+        raise InputError(f"{name}: its forward pass takes no packed rows: {error}") from error
     difference = float((packed - whole).abs().mean())
     if not difference < 0.5:
         raise InputError(
