@@ -1344,6 +1344,7 @@ def train(args: Args) -> list[dict]:
     policy, tokenizer, eos_ids = load_model(args, start_dir)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
