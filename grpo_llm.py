@@ -1009,7 +1009,8 @@ def has_variance(args, rating):
 def advantages_of(args, rewards):
     """(B,) advantages from (B,) rewards. The baselines keep GRPO's loss: at ρ = 1 it has the policy gradient."""
     if args.algorithm == "reinforce":  # the mean over everything as the baseline (Williams 1992)
-        return rewards - rewards.mean()
+        total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
+        return rewards - total / count
     if args.algorithm == "rloo":  # the mean of the other G − 1 answers (Kool et al. 2019; Ahmadian et al. 2024)
         return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
     if args.algorithm == "rft":  # imitate the right answers, nothing else (DeepSeekMath §5.2.1)
