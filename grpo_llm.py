@@ -168,6 +168,11 @@ class Args:
             raise ValueError(f"task {self.task} needs a model that can read, got none")
         if self.task == "jsonl" and self.data is None:
             raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
+        if self.supervision == "process" and (self.algorithm != "grpo" or not self.scale_by_std):
+            raise ValueError(
+                f"supervision process is GRPO's own: algorithm {self.algorithm} and scale_by_std {self.scale_by_std} "
+                "must be grpo and True"
+            )
         if self.reference_every and not (self.beta or self.reward_model_steps):
             raise ValueError(
                 f"reference_every {self.reference_every} refreshes nothing: beta and reward_model_steps are 0"
@@ -1316,6 +1321,8 @@ def train(args: Args) -> list[dict]:
         raise InputError(
             f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {world_size} processes"
         )
+    if world_size > 1 and args.reward_model_steps:
+        raise InputError(f"--reward-model-steps trains in one process: {world_size} would have a reward model each")
     P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
     run_dir = [args.resume or args.run_dir or new_run_dir(args)]
     if world_size > 1:
@@ -1440,6 +1447,7 @@ def train(args: Args) -> list[dict]:
         policy.train()
         stats, ratio_max, norms, gap = torch.zeros(7), torch.zeros(()), [], 0.0
         for update, (rows, plan) in enumerate(minibatches):
+            # [G8] of the whole step and of all processes: a mean of micro-batch means would weigh short ones more
             total_tokens, total_sequences, taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))
             if not taught:
                 continue  # nobody has anything to learn from
@@ -1485,7 +1493,7 @@ def train(args: Args) -> list[dict]:
                 raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
             optimizer.step()
             if update == 0:
-                gap = float(stats[5] / stats[0])  # before the first step, so the same weights twice
+                gap = float(stats[5] / stats[0].clamp(min=1))  # before the first step, so the same weights twice
         policy.eval()
         clock.append(time.perf_counter())
 
