@@ -100,7 +100,7 @@ class Args:
     truncation_penalty: float = 1.0  # this taken from their reward
     # the rewards, which add up; that of the verifier has weight 1
     format_weight: float = 0.0  # reward of a completion that matches --format-pattern
-    format_pattern: str = r"(?s).*#+ *-?[\d,.]+\s*"  # regular expression for all of it
+    format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression for all of it
     length_weight: float = 0.0  # taken from the reward of a completion of T tokens, in proportion from shorter ones
     reward_model: str | None = None  # Hub id or directory of a sequence classifier with one output, R_φ
     reward_model_weight: float = 1.0  # of its score
@@ -170,6 +170,11 @@ class Args:
             raise ValueError(f"task {self.task} needs a model that can read, got none")
         if self.task == "jsonl" and self.data is None:
             raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
+        if self.supervision == "process" and (self.algorithm != "grpo" or not self.scale_by_std):
+            raise ValueError(
+                f"supervision process is GRPO's own: algorithm {self.algorithm} and scale_by_std {self.scale_by_std} "
+                "must be grpo and True"
+            )
         if self.reference_every and not (self.beta or self.reward_model_steps):
             raise ValueError(
                 f"reference_every {self.reference_every} refreshes nothing: beta and reward_model_steps are 0"
@@ -230,7 +235,7 @@ def process_advantages(step_rewards, step_ids, group_size):
     for start in range(0, len(step_rewards), group_size):
         group = step_rewards[start : start + group_size]
         rewards = torch.tensor([reward for own in group for reward in own], dtype=torch.float64)
-        normalised = group_advantages(rewards, max(len(rewards), 1))
+        normalised = group_advantages(rewards, len(rewards)) if len(rewards) else rewards
         rows += normalised.split([len(own) for own in group])
     to_go = [torch.cat([own.flip(0).cumsum(0).flip(0), own.new_zeros(1)]) for own in rows]  # step −1 finds the 0
     return torch.stack([own.to(ids.device)[ids] for own, ids in zip(to_go, step_ids)])
@@ -413,19 +418,23 @@ def seeded(*names):
 # ---- Verifiers and rewards ----
 
 # A minus after a digit or a parenthesis subtracts, elsewhere it is a sign. Commas count between groups of three digits.
-NUMBER = re.compile(r"(?:(?<![0-9)])[-−])?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+NUMBER = re.compile(
+    r"(?:(?<![0-9)])[-−])?\$?"
+    r"(?:(?<![0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+)
 
 
 def as_number(text):
     """The exact value of a number as people write it, 28,080 or −3 or $1.50; None for anything else."""
     if len(text) > 40 or not NUMBER.fullmatch(text):
         return None
-    return Fraction(text.replace(",", "").replace("$", "").replace("−", "-"))
+    text = text.replace(",", "").replace("$", "").replace("−", "-")
+    return Fraction(text) if "." in text else int(text)
 
 
 def last_number(text):
     """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
-    found = NUMBER.findall(text[-2000:])
+    found = NUMBER.findall(text, max(len(text) - 2000, 0))
     return as_number(found[-1]) if found else None
 
 
@@ -482,12 +491,16 @@ def is_right(problem, completion):
     wanted = as_number(problem.answer)
     if answer is None or wanted is not None:
         return answer is not None and answer == wanted
-    from math_verify import parse, verify
-
     try:
-        return bool(
-            verify(parse(problem.answer, parsing_timeout=1), parse(answer, parsing_timeout=1), timeout_seconds=1)
-        )
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise InputError(
+            f"the answer {problem.answer!r} is no number: pip install math-verify to compare it"
+        ) from error
+    # it reads mathematics between dollars; of a bare x^2 + 1 it would see the 1 alone
+    wanted = problem.answer if "$" in problem.answer or "\\boxed" in problem.answer else f"${problem.answer}$"
+    try:
+        return bool(verify(parse(wanted, parsing_timeout=1), parse(answer, parsing_timeout=1), timeout_seconds=1))
     except Exception:  # whatever a model writes must not end the run
         return False
 
@@ -612,7 +625,10 @@ def check_forward(model, tokenizer, name):
     whole = token_logprobs(logits, completion.to(model.device), 1.0)[0]
     twice = completion.repeat(2, 1)
     batch = pack_rows([prompt], twice, torch.ones_like(twice), [[0, 1]], 2, model.device)
-    packed = completion_logprobs(model, batch, completion.shape[1], 1.0, 1024)
+    try:
+        packed = completion_logprobs(model, batch, completion.shape[1], 1.0, 1024)
+    except Exception as error:
+        raise InputError(f"{name}: its forward pass takes no packed rows: {error}") from error
     difference = float((packed - whole).abs().mean())
     if not difference < 0.5:
         raise InputError(
@@ -755,9 +771,10 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
+    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # it is read nowhere
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
-        output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, tokenizer.pad_token_id)
+        output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, pad_id)
         for problem, prompt, *rows in zip(problems[part], prompts[part], *(x.cpu().split(group_size) for x in output)):
             tokens, logprobs, mask = rows
             completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
@@ -1001,7 +1018,8 @@ def has_variance(args, rating):
 def advantages_of(args, rewards):
     """(B,) advantages from (B,) rewards. The baselines keep GRPO's loss: at ρ = 1 it has the policy gradient."""
     if args.algorithm == "reinforce":  # the mean over everything as the baseline (Williams 1992)
-        return rewards - rewards.mean()
+        total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
+        return rewards - total / count
     if args.algorithm == "rloo":  # the mean of the other G − 1 answers (Kool et al. 2019; Ahmadian et al. 2024)
         return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
     if args.algorithm == "rft":  # imitate the right answers, nothing else (DeepSeekMath §5.2.1)
@@ -1313,6 +1331,8 @@ def train(args: Args) -> list[dict]:
         raise InputError(
             f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {world_size} processes"
         )
+    if world_size > 1 and args.reward_model_steps:
+        raise InputError(f"--reward-model-steps trains in one process: {world_size} would have a reward model each")
     P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
     run_dir = [args.resume or args.run_dir or new_run_dir(args)]
     if world_size > 1:
@@ -1342,6 +1362,7 @@ def train(args: Args) -> list[dict]:
     policy, tokenizer, eos_ids = load_model(args, start_dir)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
@@ -1436,6 +1457,7 @@ def train(args: Args) -> list[dict]:
         policy.train()
         stats, ratio_max, norms, gap = torch.zeros(7), torch.zeros(()), [], 0.0
         for update, (rows, plan) in enumerate(minibatches):
+            # [G8] of the whole step and of all processes: a mean of micro-batch means would weigh short ones more
             total_tokens, total_sequences, taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))
             if not taught:
                 continue  # nobody has anything to learn from
@@ -1481,7 +1503,7 @@ def train(args: Args) -> list[dict]:
                 raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
             optimizer.step()
             if update == 0:
-                gap = float(stats[5] / stats[0])  # before the first step, so the same weights twice
+                gap = float(stats[5] / stats[0].clamp(min=1))  # before the first step, so the same weights twice
         policy.eval()
         clock.append(time.perf_counter())
 

@@ -174,3 +174,68 @@ def tiny(rlhf, tiny_gpt2, tmp_path):
         return rlhf.Args(**{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def grpo(request):
+    return load_script(request, "grpo_llm.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(grpo, tmp_path_factory):
+    """A Qwen3 of 32 dimensions and random weights on disk; it knows digits, signs and an EOS."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    directory = tmp_path_factory.mktemp("tiny_lm")
+    tokenizer = grpo.new_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.3,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        attention_dropout=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def tiny_grpo(grpo, tiny_lm, tmp_path):
+    """Args of a run of a second with that model, less what the test changes. Length is rewarded, so groups differ."""
+
+    def make(name="run", **changes):
+        defaults = {
+            "model": tiny_lm,
+            "instruction": "{}",
+            "terms": 2,
+            "max_term": 9,
+            "num_problems": 60,
+            "steps": 2,
+            "prompts_per_step": 3,
+            "group_size": 4,
+            "max_tokens": 10,
+            "length_weight": 0.5,
+            "learning_rate": 1e-2,
+            "row_tokens": 48,
+            "eval_every": 0,
+            "eval_problems": 4,
+            "eval_samples": 2,
+            "eval_k": 2,
+            "checkpoint_every": 0,
+            "run_dir": str(tmp_path / name),
+        }
+        return grpo.Args(**{**defaults, **changes})
+
+    return make

@@ -37,7 +37,12 @@ GRPO = {
 }
 
 # script → the contract that it fulfils. A test file says whose equations it checks in FAMILIES; without, PPO's
-SCRIPTS = {ROOT / "ppo_cartpole.py": PPO, ROOT / "ppo_atari.py": PPO, ROOT / "rlhf_gpt2_ppo.py": RLHF}
+SCRIPTS = {
+    ROOT / "ppo_cartpole.py": PPO,
+    ROOT / "ppo_atari.py": PPO,
+    ROOT / "rlhf_gpt2_ppo.py": RLHF,
+    ROOT / "grpo_llm.py": GRPO,
+}
 
 
 def load_script(path):

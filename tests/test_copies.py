@@ -30,6 +30,30 @@ DIFFERENT = {
         }
         for ppo in ("ppo_cartpole", "ppo_atari")
     },
+    **{
+        (ppo, "grpo_llm"): {
+            "Args": "groups of answers of a language model",
+            "evaluate": "held-out problems, greedy and sampled",
+            "load": "no --evaluate, no saved model",
+            "new_run_dir": "named after the task, not an environment",
+            "train": "no critic, no environment",
+            "parse_args": "no --evaluate",
+            "main": "no --evaluate, no Gymnasium; what to do when memory is out",
+        }
+        for ppo in ("ppo_cartpole", "ppo_atari")
+    },
+    ("rlhf_gpt2_ppo", "grpo_llm"): {
+        "Args": "one stage, groups of answers",
+        "new_optimizer": "torch's AdamW, or one of 8 bits, for a single network",
+        "new_run_dir": "named after the task, not the data",
+        "new_tokenizer": "of characters, not of words",
+        "load_reward_model": "any classifier of the Hub, with a tokenizer of its own",
+        "score_texts": "that tokenizer reads prompt and completion as text",
+        "describe": "of groups",
+        "draw_curves": "other scalars",
+        "train": "one stage, no critic",
+        "main": "what to do when memory is out",
+    },
 }
 
 
@@ -49,4 +73,6 @@ def test_copies_are_equal(one, other):
     equal = shared - different
     equations = SCRIPTS[one].keys() & SCRIPTS[other].keys() - different  # of two families: those that both have
     assert {"InputError", "save", "check_device", "start_wandb", *equations} <= equal
+    if (one.stem, other.stem) == ("rlhf_gpt2_ppo", "grpo_llm"):
+        assert {"token_logprobs", "from_disk", "save_model", "load", "parse_args", "resumed_args"} <= equal
     assert SCRIPTS[one] is not SCRIPTS[other] or equations == SCRIPTS[one].keys()
