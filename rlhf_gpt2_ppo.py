@@ -1353,7 +1353,7 @@ def train(args: Args) -> list[dict]:
     print(f"logs        tensorboard --logdir {run_dir}")
     if args.stage == "all":
         models = f"--model {run_dir / 'sft'} --reward-model {run_dir / 'reward'}"
-        print(f"next        python rlhf_gpt2_ppo.py --stage ppo {models} --kl-coef 0")
+        print(f"next        python rlhf_gpt2_ppo.py --stage ppo {models} --kl-coef 0 --no-adaptive-kl")
     return run.metrics
 
 

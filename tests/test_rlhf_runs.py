@@ -38,12 +38,14 @@ def command(rlhf, monkeypatch, capsys):
 
 
 def flags(args, *names):
-    """Command-line flags of a tiny run."""
-    given = {**vars(args)}
+    """The command line that gives these settings, less `names`."""
     words = []
-    for name, value in given.items():
-        if value is not None and value != () and not isinstance(value, bool) and name not in names:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in (None, ()) and name not in names:
+            words += [f"--{flag}", str(value)]
     return words
 
 
