@@ -400,6 +400,17 @@ def killer(path, tests=None):
     return found.group(1)
 
 
+def catch(mutant, folder):
+    """The test that fails on this bug: the one that did last time, which is quick, or the suite's first; None if none."""
+    path = plant(mutant, folder)
+    last = last_killers().get(mutant[:2])
+    try:
+        caught_by = last and killer(path, [last])
+    except RuntimeError:  # that test is no more
+        caught_by = None
+    return caught_by or killer(path)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -411,7 +422,7 @@ if __name__ == "__main__":
     wanted = [mutant for mutant in MUTANTS if mutant[0] in (sys.argv[1:] or SUITES)]
     for number, mutant in enumerate(wanted, start=1):
         with tempfile.TemporaryDirectory() as folder:
-            caught_by = killer(plant(mutant, folder))
+            caught_by = catch(mutant, folder)
         survivors += caught_by is None
         print(f"{number:3d}  {mutant[0]:16}  {mutant[1]:50}  {caught_by or 'SURVIVED'}", flush=True)
     print(f"{len(wanted)} mutants, {len(wanted) - survivors} caught")
