@@ -16,7 +16,7 @@
 Teaches  the details of RLHF with PPO, tagged [R1]..[R22] on the line where each happens (docs/details.md)
 Run      python rlhf_gpt2_ppo.py
 Expect   TO MEASURE
-Departs  β is steered to 2.6 nats with a horizon of 500 responses, where Ziegler et al. 2019 have 6 and 10,000: there are
+Departs  β is steered to 2.6 nats with a horizon of 500 responses, where Ziegler et al. 2019 have 6 and 10,000: here are
          2,880 responses in all. A missing EOS costs 1; they rejected texts by their periods. Rewards are whitened, if
          asked, once a rollout. The value is a network of its own and begins as the reward model [R20]
 
@@ -1343,7 +1343,8 @@ def train(args: Args) -> list[dict]:
             if name in row:
                 print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
-    print(f"seconds     {time.perf_counter() - started:.1f} in all, of them {phases}")
+    since = "since it was resumed" if saved else "in all"
+    print(f"seconds     {time.perf_counter() - started:.1f} {since}; the stages: {phases}")
     print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
     print(f"logs        tensorboard --logdir {run_dir}")
     following = {

@@ -454,6 +454,20 @@ def test_default_command_line(command, tiny, tmp_path, monkeypatch):
     assert status == 0 and "truly positive" in out, error
 
 
+def test_each_stage_names_the_next_command(command, tiny, tmp_path, monkeypatch):
+    """sft, then what it says, then what that says: three commands, with the data's flags, end in before and after."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--stage", "sft", *flags(tiny(), "run_dir", "stage")]
+    for stage in ("reward", "ppo"):
+        status, out, error = command(*words, "--run-dir", f"before_{stage}")
+        following = re.search(r"^next +python rlhf_gpt2_ppo.py (.+)$", out, re.MULTILINE).group(1).split()
+        assert status == 0 and following[:2] == ["--stage", stage] and "--num-texts" in following, error
+        data = ("num_texts", "max_length")  # which the command says itself
+        words = [*following, *flags(tiny(), "run_dir", "stage", "model", *data)]
+    status, out, error = command(*words, "--run-dir", "last")
+    assert status == 0 and "truly positive" in out and "next " not in out, error
+
+
 def test_a_taken_run_dir_is_refused(rlhf, tiny, command):
     rlhf.train(tiny(stage="sft"))
     status, _, error = command(*flags(tiny()))
