@@ -16,7 +16,7 @@
 Teaches  the details of RLHF with PPO, tagged [R1]..[R22] on the line where each happens (docs/details.md)
 Run      python rlhf_gpt2_ppo.py
 Expect   TO MEASURE
-Departs  β is steered to 2.6 nats with a horizon of 500 responses, where Ziegler et al. 2019 have 6 and 10,000: here are
+Departs  β is steered to 2.9 nats with a horizon of 500 responses, where Ziegler et al. 2019 have 6 and 10,000: here are
          2,880 responses in all. A missing EOS costs 1; they rejected texts by their periods. Rewards are whitened, if
          asked, once a rollout. The value is a network of its own and begins as the reward model [R20]
 
@@ -73,8 +73,8 @@ class Args:
     judge: str | None = None  # Hub id or directory of an instruct model
     judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
     constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 120  # gradient steps of stage 2
-    reward_batch_size: int = 32  # pairs in each
+    reward_steps: int = 200  # gradient steps of stage 2
+    reward_batch_size: int = 24  # pairs in each
     reward_learning_rate: float | None = None  # default 1e-3 below 10M parameters, else 2e-5
     ensemble: int = 1  # reward models, K
     ensemble_std: float = 1.0  # k: the score is the ensemble's mean less k standard deviations
@@ -91,7 +91,7 @@ class Args:
     anneal_lr: bool = True  # learning rates fall to 0 over their stage
     kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
     adaptive_kl: bool = True  # steer β so that the KL of a response comes to kl_target
-    kl_target: float = 2.6  # in nats a response
+    kl_target: float = 2.9  # in nats a response
     kl_horizon: int = 500  # responses over which β may change by a fifth at most
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # GAE's λ
@@ -101,7 +101,7 @@ class Args:
     share_backbone: bool = False  # the value is a head on the policy, not a network of its own
     whiten_rewards: bool = False  # rewards of a rollout to variance 1, their mean kept
     whiten_advantages: bool = True  # advantages of a minibatch to mean 0, variance 1
-    ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_coef: float = 0.01  # weight of the entropy bonus
     ptx_coef: float = 0.0  # weight of stage 1's loss in stage 3's, InstructGPT's γ
     length_penalty: float = 0.0  # taken from the score for each token of the response
     missing_eos_penalty: float = 1.0  # taken from the score of a response that does not end

@@ -62,11 +62,13 @@ def hacking(args):
     """Stage 3 on a reward model that saw 180 pairs, without and with what holds the policy back; and on a good one."""
     rows = run("sft", ["--stage", "sft"], args.work)
     sft = ["--model", args.work / "sft" / "sft"]
+    sft += ["--reward-batch-size", 32]
     weak = ["--num-texts", 400, "--reward-steps", 60, "--ensemble", 4]
     rows += run("weak", ["--stage", "reward", *sft, *weak], args.work)
-    rows += run("good", ["--stage", "reward", *sft], args.work)
+    rows += run("good", ["--stage", "reward", *sft, "--reward-steps", 120], args.work)
     models = [args.work / "weak" / name for name in ("reward", "reward2", "reward3", "reward4")]
-    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 40, "--no-anneal-lr", "--reward-model"]
+    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 40, "--no-anneal-lr", "--kl-target", 2.6, "--ent-coef", 0]
+    ppo += ["--reward-model"]
     free = ["--kl-coef", 0, "--no-adaptive-kl"]
     rows += run("weak reward model, β = 0", [*ppo, models[0], *free], args.work)
     rows += run("weak reward model, β steered", [*ppo, models[0]], args.work)

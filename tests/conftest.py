@@ -167,6 +167,7 @@ def tiny(rlhf, tiny_gpt2, tmp_path):
             "batch_size": 12,
             "num_epochs": 2,
             "adaptive_kl": False,
+            "ent_coef": 0.0,
             "learning_rate": 1e-2,
             "eval_prompts": 10,
             "checkpoint_every": 0,
