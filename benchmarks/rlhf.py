@@ -43,10 +43,9 @@ def run(name, flags, work):
         found = {key: round(value, 4) for key, value in row.items() if any(kept in key for kept in KEPT)}
         if found and (row["stage"] != "sft" or "sft/perplexity" in row):
             rows.append({"run": name, "stage": row["stage"], "step": row["step"], **found})
-    out = [line for line in result.stdout.splitlines() if line.startswith(("judge", "seconds"))]
+    out = result.stdout.splitlines()
     rows.append({"run": name, "flags": " ".join(map(str, flags)), "seconds": round(seconds, 1), "said": out})
-    ends = [row for row in rows if row.get("stage") == "eval"]
-    print(json.dumps({"run": name, "seconds": round(seconds, 1), "before_after": ends, "said": out}), flush=True)
+    print(f"{name}: {seconds:.1f} s", *out, sep="\n", flush=True)
     return rows
 
 
