@@ -47,6 +47,6 @@ def test_gpt2_turns_positive(rlhf, tmp_path, seed):
     metrics = rlhf.train(rlhf.Args(seed=seed, run_dir=str(tmp_path / "run")))
     before, after = (row for row in metrics if row["stage"] == "eval")
     (accuracy,) = (row["reward/held_out_accuracy"] for row in metrics if "reward/held_out_accuracy" in row)
-    assert accuracy > 0.99 and 0.2 < before["objective/gold"] < 0.5
+    assert accuracy > 0.97 and 0.2 < before["objective/gold"] < 0.5
     assert after["objective/gold"] >= 0.9 and 0 < after["objective/kl"] < 3
     assert after["response/distinct_2"] > 0.8 * before["response/distinct_2"]
