@@ -96,10 +96,11 @@ def write_sentences(args):
 def sentences(args):
     """Stage 3 against a reward model, judged by another one that was trained on the other half of the pairs."""
     real = write_sentences(args)
-    sizes = ["--sft-steps", 300, "--sft-learning-rate", 2e-3, "--reward-steps", 150, "--reward-learning-rate", 3e-4]
+    sizes = ["--sft-steps", 250, "--sft-batch-size", 16, "--sft-learning-rate", 2e-3]
+    sizes += ["--reward-steps", 100, "--reward-learning-rate", 3e-4]
     rewards = ["--train-gold", "--ensemble", 3]
-    ppo = ["--ppo-iterations", 30, "--batch-size", 32, "--learning-rate", 3e-4, "--eval-prompts", 96]
-    ppo += ["--missing-eos-penalty", 0, "--no-anneal-lr"]
+    ppo = ["--ppo-iterations", 25, "--batch-size", 32, "--num-epochs", 1, "--learning-rate", 3e-4]
+    ppo += ["--no-adaptive-kl", "--missing-eos-penalty", 0, "--ent-coef", 0, "--no-anneal-lr", "--eval-prompts", 96]
     rows = run("sft", ["--stage", "sft", *real, *sizes], args.work)
     stage = [*real[2:], "--model", args.work / "sft" / "sft"]
     rows += run("rewards", ["--stage", "reward", *stage, *sizes, *rewards, "--eval-prompts", 96], args.work)
