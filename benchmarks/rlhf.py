@@ -1,12 +1,13 @@
 """rlhf_gpt2_ppo.py, measured: five seeds of the default run, reward hacking shown, real sentences, a real judge.
 
-Run      python benchmarks/rlhf.py seeds                          (the default run, seeds 1 to 5)
-         python benchmarks/rlhf.py hacking                        (three runs of stage 3 on one reward model, a figure)
-         python benchmarks/rlhf.py sentences --shared ../shared   (reviews that people wrote, GPT-2's own BPE)
+Run      python benchmarks/rlhf.py seeds                          (the default run, seeds 1 to 5; rlhf_seeds.png)
+         python benchmarks/rlhf.py threads                        (the default run on one thread and on two)
+         python benchmarks/rlhf.py hacking                        (stage 3 without and with restraint; rlhf_hacking.png)
+         python benchmarks/rlhf.py sentences --shared ../shared   (reviews by people, GPT-2's BPE; rlhf_sentences.png)
          python benchmarks/rlhf.py judge --shared ../shared --judge DIR    (an instruct model's preferences)
          python benchmarks/rlhf.py hacking --plot                 (redraws the figure from the kept results)
 Writes   benchmarks/results/rlhf_NAME.jsonl (raw: a line naming the machine, then lines of each run),
-         docs/figures/rlhf_NAME.png; models go to --work
+         its figure in docs/figures; models go to --work
 
 Each run is a process of its own, `python rlhf_gpt2_ppo.py …`; its seconds are those of the whole process.
 DIR/data/sentence_polarity holds rt-polarity.pos and rt-polarity.neg (Pang and Lee 2005), DIR/data/gpt2_bpe the
@@ -42,30 +43,36 @@ def run(name, flags, work):
         found = {key: round(value, 4) for key, value in row.items() if any(kept in key for kept in KEPT)}
         if found and (row["stage"] != "sft" or "sft/perplexity" in row):
             rows.append({"run": name, "stage": row["stage"], "step": row["step"], **found})
-    out = [line for line in result.stdout.splitlines() if line.startswith(("judge", "seconds"))]
+    out = result.stdout.splitlines()
     rows.append({"run": name, "flags": " ".join(map(str, flags)), "seconds": round(seconds, 1), "said": out})
-    ends = [row for row in rows if row.get("stage") == "eval"]
-    print(json.dumps({"run": name, "seconds": round(seconds, 1), "before_after": ends, "said": out}), flush=True)
+    print(f"{name}: {seconds:.1f} s", *out, sep="\n", flush=True)
     return rows
 
 
 def seeds(args):
-    return [row for seed in range(1, 6) for row in run(f"seed-{seed}", ["--seed", seed], args.work)]
+    return [row for seed in range(1, 6) for row in run(f"seed {seed}", ["--seed", seed], args.work)]
+
+
+def threads(args):
+    return [row for n in (1, 2) for row in run(f"{n} threads", ["--torch-threads", n], args.work)]
 
 
 def hacking(args):
-    """A reward model that saw few pairs, then stage 3 without and with what holds the policy back."""
-    weak = ["--num-texts", 600, "--reward-steps", 60]
+    """Stage 3 on a reward model that saw 180 pairs, without and with what holds the policy back; and on a good one."""
     rows = run("sft", ["--stage", "sft"], args.work)
     sft = ["--model", args.work / "sft" / "sft"]
-    rows += run("rewards", ["--stage", "reward", *sft, *weak, "--ensemble", 4], args.work)
-    models = [args.work / "rewards" / name for name in ("reward", "reward2", "reward3", "reward4")]
-    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 60, "--no-anneal-lr", "--no-adaptive-kl", "--reward-model"]
-    rows += run("β = 0", [*ppo, models[0], "--kl-coef", 0], args.work)
-    rows += run("β = 0.25", [*ppo, models[0], "--kl-coef", 0.25], args.work)
-    held = ["--kl-coef", 0.25, "--length-penalty", 0.02]
-    rows += run("β = 0.25, 4 reward models, length penalty", [*ppo, *models, *held], args.work)
-    return rows
+    sft += ["--reward-batch-size", 32]
+    weak = ["--num-texts", 400, "--reward-steps", 60, "--ensemble", 4]
+    rows += run("weak", ["--stage", "reward", *sft, *weak], args.work)
+    rows += run("good", ["--stage", "reward", *sft, "--reward-steps", 120], args.work)
+    models = [args.work / "weak" / name for name in ("reward", "reward2", "reward3", "reward4")]
+    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 40, "--no-anneal-lr", "--kl-target", 2.6, "--ent-coef", 0]
+    ppo += ["--reward-model"]
+    free = ["--kl-coef", 0, "--no-adaptive-kl"]
+    rows += run("weak reward model, β = 0", [*ppo, models[0], *free], args.work)
+    rows += run("weak reward model, β steered", [*ppo, models[0]], args.work)
+    rows += run("4 weak ones, β steered, length penalty", [*ppo, *models, "--length-penalty", 0.02], args.work)
+    return rows + run("good reward model, β = 0", [*ppo, args.work / "good" / "reward", *free], args.work)
 
 
 def write_sentences(args):
@@ -89,10 +96,11 @@ def write_sentences(args):
 def sentences(args):
     """Stage 3 against a reward model, judged by another one that was trained on the other half of the pairs."""
     real = write_sentences(args)
-    sizes = ["--sft-steps", 400, "--sft-learning-rate", 2e-3, "--reward-steps", 150, "--reward-learning-rate", 3e-4]
+    sizes = ["--sft-steps", 250, "--sft-batch-size", 16, "--sft-learning-rate", 2e-3]
+    sizes += ["--reward-steps", 100, "--reward-learning-rate", 3e-4]
     rewards = ["--train-gold", "--ensemble", 3]
-    ppo = ["--ppo-iterations", 30, "--batch-size", 32, "--learning-rate", 3e-4, "--eval-prompts", 96]
-    ppo += ["--missing-eos-penalty", 0, "--no-anneal-lr"]
+    ppo = ["--ppo-iterations", 25, "--batch-size", 32, "--num-epochs", 1, "--learning-rate", 3e-4]
+    ppo += ["--no-adaptive-kl", "--missing-eos-penalty", 0, "--ent-coef", 0, "--no-anneal-lr", "--eval-prompts", 96]
     rows = run("sft", ["--stage", "sft", *real, *sizes], args.work)
     stage = [*real[2:], "--model", args.work / "sft" / "sft"]
     rows += run("rewards", ["--stage", "reward", *stage, *sizes, *rewards, "--eval-prompts", 96], args.work)
@@ -119,8 +127,9 @@ def draw(path, figure):
     """Score, what is truly wanted, KL, length: a line for each run."""
     head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     panels = Figure(figsize=(10, 6.5), layout="constrained").subplots(2, 2)
-    titles = {"objective/scores": "score of the reward model", "objective/gold": "what is truly wanted"}
+    titles = {"objective/scores": "score of the reward model", "objective/gold": ""}
     titles |= {"objective/kl": "KL to the reference, nats a response", "response/length": "tokens a response"}
+    titles["objective/gold"] = "the other reward model's score" if path.stem == "rlhf_sentences" else "truly positive"
     runs = dict.fromkeys(row["run"] for row in rows if row.get("stage") == "ppo")
     for axes, (key, title) in zip(panels.flat, titles.items()):
         for name in runs:
@@ -134,8 +143,9 @@ def draw(path, figure):
 
 
 def main():
+    programs = {program.__name__: program for program in (seeds, threads, hacking, sentences, judge)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["seeds", "hacking", "sentences", "judge"])
+    parser.add_argument("name", choices=programs)
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_NAME")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the real material")
     parser.add_argument("--judge", help="directory or Hub id of an instruct model")
@@ -145,12 +155,12 @@ def main():
     args.work = args.work or ROOT / "runs" / f"benchmark_{args.name}"
     path = RESULTS / f"rlhf_{args.name}.jsonl"
     if not args.plot:
-        rows = {"seeds": seeds, "hacking": hacking, "sentences": sentences, "judge": judge}[args.name](args)
+        rows = programs[args.name](args)
         head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")}
         head["transformers"] = version("transformers")
         lines = [json.dumps(row, ensure_ascii=False).replace(str(args.work), "WORK") for row in (head, *rows)]
         path.write_text("\n".join(line.replace(str(ROOT.parent), "..") for line in lines) + "\n", encoding="utf-8")
-    if args.name in ("hacking", "sentences"):
+    if args.name in ("seeds", "hacking", "sentences"):
         draw(path, ROOT / "docs" / "figures" / f"rlhf_{args.name}.png")
 
 

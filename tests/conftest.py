@@ -166,6 +166,8 @@ def tiny(rlhf, tiny_gpt2, tmp_path):
             "ppo_iterations": 2,
             "batch_size": 12,
             "num_epochs": 2,
+            "adaptive_kl": False,
+            "ent_coef": 0.0,
             "learning_rate": 1e-2,
             "eval_prompts": 10,
             "checkpoint_every": 0,

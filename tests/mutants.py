@@ -1,7 +1,8 @@
 """Planted bugs: what people get wrong, each as one replaced text in a script.
 
 python tests/mutants.py [SCRIPT]   plants each in turn, runs the suite on it, prints which test caught it
-python tests/mutants.py --write N FILE    writes the script with the N-th bug to FILE: an exercise, which line is wrong?
+python tests/mutants.py --write N FILE [SCRIPT]   writes SCRIPT, by default ppo_cartpole.py, with its N-th bug to FILE:
+                                   an exercise, which line is wrong?
 python -m pytest -m mutants        the same as a test: every one must be caught
 """
 
@@ -205,16 +206,6 @@ RLHF = [
         "    return logits.gather",
     ),
     (
-        "temperature forgotten in the sampling",
-        "(output.logits[:, -1] / temperature).softmax(-1)",
-        "output.logits[:, -1].softmax(-1)",
-    ),
-    (
-        "greedy sampling",
-        "token = torch.multinomial((output.logits[:, -1] / temperature).softmax(-1), 1)",
-        "token = output.logits[:, -1:].argmax(-1)",
-    ),
-    (
         "preference the wrong way round",
         "logsigmoid(chosen_score - rejected_score)",
         "logsigmoid(rejected_score - chosen_score)",
@@ -246,6 +237,16 @@ RLHF = [
         "β not kept by the controller",
         "self.kl_coef *= 1 + error * n / self.horizon",
         "return self.kl_coef * (1 + error * n / self.horizon)",
+    ),
+    (
+        "temperature forgotten in the sampling",
+        "(output.logits[:, -1] / temperature).softmax(-1)",
+        "output.logits[:, -1].softmax(-1)",
+    ),
+    (
+        "greedy sampling",
+        "token = torch.multinomial((output.logits[:, -1] / temperature).softmax(-1), 1)",
+        "token = output.logits[:, -1:].argmax(-1)",
     ),
     ("ensemble's mean plus its spread", "scores.mean(0) - k *", "scores.mean(0) + k *"),
     (
@@ -399,16 +400,29 @@ def killer(path, tests=None):
     return found.group(1)
 
 
+def catch(mutant, folder):
+    """The test that fails on this bug: the one that did last time, which is quick, or the suite's first; None if none."""
+    path = plant(mutant, folder)
+    last = last_killers().get(mutant[:2])
+    try:
+        caught_by = last and killer(path, [last])
+    except RuntimeError:  # that test is no more
+        caught_by = None
+    return caught_by or killer(path)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write"]:
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(plant(MUTANTS[int(sys.argv[2]) - 1], folder), sys.argv[3])
+            script = sys.argv[4] if len(sys.argv) > 4 else "ppo_cartpole.py"
+            mutant = [mutant for mutant in MUTANTS if mutant[0] == script][int(sys.argv[2]) - 1]
+            shutil.copy(plant(mutant, folder), sys.argv[3])
         sys.exit()
     survivors = 0
     wanted = [mutant for mutant in MUTANTS if mutant[0] in (sys.argv[1:] or SUITES)]
     for number, mutant in enumerate(wanted, start=1):
         with tempfile.TemporaryDirectory() as folder:
-            caught_by = killer(plant(mutant, folder))
+            caught_by = catch(mutant, folder)
         survivors += caught_by is None
         print(f"{number:3d}  {mutant[0]:16}  {mutant[1]:50}  {caught_by or 'SURVIVED'}", flush=True)
     print(f"{len(wanted)} mutants, {len(wanted) - survivors} caught")

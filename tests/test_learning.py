@@ -38,3 +38,15 @@ def test_breakout_is_learned(atari, tmp_path):
     t = (learned.mean() - random.mean()) / np.sqrt(learned.var(ddof=1) / 40 + random.var(ddof=1) / 40)
     print(f"random {random.mean():.2f}, learned {learned.mean():.2f}, t {t:.1f}")
     assert t > 6 and learned.mean() > 2 * random.mean()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_gpt2_turns_positive(rlhf, tmp_path, seed):
+    """Default flags: 9 reviews of 10 truly positive, where before stage 3 a third was; KL below 3 nats a response, and
+    distinct-2 lower by no more than a fifth."""
+    metrics = rlhf.train(rlhf.Args(seed=seed, run_dir=str(tmp_path / "run")))
+    before, after = (row for row in metrics if row["stage"] == "eval")
+    (accuracy,) = (row["reward/held_out_accuracy"] for row in metrics if "reward/held_out_accuracy" in row)
+    assert accuracy > 0.97 and 0.2 < before["objective/gold"] < 0.5
+    assert after["objective/gold"] >= 0.9 and 0 < after["objective/kl"] < 3
+    assert after["response/distinct_2"] > 0.8 * before["response/distinct_2"]

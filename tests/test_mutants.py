@@ -8,13 +8,7 @@ import pytest
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=[": ".join(mutant[:2]) for mutant in mutants.MUTANTS])
 def test_mutant_is_caught(mutant, tmp_path):
     """By the test that caught it last time (benchmarks/results/mutants.txt), which is quick, or else by any."""
-    path = mutants.plant(mutant, tmp_path)
-    last = mutants.last_killers().get(mutant[:2])
-    try:
-        caught = last and mutants.killer(path, [last])
-    except RuntimeError:  # that test is no more
-        caught = None
-    assert caught or mutants.killer(path), f"no test noticed: {mutant[1]}"
+    assert mutants.catch(mutant, tmp_path), f"no test noticed: {mutant[1]}"
 
 
 def test_every_mutant_can_be_planted(tmp_path):

@@ -38,12 +38,14 @@ def command(rlhf, monkeypatch, capsys):
 
 
 def flags(args, *names):
-    """Command-line flags of a tiny run."""
-    given = {**vars(args)}
+    """The command line that gives these settings, less `names`."""
     words = []
-    for name, value in given.items():
-        if value is not None and value != () and not isinstance(value, bool) and name not in names:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in (None, ()) and name not in names:
+            words += [f"--{flag}", str(value)]
     return words
 
 
@@ -450,6 +452,20 @@ def test_default_command_line(command, tiny, tmp_path, monkeypatch):
     following = out[out.index("next        python rlhf_gpt2_ppo.py ") + 36 :].split()
     status, out, error = command(*following, *flags(tiny(), "model", "run_dir", "stage"))
     assert status == 0 and "truly positive" in out, error
+
+
+def test_each_stage_names_the_next_command(command, tiny, tmp_path, monkeypatch):
+    """sft, then what it says, then what that says: three commands, with the data's flags, end in before and after."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--stage", "sft", *flags(tiny(), "run_dir", "stage")]
+    for stage in ("reward", "ppo"):
+        status, out, error = command(*words, "--run-dir", f"before_{stage}")
+        following = re.search(r"^next +python rlhf_gpt2_ppo.py (.+)$", out, re.MULTILINE).group(1).split()
+        assert status == 0 and following[:2] == ["--stage", stage] and "--num-texts" in following, error
+        data = ("num_texts", "max_length")  # which the command says itself
+        words = [*following, *flags(tiny(), "run_dir", "stage", "model", *data)]
+    status, out, error = command(*words, "--run-dir", "last")
+    assert status == 0 and "truly positive" in out and "next " not in out, error
 
 
 def test_a_taken_run_dir_is_refused(rlhf, tiny, command):
