@@ -63,8 +63,8 @@ class Args:
     # the task
     task: Literal["arithmetic", "countdown", "gsm8k", "jsonl"] = "arithmetic"  # what is asked
     data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
-    terms: int = 3  # numbers in a problem of arithmetic or countdown
-    max_term: int = 99  # the largest of them
+    terms: int = 5  # numbers in a problem of arithmetic or countdown
+    max_term: int = 9  # the largest of them
     operators: str = "+"  # of arithmetic: "+" or "+-"
     instruction: str | None = None  # for --model: what it is told, {} is the problem; default INSTRUCTIONS[task]
     num_problems: int = 20_000  # problems that are generated, or read at most
@@ -83,7 +83,7 @@ class Args:
     steps: int = 100  # rollouts
     prompts_per_step: int = 32  # P, over all processes
     group_size: int = 8  # G, completions of each prompt
-    max_tokens: int = 32  # T, tokens of a completion at most
+    max_tokens: int = 40  # T, tokens of a completion at most
     temperature: float = 1.0  # of the sampling and of every log-probability; 0 is for evaluation alone
     num_epochs: int = 1  # μ, passes over each rollout
     num_minibatches: int = 1  # gradient steps in each
@@ -107,7 +107,7 @@ class Args:
     reward_model_steps: int = 0  # its gradient steps at each refresh of the reference, a tenth of them replay
     reward_model_learning_rate: float = 1e-5  # in them
     # the update
-    learning_rate: float = 1e-4  # of the small model; about 1e-6 to 1e-5 for a trained one
+    learning_rate: float = 3e-4  # of the small model; about 1e-6 to 1e-5 for a trained one
     warmup_steps: int = 0  # rollouts over which the learning rate rises to its value
     anneal_lr: bool = True  # and then falls to 0
     weight_decay: float = 0.0  # AdamW's

@@ -1,0 +1,127 @@
+"""grpo_llm.py, measured: the default run over seeds, outcome against process supervision, a real model.
+
+Run      python benchmarks/grpo.py seeds                     (outcome and process supervision, five seeds each)
+         python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds, two threads)
+         python benchmarks/grpo.py seeds --plot              (redraws the figure from the kept results)
+Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
+         docs/figures/grpo_NAME.png; models go to --work
+
+Each run is a process of its own, `python grpo_llm.py …`; its seconds are those of the whole process, start to end.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+from cartpole import RESULTS, ROOT, machine
+from matplotlib.figure import Figure
+
+
+def run(name, flags, work):
+    """One process of the script; returns its rows, the last with the seconds that it took."""
+    run_dir = work / name
+    command = [sys.executable, str(ROOT / "grpo_llm.py"), *map(str, flags), "--run-dir", str(run_dir)]
+    start = time.perf_counter()
+    result = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if result.returncode:
+        sys.exit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [{"run": name, **{key: round(x, 4) for key, x in row.items()}} for row in rows]
+    rows.append({"run": name, "flags": " ".join(map(str, flags)), "seconds": round(seconds, 1)})
+    print(json.dumps(rows[-1]), ends(rows), flush=True)
+    return rows
+
+
+def ends(rows):
+    """Evaluations before and after."""
+    found = [{key: x for key, x in row.items() if key.startswith("eval/")} for row in rows if "eval/greedy" in row]
+    return found[0], found[-1]
+
+
+def seeds(args):
+    rows = []
+    for seed in range(1, args.seeds + 1):
+        for supervision in ("outcome", "process"):
+            rows += run(f"{supervision}-{seed}", ["--seed", seed, "--supervision", supervision], args.work)
+    return rows
+
+
+REAL = (
+    "--task arithmetic --terms 2 --max-term 9 --operators +- --num-problems 2000 --dtype bfloat16 "
+    "--optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 32 --learning-rate 2e-5 "
+    "--no-anneal-lr --steps 16 --eval-every 0 --eval-problems 48 --eval-samples 8 --torch-threads 2"
+)
+
+
+def real(args):
+    rows = []
+    for seed in range(1, args.seeds + 1):
+        rows += run(f"seed-{seed}", ["--model", args.model, "--seed", seed, *REAL.split()], args.work)
+    return rows
+
+
+def draw(rows, figure):
+    """Reward and pass@1 of each run, a colour for each kind."""
+    panels = Figure(figsize=(10, 4), layout="constrained").subplots(1, 3)
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    kinds = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in names))
+    titles = {"reward/verifier": "right answers while training", "eval/pass@1": "pass@1, held out"}
+    titles["eval/pass@8"] = "pass@8, held out"
+    for axes, (key, title) in zip(panels, titles.items()):
+        for name in names:
+            kind = name.rsplit("-", 1)[0]
+            points = [(row["step"], row[key]) for row in rows if row["run"] == name and key in row]
+            label = kind if name == next(other for other in names if other.startswith(kind)) else None
+            axes.plot(*zip(*points), color=f"C{kinds.index(kind)}", alpha=0.6, lw=1, label=label)
+        axes.set(title=title, xlabel="step", ylim=(0, 1.02))
+    panels[0].legend()
+    panels[0].figure.savefig(figure, dpi=120)
+
+
+def print_table(rows):
+    keys = [key for key in ends(rows)[0] if key.startswith("eval/")]
+    print("| run | seconds | " + " | ".join(key.removeprefix("eval/") for key in keys) + " |")
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    for kind in dict.fromkeys(name.rsplit("-", 1)[0] for name in names):
+        runs = [[row for row in rows if row["run"] == name] for name in names if name.rsplit("-", 1)[0] == kind]
+        for one in runs:
+            before, after = ends(one)
+            cells = " | ".join(f"{before[key]:.3f} → {after[key]:.3f}" for key in keys)
+            print(f"| {one[0]['run']} | {one[-1]['seconds']:.0f} | {cells} |")
+        befores, afters = zip(*map(ends, runs))
+        cells = " | ".join(
+            f"{median(x[key] for x in befores):.3f} → {median(x[key] for x in afters):.3f}" for key in keys
+        )
+        print(f"| {kind}, median | {median(one[-1]['seconds'] for one in runs):.0f} | {cells} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=["seeds", "real"])
+    parser.add_argument("--seeds", type=int, help="default 5, real: 3")
+    parser.add_argument("--model", help="for real: directory or Hub id of an instruct model")
+    parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_grpo_NAME")
+    parser.add_argument("--plot", action="store_true", help="only print the table and redraw the figure")
+    args = parser.parse_args()
+    args.seeds = args.seeds or {"seeds": 5, "real": 3}[args.name]
+    args.work = args.work or ROOT / "runs" / f"benchmark_grpo_{args.name}"
+    path = RESULTS / f"grpo_{args.name}.jsonl"
+    if not args.plot:
+        rows = {"seeds": seeds, "real": real}[args.name](args)
+        head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")}
+        head["transformers"] = version("transformers")
+        lines = (json.dumps(row, ensure_ascii=False) for row in (head, *rows))
+        path.write_text("".join(f"{line.replace(str(args.model), 'DIR')}\n" for line in lines), encoding="utf-8")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][1:]
+    print_table(rows)
+    draw(rows, ROOT / "docs" / "figures" / f"grpo_{args.name}.png")
+
+
+if __name__ == "__main__":
+    main()
