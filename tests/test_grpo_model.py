@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,7 @@ def test_plan_of_rows(grpo, case):
     sizes = []
     for row in rows:
         groups = [i // group_size for i in row]
-        changes = 1 + sum(one != other for one, other in zip(groups, groups[1:]))
+        changes = 1 + sum(one != other for one, other in pairwise(groups))
         assert changes == len(set(groups)), "a group's sequences are neighbours"
         sizes.append(sum(prompt_lengths[g] for g in set(groups)) + sum(lengths[i] - 1 for i in row))
         assert sizes[-1] == grpo.row_size(row, prompt_lengths, lengths, group_size)
