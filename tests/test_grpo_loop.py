@@ -65,7 +65,7 @@ def watch(grpo, monkeypatch):
         seen.groups = [
             call.result for call in seen.calls["sample_groups"] if call.arguments[7][0][0] == "train"
         ]  # of each round, the P groups that were sampled
-        # without those that check the model when it is loaded, on 7 tokens
+        # without those that check the model when it is loaded, on 12 tokens
         for name, tokens in (
             ("pack_rows", lambda call: call.arguments[1].shape[1]),
             ("completion_logprobs", lambda call: call.arguments[2]),
@@ -341,7 +341,7 @@ def test_one_ratio_for_the_sequence(watch, tiny_grpo):
         advantages = gae_reference.group_advantages(rating.rewards.tolist())
         for own, old, advantage in zip(plain_logprobs(policy, group), plain_logprobs(start, group), advantages):
             ratio = (own - old.detach()).mean().exp()
-            slope = gae_reference.clipped_surrogate(float(ratio), advantage, 0.02, 0.03)[1]
+            slope = gae_reference.clipped_surrogate(ratio.item(), advantage, 0.02, 0.03)[1]
             clipped += advantage != 0 and slope == 0
             loss = loss - slope * ratio / 12
     assert 0 < clipped < 8
@@ -520,7 +520,7 @@ def test_process_advantages_reach_their_tokens(watch, grpo, tiny_grpo, monkeypat
         return [float(len(step) % 2 == 0) for step in steps], original(problem, text)[1]
 
     monkeypatch.setattr(grpo, "step_rewards_of", step_rewards_of)
-    seen = watch(tiny_grpo(supervision="process", steps=1, beta=0.1, prompts_per_step=6, max_tokens=12))
+    seen = watch(tiny_grpo(supervision="process", steps=1, beta=0.1, prompts_per_step=6, max_tokens=14))
     (call,) = seen.calls["process_advantages"]
     ratings = [call.result for call in seen.calls["rate_group"]]
     expected = []

@@ -128,7 +128,7 @@ def test_warm_start_lowers_the_loss(grpo, tmp_path):
         return total / count
 
     before = loss()
-    grpo.warm_start(args, model, tokenizer, problems)
+    grpo.warm_start(args, model, tokenizer, problems, held_out)
     assert before > 2.5 and loss() < 0.6 * before
 
 
