@@ -1232,25 +1232,24 @@ def score(args, model, sequences, micro_batches):
 
 
 def describe(args, seen):
-    """What a reader wants to know of the sampled (group, rating)s, each a mean over them and over all processes."""
+    """What a reader wants to know of the sampled (group, rating)s, each a mean over all processes' share of it."""
     rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
     mask, logprobs = (torch.cat([group[i] for group, _ in seen]) for i in (4, 3))
     truncated = torch.cat([rating.is_truncated for _, rating in seen]).float()
-    row = {"reward/mean": rewards.mean(), "reward/std": rewards.std(-1, correction=0).mean()}
+    row = {"reward/mean": rewards, "reward/std": rewards.std(-1, correction=0)}
     for name in seen[0][1].parts:
-        row[f"reward/{name}"] = torch.cat([rating.parts[name] for _, rating in seen]).mean()
+        row[f"reward/{name}"] = torch.cat([rating.parts[name] for _, rating in seen])
     steps = [reward for _, rating in seen for rewards in rating.step_rewards for reward in rewards]
     row |= {
-        "reward/steps": torch.tensor(sum(steps) / max(len(steps), 1)),
-        "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]).mean(),
-        "completion/length": mask.sum(-1).float().mean(),
-        "completion/truncated": truncated.mean(),
-        "completion/eos_rate": 1 - truncated.mean(),
-        "policy/entropy": -logprobs.sum() / mask.sum(),  # E[−ln π] is the entropy, at the temperature of the sampling
+        "reward/steps": torch.tensor(steps),
+        "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]),
+        "completion/length": mask.sum(-1),
+        "completion/truncated": truncated,
+        "completion/eos_rate": 1 - truncated,
+        "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
     }
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    means = over_ranks(torch.stack([x.float() for x in row.values()])) / world_size
-    return dict(zip(row, means.tolist()))
+    sums, counts = over_ranks(torch.tensor([[x.sum(), x.numel()] for x in row.values()], dtype=torch.float64)).T
+    return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
 
 
 def pairs_of(group, rating):

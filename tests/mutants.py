@@ -21,6 +21,7 @@ SUITES = {
     "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")],
     "ppo_atari.py": ["tests/test_atari.py"],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
     "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs")],
+    "grpo_llm.py": [f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs")],
 }
 
 # (what is wrong, the right text, the wrong text)
@@ -364,6 +365,214 @@ RLHF = [
 
 # (script, what is wrong, the right text, the wrong text)
 MUTANTS += [("rlhf_gpt2_ppo.py", *mutant) for mutant in RLHF]
+
+GRPO = [
+    ("standard deviation over G − 1", "groups.std(-1, correction=0, keepdim=True)", "groups.std(-1, keepdim=True)"),
+    (
+        "standard deviation of the batch",
+        "groups.std(-1, correction=0, keepdim=True)",
+        "groups.std(correction=0)",
+    ),
+    ("mean of the batch", "groups - groups.mean(-1, keepdim=True)", "groups - groups.mean()"),
+    ("0/0 of equal rewards", "return torch.where(all_equal, 0.0, advantages).flatten()", "return advantages.flatten()"),
+    (
+        "equal rewards divided by an epsilon",
+        "keepdim=True)\n    all_equal = (groups == groups[:, :1]).all(-1, keepdim=True)\n    return torch.where(all_equal, 0.0, advantages)",
+        "keepdim=True).clamp(min=1e-8)\n    return advantages",
+    ),
+    ("groups interleaved", "groups = rewards.view(-1, group_size)", "groups = rewards.view(group_size, -1).T"),
+    (
+        "steps of all groups normalised together",
+        "group = step_rewards[start : start + group_size]\n        rewards = torch.tensor([reward for own in group",
+        "group = step_rewards[start : start + group_size]\n        rewards = torch.tensor([reward for own in step_rewards",
+    ),
+    ("a token gets its own step alone", "own.flip(0).cumsum(0).flip(0)", "own"),
+    ("a token gets the steps before it", "own.flip(0).cumsum(0).flip(0)", "own.cumsum(0)"),
+    ("temperature forgotten in the trainer", "    logits = logits / temperature\n", ""),
+    ("k3 the wrong way round", "log_ratio = ref_logprob - logprob\n", "log_ratio = logprob - ref_logprob\n"),
+    ("k1 for k3", "return log_ratio.expm1() - log_ratio", "return -log_ratio"),
+    ("k2 for k3", "return log_ratio.expm1() - log_ratio", "return log_ratio.square() / 2"),
+    ("max for min", "loss = -torch.min(ratio * advantage", "loss = -torch.max(ratio * advantage"),
+    ("clip range symmetric", "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_low, 1 + clip_low)"),
+    ("loss maximised", "loss = -torch.min(ratio", "loss = torch.min(ratio"),
+    ("β ignored", "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss + kl_k3(logprob, ref_logprob)\n\n"),
+    ("KL rewarded", "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss - beta * kl_k3(logprob, ref_logprob)\n\n"),
+    ("mask ignored", "    loss = torch.where(mask.bool(), loss, 0.0)\n", ""),
+    (
+        "sequences divided by the width of the batch",
+        "(loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / total_sequences",
+        "loss.mean(-1).sum() / total_sequences",
+    ),
+    (
+        "averaged over micro-batches",
+        "        return loss.sum() / total_tokens\n",
+        "        return loss.sum() / mask.sum()\n",
+    ),
+    ("constant reduction by the longest", "(total_sequences * max_tokens)", "(total_sequences * loss.shape[1])"),
+    (
+        "GSPO by the sum",
+        ".sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)\n",
+        ".sum(-1, keepdim=True)\n",
+    ),
+    (
+        "pass@k biased",
+        "1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)",
+        "1.0 - (1 - num_right / num_samples) ** k",
+    ),
+    ("the first number counts", "return as_number(found[-1])", "return as_number(found[0])"),
+    ("signs ignored", '.replace("−", "-")\n    return Fraction', '.replace("−", "-").lstrip("-")\n    return Fraction'),
+    ("thousands cut off", "[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+", "[0-9]+"),
+    ("a step paid twice", "            wanted[value] -= 1\n", ""),
+    ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
+    (
+        "ties go to any right answer",
+        "right[answers.index(votes.most_common(1)[0][0], start)]",
+        "any(right[start : start + k])",
+    ),
+    ("no answer has a vote", "if answer is not None)", ")"),
+    ("format pattern of quadratic time", "(?s).*# *-?", "(?s).*#+ *-?"),
+    (
+        "temperature forgotten in the sampler",
+        ".amax(-1, keepdim=True)) / temperature).exp_()",
+        ".amax(-1, keepdim=True))).exp_()",
+    ),
+    (
+        "noise of 0 finds a token without chance",
+        "noise[:, None] * total, right=True)",
+        "noise[:, None] * total, right=False)",
+    ),
+    (
+        "EOS masked out",
+        "tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, 1\n        going = ~torch.isin(token, eos)",
+        "going = ~torch.isin(token, eos)\n        tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, going.long()",
+    ),
+    ("tokens after EOS go on", "going = ~torch.isin(token, eos)", "going = torch.ones_like(token, dtype=torch.bool)"),
+    ("one EOS of several", "going = ~torch.isin(token, eos)", "going = token != eos[0]"),
+    (
+        "positions of the sampler count padding",
+        "position_ids=(lengths[rows] + t)[:, None]",
+        "position_ids=torch.full_like(token, Q + t)[:, None]",
+    ),
+    (
+        "the sampler sees padding",
+        "attention_mask=seen[rows, None, None, : Q + t + 1]",
+        "attention_mask=torch.ones_like(seen[rows, None, None, : Q + t + 1])",
+    ),
+    ("rows that leave mix up the cache", "room[holes, :, : self.used] = room[movers, :, : self.used]", "pass"),
+    (
+        "positions go on through the row",
+        "len(prompt) + torch.arange(lengths[i] - 1)\n",
+        "end + torch.arange(lengths[i] - 1)\n",
+    ),
+    (
+        "completions see each other",
+        "visible = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))",
+        "visible = same_prompt.clone()",
+    ),
+    ("prompts see each other", "visible = same_prompt & (", "visible = ("),
+    ("the prompt's last state missed", "                last = end - 1\n", "                last = end - 2\n"),
+    ("rows above their capacity", "            if needed > room:", "            if needed > room + 5:"),
+    (
+        "rounded to the nearest",
+        "    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()",
+        "    return x.bfloat16()",
+    ),
+    (
+        "8-bit moments without bias correction",
+        "(root_v / (1 - beta2**self.steps) ** 0.5 + self.eps)",
+        "(root_v + self.eps)",
+    ),
+    ("small √v becomes 0", "codes.copy_(code.clamp_(0 if octave == 8 else 1, top)", "codes.copy_(code.clamp_(0, top)"),
+    ("8-bit state not loaded", "                mine.copy_(other)\n", "                pass\n"),
+    ("dropout left on", "            module.attention_dropout = 0.0\n", "            pass\n"),
+    (
+        "reference never refreshed",
+        "                reference.load_state_dict(policy.state_dict())\n",
+        "                pass\n",
+    ),
+    (
+        "reference learns too",
+        "load_model(args, start_dir)[0].requires_grad_(False) if args.beta else None",
+        "policy if args.beta else None",
+    ),
+    (
+        "old log-probabilities of a later step",
+        'if args.old_logprobs == "recomputed" and args.updates == 1:',
+        'if args.old_logprobs == "recomputed":',
+    ),
+    (
+        "truncated completions learned from",
+        "mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]",
+        "pass",
+    ),
+    (
+        "answers that end are penalised",
+        "-args.truncation_penalty * is_truncated  # [G12]",
+        "-args.truncation_penalty * (not is_truncated)",
+    ),
+    (
+        "the KL of groups without variance skipped",
+        "& ((advantages != 0).any(-1) | (args.beta > 0))",
+        "& (advantages != 0).any(-1)",
+    ),
+    ("dynamic sampling keeps what it has seen", "(has_variance(args, rating) or not args.dynamic_sampling)", "True"),
+    (
+        "a newline belongs to the next line",
+        '            ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]\n            line += text.count("\\n")\n',
+        '            line += text.count("\\n")\n            ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]\n',
+    ),
+    (
+        "minibatches of one order for ever",
+        "torch.randperm(len(groups)).tensor_split",
+        "torch.arange(len(groups)).tensor_split",
+    ),
+    (
+        "gradients cut one by one",
+        "norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)))",
+        "norms.append(sum(float(torch.nn.utils.clip_grad_norm_([p], args.max_grad_norm)) for p in parameters))",
+    ),
+    (
+        "gradients of micro-batches forgotten",
+        "            for micro_batch in plan:\n",
+        "            for micro_batch in plan:\n                optimizer.zero_grad()\n",
+    ),
+    ("learning rate not annealed", "(remaining if args.anneal_lr else 1.0)", "1.0"),
+    (
+        "same questions in every process",
+        "range(cursor + rank * P, cursor + (rank + 1) * P)",
+        "range(cursor, cursor + P)",
+    ),
+    ("gradients not exchanged", "                    over_ranks(parameter.grad)\n", "                    pass\n"),
+    (
+        "totals of one process",
+        "taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))",
+        "taught = torch.tensor([mask[rows].sum(), len(rows), len(plan)])",
+    ),
+    ("optimizer not restored on resume", '        optimizer.load_state_dict(saved["optimizer"])\n', ""),
+    (
+        "questions begin anew on resume",
+        "first, cursor, metrics, pairs, replay = (saved[key]",
+        "first, _, metrics, pairs, replay = (saved[key]",
+    ),
+    (
+        "reference not restored on resume",
+        '            reference.load_state_dict(saved["reference"])\n',
+        "            pass\n",
+    ),
+    ("replay not kept", "(replay + pairs)[-10_000:]", "[]"),
+    ("NaN goes unnoticed", "            if not math.isfinite(norms[-1]):", "            if False:"),
+    (
+        "checkpoint unpickled without a guard",
+        "weights_only=True)\n        content",
+        "weights_only=False)\n        content",
+    ),
+    (
+        "held-out problems learned from",
+        "return problems[held_out:], problems[:held_out]",
+        "return problems, problems[:held_out]",
+    ),
+]
+MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 
 
 def plant(mutant, folder):

@@ -111,7 +111,7 @@ def test_scripts_stand_alone():
     for path in SCRIPTS:
         imported = set(re.findall(r"^\s*(?:import|from) (\w+)", read(path), re.MULTILINE))
         assert "torch" in imported and not imported & (names - {path.stem})
-        assert not re.search(r"\b(eval|exec)\(", read(path))
+        assert not re.search(r"(?<![.\w])(eval|exec)\(", read(path))  # model.eval() is another thing
 
 
 def test_every_script_keeps_the_contract():

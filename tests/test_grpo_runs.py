@@ -1,0 +1,506 @@
+"""Runs of grpo_llm as a person meets them: flags, data, files, resuming, messages, exit statuses."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from contract import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"  # real material, of which nothing is in the project
+
+
+@pytest.fixture
+def no_picture(grpo, monkeypatch):
+    """The curves would take four fifths of the time."""
+    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
+
+
+@pytest.fixture
+def command(grpo, monkeypatch, capsys):
+    """Run the script's command line in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grpo_llm.py", *map(str, arguments)])
+        status = 0
+        try:
+            grpo.main()
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def flags(grpo, args, *left_out):
+    """Command-line flags of what these settings change."""
+    words = []
+    for name, value in vars(args).items():
+        if value == getattr(grpo.Args(), name) or name in left_out:
+            continue
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def weights(run_dir):
+    return AutoModelForCausalLM.from_pretrained(Path(run_dir) / "policy").state_dict()
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys() and len(one) > 20
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def without_clock(metrics):
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in metrics]
+
+
+# ---- The default run, shortened ----
+
+SHORT = [
+    *("--warm-start-steps", 4, "--steps", 2, "--num-problems", 300, "--eval-problems", 4, "--eval-samples", 2),
+    *("--eval-k", 2, "--prompts-per-step", 2, "--group-size", 4, "--max-tokens", 8),
+]
+
+
+@pytest.mark.parametrize(("task", "process"), [("arithmetic", True), ("countdown", False)])
+def test_default_command_line(command, grpo, tmp_path, monkeypatch, task, process):
+    """Without a model: it makes its own, warms it up, learns; all files are where it says they are."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--supervision", "process"] if process else ["--task", "countdown", "--max-term", 20]
+    status, out, error = command(*SHORT, *words)
+    assert status == 0, error
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(rf"{task}__grpo_llm__1__\d{{8}}-\d{{6}}", run_dir.name)
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for text in ("4 held-out problems   before    after", "greedy", "pass@1", "pass@2", "maj@2", "reward  tokens"):
+        assert text in out
+    paths = re.findall(r"runs/[\w./-]+", out)
+    assert len(paths) >= 3 and all((tmp_path / path).exists() for path in paths)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    following = re.search(r"next +python grpo_llm.py (.+)", out)[1].split()
+    assert {"--task", task} <= set(following)
+    assert grpo.Args(task=task).supervision == "outcome"
+    status, _, error = command(*following, *SHORT)
+    assert status == 0, error
+    assert len(list((tmp_path / "runs").iterdir())) in (1, 2)  # of one second, or of two
+
+
+def test_help(command):
+    status, out, _ = command("--help")
+    assert status == 0 and "groups of answers in place of a critic" in out
+    for flag in ("--group-size", "--clip-high", "--no-scale-by-std", "--reduction", "--resume"):
+        assert flag in out
+    assert "completions of each prompt" in re.sub(r"[\s│]+", " ", out)
+
+
+def test_warm_start_lowers_the_loss(grpo, tmp_path):
+    """Supervised on worked solutions up to their EOS; some steps make them likelier."""
+    args = grpo.Args(terms=2, max_term=9, num_problems=80, eval_problems=8, warm_start_steps=25, row_tokens=64)
+    problems, held_out = grpo.load_problems(args)
+    tokenizer = grpo.new_tokenizer()
+    torch.manual_seed(0)
+    model = grpo.new_model(tokenizer)
+    assert 300_000 < sum(p.numel() for p in model.parameters()) < 600_000
+
+    def loss():
+        total = count = 0
+        for problem in held_out:
+            prompt = tokenizer(f"{problem.prompt}\n")["input_ids"]
+            solution = [*tokenizer(problem.solution)["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + solution])).logits[0, len(prompt) - 1 : -1]
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(solution), reduction="sum"))
+            count += len(solution)
+        return total / count
+
+    before = loss()
+    grpo.warm_start(args, model, tokenizer, problems, held_out)
+    assert before > 2.5 and loss() < 0.6 * before
+
+
+# ---- Files ----
+
+
+def test_the_saved_policy(grpo, tiny_grpo, no_picture):
+    """An ordinary transformers directory: what it loads to has the logits of the policy that was trained."""
+    args = tiny_grpo()
+    grpo.train(args)
+    saved = torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)["policy"]
+    trained = AutoModelForCausalLM.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(Path(args.run_dir) / "policy")
+    inputs = tokenizer("12+34\n", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = trained(inputs).logits
+        trained.load_state_dict(saved, strict=False)
+        after = trained(inputs).logits
+        loaded = AutoModelForCausalLM.from_pretrained(Path(args.run_dir) / "policy")(inputs).logits
+    assert torch.equal(loaded, after) and not torch.equal(before, after)
+    assert tokenizer.decode(inputs[0]) == "12+34\n" and tokenizer.pad_token != tokenizer.eos_token
+    assert not list(Path(args.run_dir).glob("*.tmp"))
+
+
+def test_same_seed_same_weights(grpo, tiny_grpo, no_picture):
+    ends = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        grpo.train(tiny_grpo(name, seed=seed))
+        ends.append(weights(tiny_grpo(name).run_dir))
+    assert_same_weights(ends[0], ends[1])
+    assert not torch.equal(ends[0]["lm_head.weight"], ends[2]["lm_head.weight"])
+
+
+def test_tensorboard_scalars(grpo, tiny_grpo, no_picture):
+    """The names that docs/metrics.md explains, with the values that train returned."""
+    args = tiny_grpo(beta=0.1, format_weight=0.1, truncated="penalise")
+    metrics = grpo.train(args)
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## `grpo_llm.py`")[1]
+    explained = set(re.findall(r"^\| `(\w+/[\w@]+)`", text, re.MULTILINE))
+    events = EventAccumulator(args.run_dir)
+    events.Reload()
+    found = set(events.Tags()["scalars"])
+    for tag in found:
+        returned = [row[tag] for row in metrics if tag in row]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(returned, rel=1e-5, abs=1e-7)
+    assert found - {"eval/pass@2", "eval/maj@2"} <= explained and len(found) > 25
+    assert explained - found == {"eval/pass@8", "eval/maj@8", "reward/model", "reward_model/loss"}
+
+
+# ---- Resuming ----
+
+RESUMED = {
+    "plain": {"num_epochs": 2, "num_minibatches": 2, "temperature": 0.9},
+    "reference": {"beta": 0.1, "reference_every": 1, "dynamic_sampling": 2},
+    "bfloat16": {"dtype": "bfloat16", "optimizer": "adamw8bit", "beta": 0.1, "learning_rate": 1e-3},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture, monkeypatch, kind):
+    """Stopped in the fourth step, resumed from the second: weights, optimizer, metrics, log of an unbroken run."""
+    options = {"steps": 5, "checkpoint_every": 2, "eval_every": 2, **RESUMED[kind]}
+    whole = grpo.train(tiny_grpo("whole", **options))
+    original, count = grpo.learning_rate_of, itertools.count()
+
+    def breaks(*arguments):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "learning_rate_of", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            grpo.train(tiny_grpo("broken", **options))
+    torch.rand(100)  # whatever else the process drew in between
+    resumed = grpo.train(grpo.resumed_args(tiny_grpo("broken").run_dir))
+    assert without_clock(resumed) == without_clock(whole) and len(whole) == 6
+    ends = [torch.load(Path(tiny_grpo(n).run_dir) / "checkpoint.pt", weights_only=True) for n in ("whole", "broken")]
+    for name in ("step", "cursor", "pairs", "replay"):
+        assert ends[0][name] == ends[1][name]
+    assert_same_weights(ends[0]["policy"], ends[1]["policy"])
+    if kind == "reference":
+        assert_same_weights(ends[0]["reference"], ends[1]["reference"])
+    moments = [str(end["optimizer"]) for end in ends]
+    assert moments[0] == moments[1]
+    events = EventAccumulator(tiny_grpo("broken").run_dir)
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3, 4, 5]
+
+
+def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no_picture, monkeypatch, tmp_path):
+    """R_φ, its optimizer, pairs and replay come back too."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = grpo.new_tokenizer()
+    torch.manual_seed(3)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64}
+    config = GPT2Config(vocab_size=len(tokenizer), num_labels=1, pad_token_id=0, **sizes)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    monkeypatch.setattr(grpo, "is_right", lambda problem, text: len(text) % 2 == 0)
+    options = {"reward_model": str(tmp_path / "reward"), "reward_model_steps": 2, "reference_every": 1}
+    options |= {"steps": 4, "checkpoint_every": 1, "reward_model_learning_rate": 1e-2}
+    grpo.train(tiny_grpo("whole", **options))
+    original, count = grpo.continue_reward_model, itertools.count()
+
+    def breaks(*arguments):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "continue_reward_model", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            grpo.train(tiny_grpo("broken", **options))
+    grpo.train(grpo.resumed_args(tiny_grpo("broken").run_dir))
+    one, two = (
+        torch.load(Path(tiny_grpo(n).run_dir) / "checkpoint.pt", weights_only=True) for n in ("whole", "broken")
+    )
+    assert one["replay"] == two["replay"] and len(one["replay"]) > 5
+    assert str(one["reward_optimizer"]) == str(two["reward_optimizer"])
+    assert all(torch.equal(weight, two["reward_model"][name]) for name, weight in one["reward_model"].items())
+    assert_same_weights(one["policy"], two["policy"])
+
+
+def test_killed_at_any_moment_it_goes_on(grpo, tiny_grpo, no_picture, tmp_path):
+    """SIGKILL to a real process, then --resume: the same weights as a run that was left alone."""
+    args, whole = (tiny_grpo(name, steps=60, checkpoint_every=1) for name in ("killed", "whole"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, grpo.__file__, *flags(grpo, args)]
+    process = subprocess.Popen(start, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    checkpoint = Path(args.run_dir) / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"the run was over before it could be killed: {error.decode()}"
+    assert 0 < torch.load(checkpoint, weights_only=True)["step"] < 60
+    resumed = grpo.train(grpo.resumed_args(args.run_dir))
+    assert without_clock(resumed) == without_clock(grpo.train(whole))
+    assert_same_weights(weights(args.run_dir), weights(whole.run_dir))
+
+
+def test_resume_keeps_the_settings(grpo, tiny_grpo, command, no_picture):
+    args = tiny_grpo(beta=0.1)
+    grpo.train(args)
+    status, _, error = command("--resume", args.run_dir, "--beta", 0.5)
+    assert status == 2 and "beta 0.1" in error and "0.5 needs a run of its own" in error and "Traceback" not in error
+    status, out, error = command("--resume", args.run_dir, "--torch-threads", 1, "--micro-batch-tokens", 99)
+    assert status == 0 and "held-out problems" in out, error
+
+
+def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command, no_picture):
+    grpo.train(tiny_grpo())
+    before = (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes()
+    status, _, error = command(*flags(grpo, tiny_grpo()))
+    assert status == 2 and f"--resume {tiny_grpo().run_dir} goes on with it" in error
+    assert (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes() == before
+    Path(tiny_grpo("other").run_dir).mkdir()
+    status, _, error = command(*flags(grpo, tiny_grpo("other")))
+    assert status == 2 and "exists: choose another" in error
+
+
+def test_damaged_and_foreign_checkpoints(grpo, tiny_grpo, command, no_picture, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "evil"),))
+
+    grpo.train(tiny_grpo())
+    path = Path(tiny_grpo().run_dir) / "checkpoint.pt"
+    whole = torch.load(path, weights_only=True)
+    lacking = {key: value for key, value in whole.items() if key != "optimizer"}
+    older = {**whole, "args": {**whole["args"], "no_such_setting": 1}}
+    for content, message in ((lacking, "it lacks optimizer"), (older, "or is damaged"), (Evil(), "or is damaged")):
+        torch.save(content, path)
+        status, _, error = command("--resume", tiny_grpo().run_dir)
+        assert status == 2 and message in error and "Traceback" not in error
+    for junk in (b"junk", b""):
+        path.write_bytes(junk)
+        status, _, error = command("--resume", tiny_grpo().run_dir)
+        assert status == 2 and "is no checkpoint of this script, or is damaged" in error
+    assert not (tmp_path / "evil").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(grpo, tiny_grpo, command, no_picture, monkeypatch):
+    def breaks(function, at):
+        original, count = getattr(grpo, function), itertools.count()
+
+        def broken(*arguments):
+            if next(count) == at:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        monkeypatch.setattr(grpo, function, broken)
+
+    breaks("learning_rate_of", 1)
+    args = tiny_grpo(checkpoint_every=1)
+    status, _, error = command(*flags(grpo, args))
+    assert status == 130 and f"interrupted: go on with --resume {args.run_dir}" in error and "Traceback" not in error
+    breaks("load_problems", 0)
+    status, _, error = command(*flags(grpo, tiny_grpo("early")))
+    assert status == 130 and error.strip().endswith("interrupted") and not Path(tiny_grpo("early").run_dir).exists()
+
+
+# ---- Data ----
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("task", ["jsonl", "gsm8k"])
+def test_a_run_on_a_file(grpo, tiny_grpo, no_picture, tmp_path, task):
+    if task == "jsonl":
+        rows = [{"prompt": f"{i}+1", "answer": i + 1, "other": None} for i in range(20)]
+    else:
+        rows = [{"question": f"{i}+1", "answer": f"<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(20)]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    args = tiny_grpo(task=task, data=data, num_problems=15, supervision="process" if task == "gsm8k" else "outcome")
+    learned, held_out = grpo.load_problems(args)
+    assert len(learned) == 11 and len(held_out) == 4 and learned[0].answer == "5"
+    metrics = grpo.train(args)
+    assert metrics[-1]["step"] == 2 and metrics[-1]["completion/length"] > 1
+
+
+def test_a_problem_stands_in_the_data_twice(grpo, tiny_grpo, tmp_path):
+    """It is not both learned from and held out."""
+    rows = [{"prompt": f"{i % 10}+1", "answer": i % 10 + 1} for i in range(40)]
+    args = tiny_grpo(task="jsonl", data=write_rows(tmp_path / "d.jsonl", rows))
+    learned, held_out = grpo.load_problems(args)
+    assert len(learned) == 6 and len(held_out) == 4 and not set(learned) & set(held_out)
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason=f"no {GSM8K}: GSM8K's training problems lie there")
+def test_gsm8k_as_published(grpo):
+    args = grpo.Args(task="gsm8k", model="m", data=str(GSM8K), num_problems=1000, eval_problems=100)
+    learned, held_out = grpo.load_problems(args)
+    assert len(learned) + len(held_out) >= 990 and len(held_out) == 100
+    assert all(grpo.as_number(p.answer) is not None and p.values[-1] == p.answer for p in learned)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "message"),
+    [
+        ("jsonl", "", "0 different problems are too few for steps of 3"),
+        ("jsonl", '{"prompt": "1", "answer": 1}\n' * 50, "1 different problems are too few"),
+        ("jsonl", '{"question": "1", "answer": 1}\n', "task jsonl needs rows with prompt and answer, found question"),
+        ("gsm8k", '{"question": "1", "answer": 1}\n', "task gsm8k needs #### before the answer, found '1'"),
+        ("jsonl", "[1]\n", "needs rows with prompt and answer, found [1]"),
+        ("jsonl", "{1}\n", "is no file of JSON lines"),
+        ("jsonl", b"\xff\xfe\x00", "is no file of JSON lines"),
+        ("jsonl", None, "No such file"),
+    ],
+)
+def test_bad_data(grpo, tiny_grpo, command, tmp_path, task, text, message):
+    path = tmp_path / "d.jsonl"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, _, error = command(*flags(grpo, tiny_grpo(task=task, data=str(path))))
+    assert status == 2 and message in error and "Traceback" not in error and error.count("\n") == 1
+    assert not Path(tiny_grpo().run_dir).exists()
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "steps must be above 0, got 0"),
+        (["--temperature", "0"], "temperature must be above 0, got 0.0"),
+        (["--beta", "-1"], "beta must not be negative, got -1.0"),
+        (["--beta", "nan"], "beta must not be negative, got nan"),
+        (["--group-size", "1"], "group_size must be 2 or more, or every advantage is 0, got 1"),
+        (["--num-minibatches", "40"], "num_minibatches 40 must not exceed prompts_per_step 32"),
+        (["--eval-k", "17"], "eval_k 17 must not exceed eval_samples 16"),
+        (["--operators", "*"], "operators must be + or +-, got '*'"),
+        (["--dtype", "bfloat16"], "dtype bfloat16 needs optimizer adamw8bit"),
+        (["--task", "gsm8k"], "task gsm8k needs a model that can read"),
+        (["--task", "jsonl", "--model", "m"], "task jsonl needs data"),
+        (["--reference-every", "3"], "reference_every 3 refreshes nothing"),
+        (["--reward-model-steps", "3"], "reward_model_steps needs reward_model and reference_every"),
+        (["--lora-rank", "4", "--beta", "1", "--reference-every", "3"], "reference_every must be 0"),
+        (["--supervision", "process", "--algorithm", "rloo"], "supervision process is GRPO's own"),
+        (["--supervision", "process", "--no-scale-by-std"], "scale_by_std False must be grpo and True"),
+        (["--model", ""], "need a name or a path, got an empty one"),
+        (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
+        (["--reduction", "mean"], "invalid choice"),
+        (["--no-such-flag"], "no-such-flag"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoTokenizer"),
+        (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
+        (["--resume", "/nowhere"], "/nowhere/checkpoint.pt is not a file"),
+        (["--num-problems", "20"], "different problems are too few for steps of 32"),
+    ],
+)
+def test_bad_flags(command, tmp_path, words, message):
+    run_dir = [] if "--resume" in words else ["--run-dir", tmp_path / "run"]
+    status, out, error = command(*words, *run_dir)
+    assert status == 2 and message.replace(" ", "") in re.sub(r"[\s│]", "", out + error)
+    assert "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+def test_resume_and_run_dir_exclude_each_other(grpo):
+    with pytest.raises(ValueError, match="resume a goes on in its own directory, not in run_dir b"):
+        grpo.Args(resume="a", run_dir="b")
+
+
+def test_a_gradient_that_is_not_finite(grpo, tiny_grpo, command, no_picture, monkeypatch):
+    """It stops before the step is taken, says where, and the checkpoint before it stays."""
+    original, count = grpo.reduce_loss, itertools.count()
+
+    def breaks(*arguments):
+        return original(*arguments) * (float("nan") if next(count) == 2 else 1.0)
+
+    monkeypatch.setattr(grpo, "reduce_loss", breaks)
+    args = tiny_grpo(steps=4, checkpoint_every=1, micro_batch_tokens=10_000, row_tokens=500)
+    status, _, error = command(*flags(grpo, args))
+    assert status == 2 and "the gradient is not finite in step 2: lower --learning-rate" in error
+    assert f"{args.run_dir}/checkpoint.pt holds the last good state" in error and "Traceback" not in error
+    saved = torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 2 and all(weight.isfinite().all() for weight in saved["policy"].values())
+
+
+def test_nothing_to_learn_from(grpo, tiny_grpo, command, no_picture):
+    """Dynamic sampling that finds no group with variance says so."""
+    args = tiny_grpo(dynamic_sampling=1, length_weight=0.0, max_tokens=1)
+    status, _, error = command(*flags(grpo, args))
+    assert status == 2 and "no group of step 0 has answers of different reward" in error and "Traceback" not in error
+
+
+def test_a_model_without_eos(grpo, tiny_grpo, tiny_lm, command, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_lm), AutoTokenizer.from_pretrained(tiny_lm)
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token = None
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    status, _, error = command(*flags(grpo, tiny_grpo(model=str(tmp_path / "m"))))
+    assert status == 2 and "neither its generation config nor its tokenizer has an EOS token" in error
+    assert not Path(tiny_grpo().run_dir).exists()
+
+
+def test_reward_models_that_are_none(grpo, tiny_grpo, tiny_lm, command, tmp_path):
+    """A language model has no trained head; a classifier of two classes is no reward model."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(vocab_size=26, n_embd=16, n_layer=1, n_head=1, num_labels=2, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "two")
+    grpo.new_tokenizer().save_pretrained(tmp_path / "two")
+    for name in (tiny_lm, str(tmp_path / "two")):
+        status, _, error = command(*flags(grpo, tiny_grpo(reward_model=name)))
+        assert status == 2 and f"{name} is no reward model" in error and "Traceback" not in error
+
+
+def test_out_of_memory(grpo, tiny_grpo, command, monkeypatch):
+    def train(args):
+        raise torch.OutOfMemoryError("tried to allocate 5 GB")
+
+    monkeypatch.setattr(grpo, "train", train)
+    status, _, error = command(*flags(grpo, tiny_grpo()))
+    assert status == 2 and "--generate-rows" in error and "--micro-batch-tokens" in error and "5 GB" in error
+
+
+def test_missing_packages(grpo, tiny_grpo, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    status, _, error = command(*flags(grpo, tiny_grpo(lora_rank=4)))
+    assert status == 2 and "--lora-rank needs peft: pip install peft" in error
+
+
+def test_importing_the_script_is_quick(grpo):
+    """The equations need neither transformers nor datasets: nothing of them is imported until a run begins."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import grpo_llm; print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "False", result.stderr
