@@ -5,6 +5,8 @@
 #     "transformers==5.23.0",
 #     "tokenizers==0.23.3",
 #     "datasets==5.2.0",
+#     "peft==0.21.2",
+#     "math-verify==0.9.0",
 #     "tensorboard==2.21.0",
 #     "tyro==1.0.17",
 #     "tqdm==4.70.1",
@@ -72,7 +74,7 @@ class Args:
     # the model
     model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 needs --optimizer adamw8bit
-    lora_rank: int = 0  # train adapters of this rank (pip install peft); the reference is the adapter switched off
+    lora_rank: int = 0  # train adapters of this rank; the reference is the adapter switched off
     warm_start: float = 0.33  # without --model: share of right answers until which it sees worked solutions
     warm_start_steps: int = 2000  # supervised steps on them at most
     warm_start_batch_size: int = 32  # solutions in each
