@@ -561,6 +561,21 @@ def test_adamw8bit_saved_and_loaded(grpo, tmp_path):
     assert torch.equal(*ends)
 
 
+def test_adamw8bit_beside_a_large_gradient(grpo):
+    """What is too small for its block's codes takes steps that are too small, never huge ones: √v is rounded up."""
+    scale = torch.cat([torch.ones(1), torch.logspace(-9, -3, 255)])
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.nn.Parameter(torch.zeros(256))
+    optimizer = grpo.AdamW8bit([weights], lr=1e-2)
+    for _ in range(20):
+        before = weights.detach().clone()
+        weights.grad = scale * (1 + 0.1 * torch.randn(256, generator=generator))
+        optimizer.step()
+        step = weights.detach() - before
+        assert (step <= 0).all() and step.abs().max() < 0.02
+    assert weights[0].item() == pytest.approx(-0.2, rel=0.05)
+
+
 def test_adamw8bit_converges(grpo):
     """A quadratic whose curvatures lie four orders of magnitude apart, in bfloat16 weights too: to its minimum."""
     curvature, target = torch.logspace(-2, 2, 1000), torch.linspace(-1, 1, 1000)
