@@ -94,9 +94,8 @@ def test_default_command_line(command, grpo, tmp_path, monkeypatch, task, proces
     following = re.search(r"next +python grpo_llm.py (.+)", out)[1].split()
     assert {"--task", task} <= set(following)
     assert grpo.Args(task=task).supervision == "outcome"
-    status, _, error = command(*following, *SHORT)
-    assert status == 0, error
-    assert len(list((tmp_path / "runs").iterdir())) in (1, 2)  # of one second, or of two
+    status, _, error = command(*following, *SHORT, "--run-dir", "next")
+    assert status == 0 and (tmp_path / "next" / "curves.png").exists(), error
 
 
 def test_help(command):
@@ -184,12 +183,15 @@ RESUMED = {
     "plain": {"num_epochs": 2, "num_minibatches": 2, "temperature": 0.9},
     "reference": {"beta": 0.1, "reference_every": 1, "dynamic_sampling": 2},
     "bfloat16": {"dtype": "bfloat16", "optimizer": "adamw8bit", "beta": 0.1, "learning_rate": 1e-3},
+    "lora": {"lora_rank": 4, "beta": 0.1},
 }
 
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture, monkeypatch, kind):
     """Stopped in the fourth step, resumed from the second: weights, optimizer, metrics, log of an unbroken run."""
+    if kind == "lora":
+        pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     options = {"steps": 5, "checkpoint_every": 2, "eval_every": 2, **RESUMED[kind]}
     whole = grpo.train(tiny_grpo("whole", **options))
     original, count = grpo.learning_rate_of, itertools.count()
@@ -210,6 +212,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture,
     for name in ("step", "cursor", "pairs", "replay"):
         assert ends[0][name] == ends[1][name]
     assert_same_weights(ends[0]["policy"], ends[1]["policy"])
+    assert any("lora_" in name for name in ends[0]["policy"]) == (kind == "lora")
     if kind == "reference":
         assert_same_weights(ends[0]["reference"], ends[1]["reference"])
     moments = [str(end["optimizer"]) for end in ends]
@@ -494,9 +497,12 @@ def test_out_of_memory(grpo, tiny_grpo, command, monkeypatch):
 
 
 def test_missing_packages(grpo, tiny_grpo, command, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
+    for name in ("peft", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
     status, _, error = command(*flags(grpo, tiny_grpo(lora_rank=4)))
     assert status == 2 and "--lora-rank needs peft: pip install peft" in error
+    status, _, error = command(*flags(grpo, tiny_grpo(track=True)))
+    assert status == 2 and "--track needs Weights & Biases: pip install wandb" in error and "Traceback" not in error
 
 
 def test_importing_the_script_is_quick(grpo):
