@@ -1337,7 +1337,9 @@ def train(args: Args) -> list[dict]:
     if world_size > 1:
         if args.device == "cuda":
             args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)  # where NCCL works
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
         dist.broadcast_object_list(run_dir)  # its name holds the time
     run_dir = Path(run_dir[0])
     if rank == 0 and run_dir.exists() and not saved:
@@ -1500,6 +1502,7 @@ def train(args: Args) -> list[dict]:
                 can_resume = (run_dir / "checkpoint.pt").exists()
                 kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
                 raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
+            torch.manual_seed(zlib.crc32(f"{args.seed} {step} {update} rounding".encode()))  # all processes round alike
             optimizer.step()
             if update == 0:
                 gap = float(stats[5] / stats[0].clamp(min=1))  # before the first step, so the same weights twice
