@@ -118,6 +118,7 @@ class Args:
     micro_batch_tokens: int = 8192  # tokens in one forward pass of training; changes memory, never the gradient
     row_tokens: int = 256  # completions of a prompt share a row, and the prompt, up to this many tokens
     logprob_tokens: int = 1024  # tokens whose logits exist at once
+    offload: bool = False  # gradients, 8-bit state and reference in host memory; the device holds the weights alone
     gradient_checkpointing: bool = False  # keep a layer's input alone, compute the rest again: less memory, more time
     generate_rows: int = 2048  # sequences that are sampled at once
     # evaluation
@@ -168,6 +169,8 @@ class Args:
             raise ValueError(
                 "dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began"
             )
+        if self.offload and self.optimizer != "adamw8bit":
+            raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")
         if self.task in ("gsm8k", "jsonl") and self.model is None:
             raise ValueError(f"task {self.task} needs a model that can read, got none")
         if self.task == "jsonl" and self.data is None:
@@ -618,6 +621,13 @@ def load_model(args, name):
     return model, tokenizer, eos_ids
 
 
+def load_reference(args, name):
+    """A frozen copy of the model that the policy begins as: on the device, or waiting on the host."""
+    if not args.offload:
+        return load_model(args, name)[0].requires_grad_(False)
+    return stream_weights(load_model(replace(args, device="cpu"), name)[0].requires_grad_(False), args.device)
+
+
 @torch.no_grad()
 def check_forward(model, tokenizer, name):
     """Refuse a model whose log-probabilities packed rows would get wrong: ALiBi, scaled or capped logits."""
@@ -918,35 +928,38 @@ class AdamW8bit:
 
     BLOCK = 256
 
-    def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, offload=False):
         self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
         self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
         self.state = []
         for parameter in self.param_groups[0]["params"]:
             blocks = -(-parameter.numel() // self.BLOCK)
-            codes = (
-                torch.zeros(blocks, self.BLOCK, dtype=kind, device=parameter.device)
-                for kind in (torch.int8, torch.uint8)
-            )
-            maxima = (torch.zeros(blocks, 1, device=parameter.device) for _ in range(2))
-            self.state.append([*codes, *maxima])
+            kinds = (self.BLOCK, torch.int8), (self.BLOCK, torch.uint8), (1, torch.float32), (1, torch.float32)
+            zeros = zeros_on_host if offload else torch.zeros
+            self.state.append([zeros((blocks, n), dtype=kind, device=parameter.device) for n, kind in kinds])
+            if offload:
+                keep_gradient_on_host(parameter)
 
     def zero_grad(self):
         for parameter in self.param_groups[0]["params"]:
-            parameter.grad = None
+            parameter.grad = parameter.host_gradient = None
 
     @torch.no_grad()
     def step(self):
         self.steps += 1
         for parameter, state in zip(self.param_groups[0]["params"], self.state):
-            if parameter.grad is None:
+            if (gradient := gradient_of(parameter)) is None:
                 continue
-            weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
+            weights, gradients = parameter.view(-1), gradient.reshape(-1)
             size = 1 << 18 if weights.device.type == "cpu" else 1 << 24  # elements, multiples of BLOCK
             for start in range(0, len(weights), size):
                 part = slice(start, start + size)
                 blocks = slice(start // self.BLOCK, (start + size) // self.BLOCK)
-                self.step_slice(weights[part], gradients[part].float(), [x[blocks] for x in state])
+                kept = [x[blocks] for x in state]
+                near = [x.to(weights.device) for x in kept]  # the same ones, if they are not on the host
+                self.step_slice(weights[part], gradients[part].to(weights.device).float(), near)
+                for own, new in zip(kept, near):
+                    own.copy_(new)
 
     def step_slice(self, weights, gradients, state):
         m_codes, v_codes, m_max, v_max = state
@@ -980,10 +993,80 @@ def new_optimizer(args, model):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": (0.9, 0.95)}
     if args.optimizer == "adamw8bit":
-        return AdamW8bit(parameters, **settings)
+        return AdamW8bit(parameters, **settings, offload=args.offload)
     optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     optimizer.param_groups[0]["initial_lr"] = args.learning_rate
     return optimizer
+
+
+def gradient_of(parameter):
+    """The parameter's gradient, on the device or on the host; None if there is none."""
+    on_host = getattr(parameter, "host_gradient", None)
+    return parameter.grad if on_host is None else on_host
+
+
+def cut_gradients(gradients, max_norm):
+    """Scale gradients in place to a global norm of max_norm at most. Returns the norm that they had."""
+    norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm().item()
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+# ---- What waits in host memory (--offload) ----
+
+
+def zeros_on_host(shape, dtype, device):
+    """Zeros in host memory, page-locked where they are to meet a GPU: copies are faster then. Not by pin_memory=True,
+    which rounds each tensor up to a power of 2."""
+    host = torch.zeros(shape, dtype=dtype)
+    if torch.device(device).type == "cuda" and host.nbytes >= 1 << 20:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+    return host
+
+
+def keep_gradient_on_host(parameter):
+    """Its gradient leaves the device as soon as backward has made it, and micro-batches add up on the host [G24].
+
+    The gradients are never on the device together. Steps taken inside backward would save as much, but they could
+    neither add up micro-batches nor know the global norm.
+    """
+    host = zeros_on_host(parameter.shape, parameter.dtype, parameter.device)
+
+    def leave(parameter):
+        if parameter.host_gradient is None:
+            parameter.host_gradient = host.copy_(parameter.grad)
+        else:
+            host.add_(parameter.grad.cpu())
+        parameter.grad = None
+
+    parameter.host_gradient = None
+    parameter.register_post_accumulate_grad_hook(leave)
+
+
+def stream_weights(model, device):
+    """A frozen model whose weights wait on the host: each module's visit the device for its forward pass [G25]."""
+    for parameter in model.parameters():
+        host = zeros_on_host(parameter.shape, parameter.dtype, device)
+        parameter.data = host.copy_(parameter.data)
+    for buffer in model.buffers():  # small: the positions' frequencies
+        buffer.data = buffer.data.to(device)
+
+    def come(module, inputs):
+        for parameter in module.parameters(recurse=False):
+            parameter.on_host = parameter.data
+            parameter.data = parameter.data.to(device, non_blocking=True, copy=True)
+
+    def go(module, inputs, output):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.on_host
+
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(come)
+            module.register_forward_hook(go)
+    return model
 
 
 # ---- Rewards and advantages of a rollout ----
@@ -1210,7 +1293,7 @@ def warm_start(args, model, tokenizer, problems, held_out):
 
 
 # what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens"
+CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload"
 
 
 def new_run_dir(args):
@@ -1339,7 +1422,9 @@ def train(args: Args) -> list[dict]:
     if world_size > 1:
         if args.device == "cuda":
             args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)  # where NCCL works
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
         dist.broadcast_object_list(run_dir)  # its name holds the time
     run_dir = Path(run_dir[0])
     if rank == 0 and run_dir.exists() and not saved:
@@ -1369,7 +1454,7 @@ def train(args: Args) -> list[dict]:
     parameters = optimizer.param_groups[0]["params"]
 
     # 3. The reference: a frozen copy, or the policy itself with its adapter switched off; a learned reward
-    reference = policy if adapter else load_model(args, start_dir)[0].requires_grad_(False) if args.beta else None
+    reference = policy if adapter else load_reference(args, start_dir) if args.beta else None
     reward_model = load_reward_model(args) if args.reward_model else None
     if args.reward_model_steps:
         reward_optimizer = torch.optim.AdamW(reward_model[0].parameters(), args.reward_model_learning_rate)
@@ -1495,13 +1580,16 @@ def train(args: Args) -> list[dict]:
                     ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
             if world_size > 1:
                 for parameter in parameters:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    over_ranks(parameter.grad)
-            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)))
+                    if gradient_of(parameter) is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
+            gradients = [gradient_of(x) for x in parameters if gradient_of(x) is not None]
+            norms.append(cut_gradients(gradients, args.max_grad_norm))
             if not math.isfinite(norms[-1]):
                 can_resume = (run_dir / "checkpoint.pt").exists()
                 kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
                 raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
+            torch.manual_seed(zlib.crc32(f"{args.seed} {step} {update} rounding".encode()))  # all processes round alike
             optimizer.step()
             if update == 0:
                 gap = float(stats[5] / stats[0].clamp(min=1))  # before the first step, so the same weights twice
