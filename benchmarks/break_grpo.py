@@ -1,0 +1,128 @@
+"""The experiments of docs/4_grpo.md that break GRPO on purpose: what happens, in numbers.
+
+Run      python benchmarks/break_grpo.py                 (about ten minutes on one core)
+         python benchmarks/break_grpo.py NAME …          (some of them; the others' kept lines stay)
+         python benchmarks/break_grpo.py --show          (table and figure from the kept results)
+Writes   benchmarks/results/break_grpo.jsonl (a line a run), docs/figures/break_grpo.png
+
+Sums of five one-digit numbers, 30 steps of 256 samples, one seed, every run from the same warm-started model (made
+first, or given by --start: the directory `start` of an earlier run). Where a flag cannot do the damage, a copy of the
+script with one line changed does it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cartpole import RESULTS, ROOT, machine
+
+SHARED = "--terms 5 --max-term 9 --max-tokens 40 --learning-rate 3e-4 --steps 30 --eval-every 0 --eval-problems 128"
+SHARED += " --eval-samples 8 --checkpoint-every 0 --torch-threads 1"
+SCORED_AT_1 = (
+    "token_logprobs(head(hidden).float(), targets, temperature)",
+    "token_logprobs(head(hidden).float(), targets, 1.0)",
+)
+NO_EOS = (
+    "tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, 1",
+    "tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, (~torch.isin(token, eos)).long()",
+)
+EXPERIMENTS = {  # name: (flags, (text of the script, what it becomes) or None)
+    "defaults": ("", None),
+    "too short to answer": ("--max-tokens 12", None),
+    "groups of two": ("--group-size 2 --prompts-per-step 128", None),
+    "short is good": ("--length-weight 2", None),
+    "short is good, EOS masked out": ("--length-weight 2", NO_EOS),
+    "sampled at 0.7": ("--temperature 0.7 --old-logprobs sampler", None),
+    "sampled at 0.7, scored at 1": ("--temperature 0.7 --old-logprobs sampler", SCORED_AT_1),
+    "learning rate 1e-2": ("--learning-rate 1e-2", None),
+}
+NAMES = {
+    "reward/verifier": "right",
+    "reward/std": "reward_std",
+    "groups/zero_variance": "zero_variance",
+    "completion/length": "length",
+    "completion/eos_rate": "eos_rate",
+    "policy/entropy": "entropy",
+    "policy/grad_norm": "grad_norm",
+    "policy/sampler_gap": "sampler_gap",
+    "policy/ratio_mean": "ratio_mean",
+    "policy/ratio_max": "ratio_max",
+}
+
+
+def run(name, start, work):
+    """One process of the script; its first step, its last one and the evaluations before and after."""
+    flags, change = EXPERIMENTS[name]
+    source = (ROOT / "grpo_llm.py").read_text(encoding="utf-8")
+    if change:
+        assert source.count(change[0]) == 1, f"{name}: the line to change is not in the script"
+        source = source.replace(*change)
+    script, run_dir = work / "grpo_llm.py", work / name.replace(" ", "_")
+    script.write_text(source, encoding="utf-8")
+    begin = ["--model", str(start), "--instruction", "{}"] if start else []
+    command = [sys.executable, str(script), *SHARED.split(), *flags.split(), *begin, "--run-dir", str(run_dir)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{name}: {result.stderr[-2000:]}")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    ends = {"first": rows[1], "last": rows[-1]}
+    row = {end: {short: round(x[long], 7) for long, short in NAMES.items()} for end, x in ends.items()}
+    row |= {f"pass_at_1_{end}": round(x["eval/pass@1"], 4) for end, x in zip(("before", "after"), (rows[0], rows[-1]))}
+    row["right"], row["length"] = (
+        [round(x[key], 3) for x in rows[1:]] for key in ("reward/verifier", "completion/length")
+    )
+    row["seconds"] = round(sum(x.get("time/step_seconds", 0.0) for x in rows), 1)
+    return {"experiment": name, "flags": flags, "line_changed": bool(change), **row}, run_dir
+
+
+def table(rows):
+    print("| run | right before | right after | reward std | groups without variance | tokens | max ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        first, last = row["first"], row["last"]
+        spans = (
+            f"{first[key]:.2f} to {last[key]:.2f}" for key in ("reward_std", "zero_variance", "length", "ratio_max")
+        )
+        right = f"{row['pass_at_1_before']:.2f} | {row['pass_at_1_after']:.2f}"
+        print(f"| {row['experiment']} | {right} | {' | '.join(spans)} |")
+
+
+def draw(rows):
+    from matplotlib.figure import Figure
+
+    panels = Figure(figsize=(10, 3.5), layout="constrained").subplots(1, 2)
+    for axes, key, title in zip(panels, ("right", "length"), ("share of right answers", "tokens of a completion")):
+        for row in rows:
+            axes.plot(range(1, len(row[key]) + 1), row[key], label=row["experiment"])
+        axes.set(xlabel="step", title=title)
+    panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    panels[0].figure.savefig(ROOT / "docs" / "figures" / "break_grpo.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []])
+    parser.add_argument("--start", type=Path)
+    parser.add_argument("--show", action="store_true")
+    args = parser.parse_args()
+    path = RESULTS / "break_grpo.jsonl"
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]] if path.exists() else []
+    if not args.show:
+        with tempfile.TemporaryDirectory() as work:
+            start = args.start
+            for name in args.names or EXPERIMENTS:
+                row, run_dir = run(name, start, Path(work))
+                start = start or run_dir / "start"
+                print(json.dumps(row), flush=True)
+                kept = [other for other in kept if other["experiment"] != name] + [row]
+                path.write_text("".join(f"{json.dumps(line)}\n" for line in [machine(), *kept]), encoding="utf-8")
+    kept.sort(key=lambda row: list(EXPERIMENTS).index(row["experiment"]))
+    table(kept)
+    draw(kept)
+
+
+if __name__ == "__main__":
+    main()
