@@ -17,8 +17,13 @@
 
 Teaches  group relative policy optimisation, its details tagged [G1]..[G23] where each happens (docs/details.md)
 Run      python grpo_llm.py
-Expect   TO MEASURE
-Departs  TO WRITE
+Expect   a small transformer that has seen some worked sums answers 35 to 59% of new ones; 100 steps of GRPO later 91 to
+         96%, in 5 seeds of 5, 97 to 100% where it may take its likeliest words; about two minutes on one thread of an
+         AMD EPYC. SmolLM2-135M learns one-digit sums in five minutes on two (benchmarks/RESULTS.md)
+Departs  from DeepSeekMath's settings by β 0 (it has 0.04: --beta), so that no reference is kept; by groups of 8 for 64;
+         by learning rate 3e-4, which suits a small model, for 1e-6; by AdamW's β₂ 0.95. One gradient step a rollout as
+         there: the ratio is 1, and clipping plays no part until --num-minibatches or --num-epochs rises. Answers of
+         groups without variance are left out of the update, not out of the averages: the same gradient, sooner
 
     Âᵢ   = (Rᵢ − mean(R)) / std(R)  over the G answers to one question        DeepSeekMath §4.1.2, outcome supervision
     Âᵢₜ  = Σ of the normalised rewards of the steps that end at t or later     DeepSeekMath §4.1.3, process supervision
@@ -1241,18 +1246,28 @@ def majority_at_k(answers, right, k):
 
 
 def draw_curves(metrics, path):
-    """PNG: rewards, evaluation, length and entropy, KL and clipping."""
+    """PNG of what was logged, a panel for each kind."""
     from matplotlib.figure import Figure
 
-    panels = Figure(figsize=(10, 7), layout="constrained").subplots(2, 2)
-    groups = (("reward/",), ("eval/",), ("completion/length", "policy/entropy"), ("kl/", "policy/clip", "groups/"))
-    for axes, prefixes in zip(panels.flat, groups):
+    panels = Figure(figsize=(14, 10), layout="constrained").subplots(3, 3)
+    kinds = (
+        ("reward/",),
+        ("eval/",),
+        ("groups/", "completion/truncated", "completion/eos", "policy/clip"),
+        ("completion/length",),
+        ("policy/entropy", "kl/"),
+        ("policy/ratio", "policy/sampler_gap"),
+        ("policy/grad_norm",),
+        ("time/generate", "time/train"),
+        ("memory/",),
+    )
+    for axes, prefixes in zip(panels.flat, kinds):
         for name in dict.fromkeys(name for row in metrics for name in row if name.startswith(prefixes)):
             points = [(row["step"], row[name]) for row in metrics if name in row]
             axes.plot(*zip(*points), label=name, marker="o" if len(points) < 12 else "")
         axes.set(xlabel="step")
         axes.legend(fontsize="small")
-    axes.figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=100)
 
 
 # ---- Training ----

@@ -54,8 +54,9 @@ def seeds(args):
 
 REAL = (
     "--task arithmetic --terms 2 --max-term 9 --operators +- --num-problems 2000 --dtype bfloat16 "
-    "--optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 32 --learning-rate 2e-5 "
-    "--no-anneal-lr --steps 16 --eval-every 0 --eval-problems 48 --eval-samples 8 --torch-threads 2"
+    "--optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 16 --learning-rate 1.5e-5 "
+    "--warmup-steps 2 --steps 48 --micro-batch-tokens 1024 --eval-every 0 --eval-problems 48 --eval-samples 8 "
+    "--torch-threads 2"
 )
 
 
