@@ -1518,8 +1518,8 @@ def train(args: Args) -> list[dict]:
         row = describe(args, seen)
         if args.reward_model_steps:
             pairs += [pair for group, rating in seen for pair in pairs_of(group, rating)]
-        if over_ranks(torch.tensor(len(groups)), "MIN") == 0:
-            raise InputError(f"no group of step {step} has answers of different reward: nothing can be learned from it")
+        if not groups:  # whatever was asked, all answers were alike: a step that takes no step
+            groups, ratings = zip(*seen[-P:])
         clock.append(time.perf_counter())
 
         # 6. Advantages: how much better than the other answers to the same question
@@ -1622,12 +1622,12 @@ def train(args: Args) -> list[dict]:
 
         # 11. Metrics, evaluation, checkpoint
         over_ranks(stats)
-        taught_tokens = max(float(stats[0]), 1.0)
-        names = ("policy/ratio_mean", "policy/clip_low", "policy/clip_high", "kl/reference")
-        row |= dict(zip(names, (stats[1:5] / taught_tokens).tolist()))
+        over_ranks(ratio_max, "MAX")
+        if stats[0]:  # something was taught
+            names = ("policy/ratio_mean", "policy/clip_low", "policy/clip_high", "kl/reference")
+            row |= dict(zip(names[: 4 if args.beta else 3], (stats[1:5] / stats[0]).tolist()))
+            row |= {"policy/ratio_max": float(ratio_max), "policy/sampler_gap": gap}
         row |= {
-            "policy/ratio_max": float(over_ranks(ratio_max, "MAX")),
-            "policy/sampler_gap": gap,
             "policy/loss": float(stats[6]) / max(len(norms), 1),
             "policy/grad_norm": sum(norms) / max(len(norms), 1),
             "policy/learning_rate": optimizer.param_groups[0]["lr"],
@@ -1637,8 +1637,6 @@ def train(args: Args) -> list[dict]:
             "time/step_seconds": clock[2] - clock[0],
             "memory/peak_gb": peak_memory(args.device) / 1e9,
         }
-        if not args.beta:
-            del row["kl/reference"]
         done = step + 1
         is_last = done == args.steps
         if is_last or (args.eval_every and done % args.eval_every == 0):

@@ -180,6 +180,7 @@ def run_ours(options):
                 learning_rate=options.learning_rate,
                 anneal_lr=False,
                 seed=options.seed,
+                micro_batch_tokens=1024,
                 torch_threads=THREADS,
                 eval_every=0,
                 eval_problems=PROMPTS,
