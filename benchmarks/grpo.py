@@ -1,7 +1,7 @@
 """grpo_llm.py, measured: the default run over seeds, outcome against process supervision, a real model.
 
 Run      python benchmarks/grpo.py seeds                     (outcome and process supervision, five seeds each)
-         python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds, two threads)
+         python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds)
          python benchmarks/grpo.py seeds --plot              (redraws the figure from the kept results)
 Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
          docs/figures/grpo_NAME.png; models go to --work
@@ -54,9 +54,9 @@ def seeds(args):
 
 REAL = (
     "--task arithmetic --terms 2 --max-term 9 --operators +- --num-problems 2000 --dtype bfloat16 "
-    "--optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 16 --learning-rate 1.5e-5 "
-    "--warmup-steps 2 --steps 48 --micro-batch-tokens 1024 --eval-every 0 --eval-problems 48 --eval-samples 8 "
-    "--torch-threads 2"
+    "--optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 16 --learning-rate 2.5e-5 "
+    "--warmup-steps 2 --no-anneal-lr --steps 36 --micro-batch-tokens 512 --logprob-tokens 256 --eval-every 0 "
+    "--eval-problems 40 --eval-samples 8 --torch-threads 1"
 )
 
 
