@@ -492,7 +492,7 @@ GRPO = [
     ),
     (
         "reference learns too",
-        "load_model(args, start_dir)[0].requires_grad_(False) if args.beta else None",
+        "load_reference(args, start_dir) if args.beta else None",
         "policy if args.beta else None",
     ),
     (
@@ -528,8 +528,8 @@ GRPO = [
     ),
     (
         "gradients cut one by one",
-        "norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)))",
-        "norms.append(sum(float(torch.nn.utils.clip_grad_norm_([p], args.max_grad_norm)) for p in parameters))",
+        "norms.append(cut_gradients(gradients, args.max_grad_norm))",
+        "norms.append(sum(cut_gradients([x], args.max_grad_norm) for x in gradients))",
     ),
     (
         "gradients of micro-batches forgotten",
@@ -542,7 +542,7 @@ GRPO = [
         "range(cursor + rank * P, cursor + (rank + 1) * P)",
         "range(cursor, cursor + P)",
     ),
-    ("gradients not exchanged", "                    over_ranks(parameter.grad)\n", "                    pass\n"),
+    ("gradients not exchanged", "copy_(over_ranks(gradient_of(parameter).to(args.device)))", "clone()"),
     (
         "totals of one process",
         "taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))",
