@@ -136,9 +136,9 @@ def draw(rows):
         ):
             label = f"{names[row['reduction']]}, {name}"
             panels[1].plot(np.arange(len(p)) * 10, share, style, color=f"C{color}", label=label)
-    panels[1].set(xlabel="step", title="share of long ones among answers", ylim=(0, 1))
+    panels[1].set(xlabel="step", title="share of long ones among answers", ylim=(0, 1.1))
     for axes in panels:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="x-small", loc="upper center", ncols=3 if axes is panels[1] else 1)
     panels[0].figure.savefig(ROOT / "docs" / "figures" / "claims_normalisation.png", dpi=120)
 
 
