@@ -54,7 +54,7 @@ NAMES = {
 
 
 def run(name, start, work):
-    """One process of the script; its first step, its last one and the evaluations before and after."""
+    """One process of the script; its first step, its last one (0 for what it does not log) and the evaluations."""
     flags, change = EXPERIMENTS[name]
     source = (ROOT / "grpo_llm.py").read_text(encoding="utf-8")
     if change:
@@ -69,7 +69,7 @@ def run(name, start, work):
         sys.exit(f"{name}: {result.stderr[-2000:]}")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ends = {"first": rows[1], "last": rows[-1]}
-    row = {end: {short: round(x[long], 7) for long, short in NAMES.items()} for end, x in ends.items()}
+    row = {end: {short: round(x.get(long, 0.0), 7) for long, short in NAMES.items()} for end, x in ends.items()}
     row |= {f"pass_at_1_{end}": round(x["eval/pass@1"], 4) for end, x in zip(("before", "after"), (rows[0], rows[-1]))}
     row["right"], row["length"] = (
         [round(x[key], 3) for x in rows[1:]] for key in ("reward/verifier", "completion/length")
