@@ -52,6 +52,7 @@ import shutil
 import sys
 import time
 import warnings
+import weakref
 import zlib
 from collections import Counter
 from contextlib import nullcontext
@@ -139,6 +140,8 @@ class Args:
     )
     checkpoint_every: int = 25  # steps between two checkpoints; 0: at the end only
     resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    plan: int = 0  # print what memory these settings need with prompts of this many tokens; load and train nothing
+    gpu_memory: float = 0.0  # GB of the device that --plan compares with; 0: none
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "grpo-llm"  # its project there
 
@@ -155,7 +158,7 @@ class Args:
         from_zero = (
             "seed lora_rank clip_low beta reference_every dynamic_sampling truncation_penalty format_weight "
             "length_weight reward_model_steps reward_model_learning_rate warmup_steps weight_decay eval_every "
-            "checkpoint_every"
+            "checkpoint_every plan gpu_memory"
         )
         for name in from_zero.split():
             if not getattr(self, name) >= 0:
@@ -612,18 +615,21 @@ def load_model(args, name):
         eos_ids = sorted({*eos_ids, tokenizer.eos_token_id})
     if not eos_ids:
         raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
+    model = without_dropout(model).to(args.device).eval()
+    check_forward(model, tokenizer, name)
+    return model, tokenizer, eos_ids
+
+
+def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # [G14] under dropout the ratio compares two different networks
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     for option in ("attention_dropout", "attn_pdrop"):
         if hasattr(model.config, option):
             setattr(model.config, option, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    model = model.to(args.device).eval()
-    check_forward(model, tokenizer, name)
-    return model, tokenizer, eos_ids
+    return model
 
 
 def load_reference(args, name):
@@ -742,6 +748,7 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id):
         queries, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
     )
     logits = head(state.last_hidden_state[:, -1]).repeat_interleave(group_size, 0)
+    del state  # what the prefill made
     lengths = lengths.repeat_interleave(group_size)
     seen = torch.cat([seen, seen.new_ones(len(prompts), T)], 1).repeat_interleave(group_size, 0)
 
@@ -936,6 +943,8 @@ class AdamW8bit:
     def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, offload=False):
         self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
         self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
+        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        self.slice = 1 << 18 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
         self.state = []
         for parameter in self.param_groups[0]["params"]:
             blocks = -(-parameter.numel() // self.BLOCK)
@@ -956,10 +965,9 @@ class AdamW8bit:
             if (gradient := gradient_of(parameter)) is None:
                 continue
             weights, gradients = parameter.view(-1), gradient.reshape(-1)
-            size = 1 << 18 if weights.device.type == "cpu" else 1 << 24  # elements, multiples of BLOCK
-            for start in range(0, len(weights), size):
-                part = slice(start, start + size)
-                blocks = slice(start // self.BLOCK, (start + size) // self.BLOCK)
+            for start in range(0, len(weights), self.slice):
+                part = slice(start, start + self.slice)
+                blocks = slice(start // self.BLOCK, (start + self.slice) // self.BLOCK)
                 kept = [x[blocks] for x in state]
                 near = [x.to(weights.device) for x in kept]  # the same ones, if they are not on the host
                 self.step_slice(weights[part], gradients[part].to(weights.device).float(), near)
@@ -1268,6 +1276,169 @@ def draw_curves(metrics, path):
         axes.set(xlabel="step")
         axes.legend(fontsize="small")
     axes.figure.savefig(path, dpi=100)
+
+
+# ---- What memory a run needs, on paper (--plan) ----
+
+GPU_CONTEXT = 0.8e9  # bytes that a GPU holds before the first tensor: assumed, it differs by card and driver
+
+
+def counter_of_bytes(known):
+    """A context that counts the bytes of the tensors made in it: .alive now, .peak at most. The known ones are free."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    seen = weakref.WeakSet(x.untyped_storage() for x in known)
+
+    class Counter(TorchDispatchMode):
+        alive = peak = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for x in tree_leaves(output):
+                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in seen:
+                    seen.add(storage)
+                    self.alive += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage.nbytes())
+            self.peak = max(self.peak, self.alive)
+            return output
+
+        def free(self, count):
+            self.alive -= count
+
+    return Counter()
+
+
+def model_on_paper(args):
+    """The policy made from its configuration alone; under FakeTensorMode its weights are shapes without content."""
+    import transformers
+
+    if args.model is None:
+        model = new_model(new_tokenizer())
+    else:
+        config = from_disk("AutoConfig", args.model)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    model = without_dropout(model).eval()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.lora_rank:
+        add_adapter(args, model)
+    return model
+
+
+@torch.no_grad()
+def sample_on_paper(args, model, prompts, group_size):
+    """What generate() makes at its ends: the prefill, and the last token of sequences of full length. The cache."""
+    rows, length = prompts * group_size, args.plan + args.max_tokens
+    cache, head = new_cache(model, rows, length), model.get_output_embeddings()
+    for count, new, seen in ((prompts, args.plan, args.plan), (rows, 1, length)):
+        ids = torch.zeros(count, new, dtype=torch.long)
+        mask = torch.ones(count, 1, new, seen, dtype=torch.bool)
+        hidden = model.base_model(
+            ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits = head(hidden[:, -1]).repeat_interleave(rows // count, 0)
+        sample_token(logits, torch.zeros(rows), args.temperature)
+        for layer in cache.layers:
+            layer.used = length - 1
+    return sum(room.nbytes for layer in cache.layers for room in layer.room)
+
+
+def memory_plan(args):
+    """{what: (bytes on the device, bytes on the host)}, the peaks of a step's phases last [G26]; a reward model aside.
+
+    The phases are run on tensors without content, so that what is counted is what the code does: the longest
+    micro-batch, forward and backward; the prefill and the last token of the largest batch of samples; the update.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map
+
+    Q, T, G, count = args.plan, args.max_tokens, args.group_size, 1 << 25
+    P = max(args.prompts_per_step // int(os.environ.get("WORLD_SIZE", 1)), 1)
+    for_gpu = bool(args.gpu_memory) or args.device.startswith("cuda")
+    paper = FakeTensorMode()
+    with paper:
+        model = model_on_paper(args)
+        parameters = list(model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        optimizer = new_optimizer(replace(args, offload=False), model)
+    weights = sum(x.nbytes for x in (*parameters, *model.buffers()))
+    gradients, largest = sum(x.nbytes for x in trained), max(x.nbytes for x in trained)
+    state = 2 * gradients if args.optimizer == "adamw" else sum(x.nbytes for own in optimizer.state for x in own)
+    reference = weights if args.beta and not args.lora_rank else 0
+
+    # learning from the two longest micro-batches; scoring the first
+    rows = plan_rows([Q] * P, dict.fromkeys(range(P * G), T), G, args.row_tokens, args.micro_batch_tokens)
+    tokens = torch.zeros(P * G, T, dtype=torch.long)
+    batch = pack_rows([[0] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
+    batch = tree_map(paper.from_tensor, batch)
+    settings = T, args.temperature, args.logprob_tokens
+    with paper, torch.no_grad(), counter_of_bytes(parameters) as scoring:
+        completion_logprobs(model, batch, *settings)
+    for parameter in trained if args.offload else ():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    model.train()
+    with paper, counter_of_bytes(parameters) as learning:
+        for _ in rows[:2]:
+            completion_logprobs(model, batch, *settings).sum().backward()
+    model.eval()
+    for parameter in trained:
+        parameter.grad = None
+
+    # sampling, for training and for both kinds of evaluation
+    sampling = cache = 0
+    for prompts, group_size in {(P, G), (args.eval_problems, 1), (args.eval_problems, args.eval_samples)}:
+        prompts = min(prompts, max(args.generate_rows // group_size, 1))
+        with paper, counter_of_bytes(parameters) as counter:
+            cache = max(cache, sample_on_paper(args, model, prompts, group_size))
+        sampling = max(sampling, counter.peak)
+
+    # the update of a large parameter; torch's needs nothing
+    with paper:
+        parameter = torch.nn.Parameter(torch.zeros(min(count, largest // trained[0].itemsize), dtype=trained[0].dtype))
+        parameter.grad = torch.zeros_like(parameter)
+        update = new_optimizer(replace(args, offload=False), torch.nn.ParameterList([parameter]))
+        if args.optimizer == "adamw8bit":
+            update.slice = 1 << 24 if for_gpu else update.slice
+            with counter_of_bytes([parameter, parameter.grad, *update.state[0]]) as updating:
+                update.step()
+
+    away = args.offload
+    held, visiting = (
+        (largest, max(x.nbytes for x in parameters) if reference else 0) if away else (gradients, reference)
+    )
+    always = weights + (0 if away else state + reference) + (GPU_CONTEXT if for_gpu else 0)
+    table = {
+        "weights": (weights, 0),
+        "gradients": (held, gradients if away else 0),
+        "optimizer state": (0, state) if away else (state, 0),
+        "reference": (visiting, reference if away else 0),
+        "keys and values": (cache, 0),
+        "activations and logits": (learning.peak - held, 0),
+        "GPU context, assumed": (GPU_CONTEXT if for_gpu else 0, 0),
+    }
+    host = sum(on_host for _, on_host in table.values())
+    peaks = {
+        "peak of sampling": sampling,
+        "peak of scoring": scoring.peak + (visiting if away else 0) if args.beta or args.updates > 1 else 0,
+        "peak of learning": learning.peak,
+        "peak of the update": updating.peak + (0 if away else gradients)
+        if args.optimizer == "adamw8bit"
+        else gradients,
+    }
+    table |= {name: (always + more, host) for name, more in peaks.items() if more}
+    return table | {"peak": max(row for name, row in table.items() if name.startswith("peak"))}
+
+
+def print_plan(args):
+    plan = memory_plan(args)
+    print(f"{'GB':38}{'device':>15}{'host':>10}")
+    for name, (device, host) in plan.items():
+        print(f"{name:38}{device / 1e9:15.3f}{host / 1e9:10.3f}")
+    if args.gpu_memory:
+        spare = args.gpu_memory - plan["peak"][0] / 1e9
+        fits = f"fits, {spare:.1f} to spare" if spare >= 0 else f"does not fit, {-spare:.1f} too many"
+        print(f"of {args.gpu_memory:g} GB: {fits}")
 
 
 # ---- Training ----
@@ -1608,6 +1779,7 @@ def train(args: Args) -> list[dict]:
             optimizer.step()
             if update == 0:
                 gap = float(stats[5] / stats[0].clamp(min=1))  # before the first step, so the same weights twice
+        optimizer.zero_grad()
         policy.eval()
         clock.append(time.perf_counter())
 
@@ -1706,6 +1878,8 @@ def main():
     run_dir = None
     try:
         args = parse_args()
+        if args.plan:
+            return print_plan(args)
         run_dir = args.resume or args.run_dir
         train(args)
     except torch.OutOfMemoryError as error:
