@@ -55,9 +55,10 @@ import warnings
 import weakref
 import zlib
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -125,6 +126,7 @@ class Args:
     row_tokens: int = 256  # completions of a prompt share a row, and the prompt, up to this many tokens
     logprob_tokens: int = 1024  # tokens whose logits exist at once
     offload: bool = False  # gradients, 8-bit state and reference in host memory; the device holds the weights alone
+    shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
     gradient_checkpointing: bool = False  # keep a layer's input alone, compute the rest again: less memory, more time
     generate_rows: int = 2048  # sequences that are sampled at once
     # evaluation
@@ -179,6 +181,8 @@ class Args:
             )
         if self.offload and self.optimizer != "adamw8bit":
             raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")
+        if self.shard and (self.optimizer != "adamw8bit" or self.offload or self.lora_rank):
+            raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
         if self.task in ("gsm8k", "jsonl") and self.model is None:
             raise ValueError(f"task {self.task} needs a model that can read, got none")
         if self.task == "jsonl" and self.data is None:
@@ -798,7 +802,8 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # it is read nowhere
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
-        output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, pad_id)
+        with whole(model):
+            output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, pad_id)
         for problem, prompt, *rows in zip(problems[part], prompts[part], *(x.cpu().split(group_size) for x in output)):
             tokens, logprobs, mask = rows
             completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
@@ -947,7 +952,7 @@ class AdamW8bit:
         self.slice = 1 << 18 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
         self.state = []
         for parameter in self.param_groups[0]["params"]:
-            blocks = -(-parameter.numel() // self.BLOCK)
+            blocks = -(-own_part(parameter).numel() // self.BLOCK)
             kinds = (self.BLOCK, torch.int8), (self.BLOCK, torch.uint8), (1, torch.float32), (1, torch.float32)
             zeros = zeros_on_host if offload else torch.zeros
             self.state.append([zeros((blocks, n), dtype=kind, device=parameter.device) for n, kind in kinds])
@@ -964,7 +969,7 @@ class AdamW8bit:
         for parameter, state in zip(self.param_groups[0]["params"], self.state):
             if (gradient := gradient_of(parameter)) is None:
                 continue
-            weights, gradients = parameter.view(-1), gradient.reshape(-1)
+            weights, gradients = own_part(parameter).view(-1), gradient.reshape(-1)
             for start in range(0, len(weights), self.slice):
                 part = slice(start, start + self.slice)
                 blocks = slice(start // self.BLOCK, (start + self.slice) // self.BLOCK)
@@ -975,31 +980,53 @@ class AdamW8bit:
                     own.copy_(new)
 
     def step_slice(self, weights, gradients, state):
-        m_codes, v_codes, m_max, v_max = state
         (beta1, beta2), count = self.betas, len(weights)
-        padded = torch.nn.functional.pad(gradients, (0, m_codes.numel() - count)).view(-1, self.BLOCK)
-        m = m_codes.sign() * torch.exp2((m_codes.float().abs() - 127) / 8) * m_max
-        root_v = torch.where(v_codes > 0, torch.exp2((v_codes.float() - 255) / 16), 0.0) * v_max
+        padded = torch.nn.functional.pad(gradients, (0, state[0].numel() - count)).view(-1, self.BLOCK)
+        m, root_v = self.decode(*state)
         m.lerp_(padded, 1 - beta1)
         root_v.square_().lerp_(padded.square(), 1 - beta2).sqrt_()
-        for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
-            maxima.copy_(x.abs().amax(-1, keepdim=True))
-            code = (top + octave * (x.abs() / maxima.clamp(min=1e-38)).log2()).round_()
-            # the smallest √v is rounded up, or its weight's next step would be divided by nothing
-            codes.copy_(code.clamp_(0 if octave == 8 else 1, top) * x.sign())
+        self.encode(m, root_v, state)
         update = (m / (1 - beta1**self.steps)) / (root_v / (1 - beta2**self.steps) ** 0.5 + self.eps)
         lr = self.param_groups[0]["lr"]
         new = weights.float() * (1 - lr * self.weight_decay) - lr * update.view(-1)[:count]
         weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
 
+    def decode(self, m_codes, v_codes, m_max, v_max):
+        m = m_codes.sign() * torch.exp2((m_codes.float().abs() - 127) / 8) * m_max
+        return m, torch.where(v_codes > 0, torch.exp2((v_codes.float() - 255) / 16), 0.0) * v_max
+
+    def encode(self, m, root_v, state):
+        m_codes, v_codes, m_max, v_max = state
+        for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
+            maxima.copy_(x.abs().amax(-1, keepdim=True))
+            code = (top + octave * (x.abs() / maxima.clamp(min=1e-38)).log2()).round_()
+            # the smallest √v is rounded up, or its weight's next step would be divided by nothing
+            codes.copy_(code.clamp_(0 if octave == 8 else 1, top) * x.sign())
+
     def state_dict(self):
-        return {"steps": self.steps, "state": self.state}
+        return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}
 
     def load_state_dict(self, saved):
         self.steps = saved["steps"]
-        for own, kept in zip(self.state, saved["state"]):
-            for mine, other in zip(own, kept):
+        for (parameter, own), kept in zip(self.pairs(), saved["state"]):
+            for mine, other in zip(own, self.moved(parameter, kept, scattered)):
                 mine.copy_(other)
+
+    def pairs(self):
+        return zip(self.param_groups[0]["params"], self.state)
+
+    def moved(self, parameter, state, move):
+        """A sharded parameter's state, of this process to that of all or back: its blocks are others then [G27]."""
+        if own_part(parameter) is parameter:
+            return state
+        shape = own_part(parameter).shape if move is gathered else parameter.shape
+        moments = [x.flatten()[: shape.numel()].view(shape).to(parameter.device) for x in self.decode(*state)]
+        moments = [move(x, parameter).flatten() for x in moments]
+        padding = -len(moments[0]) % self.BLOCK
+        moments = [torch.nn.functional.pad(x, (0, padding)).view(-1, self.BLOCK) for x in moments]
+        new = [torch.empty(len(moments[0]), x.shape[1], dtype=x.dtype, device=moments[0].device) for x in state]
+        self.encode(*moments, new)
+        return new
 
 
 def new_optimizer(args, model):
@@ -1015,12 +1042,13 @@ def new_optimizer(args, model):
 def gradient_of(parameter):
     """The parameter's gradient, on the device or on the host; None if there is none."""
     on_host = getattr(parameter, "host_gradient", None)
-    return parameter.grad if on_host is None else on_host
+    return own_part(parameter.grad) if on_host is None else on_host
 
 
-def cut_gradients(gradients, max_norm):
+def cut_gradients(gradients, max_norm, are_shards=False):
     """Scale gradients in place to a global norm of max_norm at most. Returns the norm that they had."""
-    norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm().item()
+    norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm()
+    norm = (over_ranks(norm.square()).sqrt() if are_shards else norm).item()
     if norm > max_norm:
         for gradient in gradients:
             gradient.mul_(max_norm / (norm + 1e-6))
@@ -1080,6 +1108,75 @@ def stream_weights(model, device):
             module.register_forward_pre_hook(come)
             module.register_forward_hook(go)
     return model
+
+
+# ---- Weights in parts over the processes (--shard) ----
+
+
+def shard(model, device):
+    """FSDP2, in place [G27]: a process keeps its part of each parameter; a layer's are whole while it computes.
+
+    completion_logprobs becomes the model's method packed_logprobs, for FSDP gathers around methods that it knows.
+    Gradients are summed over the processes, not averaged: the loss has the totals of all of them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    count = model.config.num_hidden_layers
+    layers = next(x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == count)
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh)
+    model.packed_logprobs = partial(completion_logprobs, model)
+    register_fsdp_forward_method(model, "packed_logprobs")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    with torch.no_grad():
+        model.packed_logprobs(idle_batch(device), 1, 1.0, 1)  # the first pass tells FSDP which module is the outermost
+    model.reshard()
+
+
+def idle_batch(device):
+    """One token of one sequence: where a process has fewer micro-batches, it must still join in the gathering."""
+    one = torch.ones(1, 1, dtype=torch.long)
+    return pack_rows([[0]], one, one, [[0]], 1, device)
+
+
+@contextmanager
+def whole(model):
+    """A sharded model gathered once for many passes without gradients: a token each would gather it each time."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in parts:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def own_part(x):
+    """This process's part of a tensor that is sharded; any other as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def gathered(x, like=None):
+    """All of a tensor that is sharded, or of one whose parts are sharded like another; any other as it is."""
+    if like is not None:
+        from torch.distributed.tensor import DTensor
+
+        x = DTensor.from_local(x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def scattered(x, like):
+    """This process's part of a tensor that every process has, sharded like another."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements).to_local()
 
 
 # ---- Rewards and advantages of a rollout ----
@@ -1206,11 +1303,11 @@ def load(path, *keys):
     return content
 
 
-def save_model(directory, model, tokenizer):
-    """A normal transformers directory, written aside and renamed."""
+def save_model(directory, model, tokenizer, weights=None):
+    """A normal transformers directory, written aside and renamed. weights: in place of the model's own."""
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
@@ -1479,7 +1576,9 @@ def warm_start(args, model, tokenizer, problems, held_out):
 
 
 # what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload"
+CHANGEABLE = (
+    "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard"
+)
 
 
 def new_run_dir(args):
@@ -1495,10 +1594,11 @@ def resumed_args(run_dir):
 def score(args, model, sequences, micro_batches):
     """(B, T) log-probabilities of the sequences under a model, 0 where the micro-batches do not reach."""
     logprobs = torch.zeros(sequences[2].shape)
-    for rows in micro_batches:
-        batch = pack_rows(*sequences, rows, args.group_size, args.device)
-        scored = completion_logprobs(model, batch, args.max_tokens, args.temperature, args.logprob_tokens)
-        logprobs[batch.sequences.cpu()] = scored.cpu()
+    with whole(model):
+        for rows in micro_batches:
+            batch = pack_rows(*sequences, rows, args.group_size, args.device)
+            scored = completion_logprobs(model, batch, args.max_tokens, args.temperature, args.logprob_tokens)
+            logprobs[batch.sequences.cpu()] = scored.cpu()
     return logprobs
 
 
@@ -1601,6 +1701,8 @@ def train(args: Args) -> list[dict]:
         raise InputError(
             f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {world_size} processes"
         )
+    if args.shard and world_size == 1:
+        raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
     if world_size > 1 and args.reward_model_steps:
         raise InputError(f"--reward-model-steps trains in one process: {world_size} would have a reward model each")
     P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
@@ -1636,11 +1738,20 @@ def train(args: Args) -> list[dict]:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
+    if saved:
+        policy.load_state_dict(saved["policy"], strict=False)
+    if args.shard:
+        shard(policy, args.device)
+    packed_logprobs = policy.packed_logprobs if args.shard else partial(completion_logprobs, policy)
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
 
     # 3. The reference: a frozen copy, or the policy itself with its adapter switched off; a learned reward
     reference = policy if adapter else load_reference(args, start_dir) if args.beta else None
+    if saved and saved["reference"]:
+        reference.load_state_dict(saved["reference"])
+    if args.shard and args.beta:
+        shard(reference, args.device)
     reward_model = load_reward_model(args) if args.reward_model else None
     if args.reward_model_steps:
         reward_optimizer = torch.optim.AdamW(reward_model[0].parameters(), args.reward_model_learning_rate)
@@ -1649,10 +1760,7 @@ def train(args: Args) -> list[dict]:
     first, cursor, metrics, pairs, replay = 0, 0, [], [], []
     if saved:
         first, cursor, metrics, pairs, replay = (saved[key] for key in ("step", "cursor", "metrics", "pairs", "replay"))
-        policy.load_state_dict(saved["policy"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
-        if saved["reference"]:
-            reference.load_state_dict(saved["reference"])
         if args.reward_model_steps:
             reward_model[0].load_state_dict(saved["reward_model"])
             reward_optimizer.load_state_dict(saved["reward_optimizer"])
@@ -1736,7 +1844,7 @@ def train(args: Args) -> list[dict]:
             optimizer.zero_grad()
             for micro_batch in plan:
                 batch = pack_rows(*sequences, micro_batch, G, args.device)
-                logprob = completion_logprobs(policy, batch, T, args.temperature, args.logprob_tokens)
+                logprob = packed_logprobs(batch, T, args.temperature, args.logprob_tokens)
                 i = batch.sequences.cpu()
                 m, advantage, old_logprob = (x[i].to(args.device) for x in (mask, advantages, old_logprobs))
                 if args.old_logprobs == "recomputed" and args.updates == 1:
@@ -1764,13 +1872,16 @@ def train(args: Args) -> list[dict]:
                     ]
                     stats += torch.stack([*(x.sum().float().cpu() for x in numbers), loss.cpu()])
                     ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
-            if world_size > 1:
+            if args.shard:
+                for _ in range(int(over_ranks(torch.tensor(len(plan)), "MAX")) - len(plan)):
+                    (0.0 * packed_logprobs(idle_batch(args.device), 1, 1.0, 1)).sum().backward()
+            elif world_size > 1:
                 for parameter in parameters:
                     if gradient_of(parameter) is None:
                         parameter.grad = torch.zeros_like(parameter)
                     gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
             gradients = [gradient_of(x) for x in parameters if gradient_of(x) is not None]
-            norms.append(cut_gradients(gradients, args.max_grad_norm))
+            norms.append(cut_gradients(gradients, args.max_grad_norm, args.shard))
             if not math.isfinite(norms[-1]):
                 can_resume = (run_dir / "checkpoint.pt").exists()
                 kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
@@ -1818,9 +1929,9 @@ def train(args: Args) -> list[dict]:
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
         log(writer, metrics, done, row)
-        if rank == 0 and (is_last or (args.checkpoint_every and done % args.checkpoint_every == 0)):
-            writer.flush()
-            trained = {name: x.detach() for name, x in policy.named_parameters() if x.requires_grad}
+        is_due = is_last or (args.checkpoint_every and done % args.checkpoint_every == 0)
+        if is_due and (rank == 0 or args.shard):  # to gather takes all processes
+            trained = {name: gathered(x.detach()) for name, x in policy.named_parameters() if x.requires_grad}
             refreshed = args.reference_every and args.beta
             content = {
                 "args": asdict(args),
@@ -1828,23 +1939,26 @@ def train(args: Args) -> list[dict]:
                 "cursor": cursor,
                 "policy": trained,
                 "optimizer": optimizer.state_dict(),
-                "reference": reference.state_dict() if refreshed else None,
+                "reference": {n: gathered(x) for n, x in reference.state_dict().items()} if refreshed else None,
                 "reward_model": reward_model[0].state_dict() if args.reward_model_steps else None,
                 "reward_optimizer": reward_optimizer.state_dict() if args.reward_model_steps else None,
                 "pairs": pairs,
                 "replay": replay,
                 "metrics": metrics,
             }
-            save(run_dir / "checkpoint.pt", content)
+            if rank == 0:
+                writer.flush()
+                save(run_dir / "checkpoint.pt", content)
 
     # 12. Summary
+    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank > 0:
         return metrics
     writer.close()
-    save_model(run_dir / "policy", adapter or policy, tokenizer)
+    save_model(run_dir / "policy", adapter or policy, tokenizer, weights)
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
     draw_curves(metrics, run_dir / "curves.png")
     before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))

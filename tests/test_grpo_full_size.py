@@ -1,11 +1,14 @@
 """grpo_llm beyond what a small card holds: --offload, --plan, --shard, on transformers of a few dimensions."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 NOT_COMPARED = ("time/", "memory/")
 BF16 = {"dtype": "bfloat16", "optimizer": "adamw8bit", "learning_rate": 1e-3}
@@ -221,3 +224,127 @@ def test_plan_from_a_configuration_alone(grpo, tiny_lm, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "peak of learning" in done.stdout and "does not fit" in done.stdout.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- --shard and several processes ----
+
+
+def two_processes(grpo, args):
+    """The run as torchrun would start it, twice; each process leaves its weights beside the run directory."""
+    words = []
+    for name, value in vars(args).items():
+        if value is not None and value != getattr(grpo.Args(), name):
+            flag = name.replace("_", "-")
+            words += (
+                [f"--{flag}"] if value is True else [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+            )
+    worker = f"""
+import importlib.util, os, sys, torch
+spec = importlib.util.spec_from_file_location("script", {str(grpo.__file__)!r})
+script = importlib.util.module_from_spec(spec)
+sys.modules["script"] = script
+spec.loader.exec_module(script)
+models, new_optimizer = [], script.new_optimizer
+script.new_optimizer = lambda args, model: models.append(model) or new_optimizer(args, model)
+script.main()
+torch.save(
+    {{name: script.own_part(x.detach()) for name, x in models[0].named_parameters()}},
+    {(args.resume or args.run_dir)!r} + f".{{os.environ['RANK']}}.pt",
+)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", worker, *words],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [torch.load(f"{args.resume or args.run_dir}.{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_replicas_stay_equal(grpo, tiny_grpo):
+    """[G18] Two processes with all of the weights each: rounded stochastically, in bfloat16, to the same bits."""
+    args = tiny_grpo(**BF16, prompts_per_step=4, beta=0.1)
+    one, two = two_processes(grpo, args)
+    before = weights_of(grpo, args)
+    assert sum(not torch.equal(x, before[name]) for name, x in one.items()) > len(before) / 2
+    assert all(torch.equal(x, two[name]) for name, x in one.items())
+
+
+SHARDED = {"optimizer": "adamw8bit", "prompts_per_step": 4, "beta": 0.1, "learning_rate": 1e-3, "max_grad_norm": 0.5}
+SHARDED |= {"micro_batch_tokens": 60, "num_minibatches": 2, "reduction": "token", "eval_problems": 5}
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_two_shards_train_as_one_process(grpo, tiny_grpo, gradient_checkpointing):
+    """[G27] Half of every parameter a process, generation and scores after gathering, an uneven number of
+    micro-batches: samples, gradients' norm and weights of one process with all of it; a checkpoint for any number."""
+    options = {**SHARDED, "steps": 1, "gradient_checkpointing": gradient_checkpointing}
+    alone = tiny_grpo("alone", **options)
+    metrics, weights, state = run(grpo, alone)
+    args = tiny_grpo("both", **options, shard=True)
+    parts = two_processes(grpo, args)
+    before = weights_of(grpo, alone)
+    for name, x in weights.items():
+        assert sum(len(part[name]) for part in parts) == len(x) and len(parts[1][name]) <= len(parts[0][name]) < len(x)
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), x, rtol=0, atol=2e-5)
+    assert max(float((x - before[name]).abs().max()) for name, x in weights.items()) > 1e-3
+    saved = torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)
+    rows = [{name: x for name, x in row.items() if not name.startswith(NOT_COMPARED)} for row in saved["metrics"]]
+    for row, other in zip(metrics, rows, strict=True):
+        for name in row.keys() - {"policy/sampler_gap"}:
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+    for name, x in weights.items():
+        torch.testing.assert_close(saved["policy"][name], x, rtol=0, atol=2e-5)
+        assert torch.equal(saved["policy"][name], torch.cat([part[name] for part in parts]))
+    own, kept = state["state"][0], saved["optimizer"]["state"][0]
+    assert [x.shape for x in own] == [x.shape for x in kept]
+    assert (own[1].float() - kept[1].float()).abs().mean() < 2
+    exported = AutoModelForCausalLM.from_pretrained(Path(args.run_dir) / "policy")
+    assert type(exported).__name__ == "Qwen3ForCausalLM" == exported.config.architectures[0]
+    assert all(torch.equal(x, saved["policy"][name]) for name, x in exported.named_parameters())
+
+
+def prolong(args):
+    """The run's checkpoint, to go on for one step more."""
+    path = Path(args.run_dir) / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"]["steps"] = args.steps + 1
+    torch.save(saved, path)
+
+
+def test_a_checkpoint_fits_any_number_of_processes(grpo, tiny_grpo):
+    """[G27] Two steps by two processes and a third by one, or the other way round: near three by one, for the moments
+    are rounded anew in other blocks."""
+    options = {**SHARDED, "anneal_lr": False}
+    straight = run(grpo, tiny_grpo("straight", **options, steps=3))[1]
+    began_as_two, began_as_one = tiny_grpo("two", **options, steps=2, shard=True), tiny_grpo("one", **options, steps=2)
+    two_processes(grpo, began_as_two)
+    grpo.train(began_as_one)
+    prolong(began_as_two)
+    prolong(began_as_one)
+    grpo.train(grpo.replace(grpo.resumed_args(began_as_two.run_dir), shard=False))
+    two_processes(grpo, grpo.replace(grpo.resumed_args(began_as_one.run_dir), shard=True))
+    before = weights_of(grpo, began_as_one)
+    for args in (began_as_two, began_as_one):
+        saved = torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)
+        assert saved["step"] == 3
+        moved = torch.cat([(x - before[name]).flatten() for name, x in straight.items()])
+        apart = torch.cat([(x - saved["policy"][name]).flatten() for name, x in straight.items()])
+        assert moved.norm() > 0.05 and apart.norm() < 0.1 * moved.norm()
+
+
+def test_shard_needs_processes(grpo, tiny_grpo):
+    with pytest.raises(grpo.InputError, match="--shard needs several processes"):
+        grpo.train(tiny_grpo(optimizer="adamw8bit", shard=True))
+    with pytest.raises(ValueError, match="shard takes optimizer adamw8bit, and neither offload nor lora_rank"):
+        grpo.Args(shard=True)
