@@ -129,6 +129,7 @@ class Args:
     shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
     gradient_checkpointing: bool = False  # keep a layer's input alone, compute the rest again: less memory, more time
     generate_rows: int = 2048  # sequences that are sampled at once
+    cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
     # evaluation
     eval_every: int = 25  # steps between two evaluations on held-out problems; 0: before and after only
     eval_problems: int = 256  # held-out problems
@@ -703,8 +704,8 @@ def new_cache(model, rows, length):
 
         def lazy_initialization(self, keys, values):
             self.dtype, self.device = keys.dtype, keys.device
-            self.room = [x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
-            self.used, self.live, self.is_initialized = 0, rows, True
+            self.room = [x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
+            self.used, self.live, self.column, self.is_initialized = 0, rows, None, True
 
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:  # the prompts: each is written once for each of its group
@@ -713,6 +714,10 @@ def new_cache(model, rows, length):
                 for room, x in zip(self.room, (keys, values)):
                     room.view(len(x), -1, *room.shape[1:])[:, :, :, : self.used] = x[:, None]
                 return keys, values
+            if self.column is not None:
+                for room, x in zip(self.room, (keys, values)):
+                    room[: self.live].index_copy_(2, self.column, x)
+                return tuple(room[: self.live] for room in self.room)
             self.used += keys.shape[2]
             for room, x in zip(self.room, (keys, values)):
                 room[: self.live, :, self.used - x.shape[2] : self.used] = x
@@ -721,23 +726,66 @@ def new_cache(model, rows, length):
         def get_seq_length(self):
             return self.used if self.is_initialized else 0
 
-        def fill(self, holes, movers, live):
-            """Rows `movers` take the places `holes`; the first `live` rows remain."""
+        def fill(self, holes, movers, live, used):
+            """Rows `movers` take the places `holes`; the first `live` rows remain, `used` tokens of each."""
             for room in self.room:
-                room[holes, :, : self.used] = room[movers, :, : self.used]
+                room[holes, :, :used] = room[movers, :, :used]
             self.live = live
 
     return Cache(layers=[RoomyLayer() for _ in range(model.config.num_hidden_layers)])
 
 
+def fixed_step(model, cache, token, position, column, seen):
+    """The step of one token on tensors that stay where they are, whatever was seen so far [G28].
+
+    Attention is over the cache's full length, masked. Nothing of it depends on t but what the tensors hold, so a GPU
+    can replay it as one CUDA graph: else the small kernels of a token wait for Python, not for memory.
+    """
+    kept = [x.clone() for x in (token, position, column, seen)]
+    for layer in cache.layers:
+        layer.column = kept[2]
+
+    def compute():
+        hidden = model.base_model(
+            kept[0][:, None],
+            attention_mask=kept[3][:, None, None],
+            position_ids=kept[1][:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return model.get_output_embeddings()(hidden[:, -1])
+
+    graph = None
+    if token.is_cuda:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what is set up at the first call must not be captured
+            compute()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = compute()
+
+    def step(*new):
+        for own, x in zip(kept, new):
+            own.copy_(x)
+        if graph is None:
+            return compute()
+        graph.replay()
+        return logits
+
+    return step
+
+
 @torch.no_grad()
-def generate(model, prompts, noise, temperature, eos_ids, pad_id):
+def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False):
     """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
 
     prompts: P token lists; B = P·G and G consecutive rows belong to a prompt. From the whole distribution at the
     temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9]. Each prompt is read once
     and its keys and values are shared by the group [G1]; rows that are done leave the batch. A row's completion
-    depends on its prompt and its noise alone, not on the rows beside it [G23].
+    depends on its prompt and its noise alone, not on the rows beside it [G23]. is_fixed: shapes change only when half
+    of the rows are done.
     """
     B, T = noise.shape
     group_size, device = B // len(prompts), model.device
@@ -759,21 +807,29 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id):
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.long, device=device)
     rows = torch.arange(B, device=device)  # which sequence each row of the batch is
+    going, columns, step = torch.ones_like(rows, dtype=torch.bool), torch.arange(Q + T, device=device), None
     for t in range(T):
         token, logprob = sample_token(logits, noise[rows, t], temperature)
-        tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, 1
-        going = ~torch.isin(token, eos)
+        on = rows[going]
+        tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1
+        going &= ~torch.isin(token, eos)
         live = int(going.sum())
         if live == 0 or t + 1 == T:
             break
-        if live < len(rows):  # the last rows that go on take the places of those that are done
+        if live <= (len(rows) // 2 if is_fixed else len(rows) - 1):
+            # the last rows that go on take the places of those that are done
             holes = (~going[:live]).nonzero()[:, 0]
             movers = live + going[live:].nonzero()[:, 0]
             for layer in cache.layers:
-                layer.fill(holes, movers, live)
+                layer.fill(holes, movers, live, Q + t)
             keep = torch.arange(live, device=device)
             keep[holes] = movers
-            rows, token = rows[keep], token[keep]
+            rows, token, going, step = rows[keep], token[keep], going[keep], None
+        if is_fixed:
+            now = token, lengths[rows] + t, columns[Q + t : Q + t + 1], seen[rows] & (columns <= Q + t)
+            step = step or fixed_step(model, cache, *now)
+            logits = step(*now)
+            continue
         hidden = model.base_model(
             token[:, None],
             attention_mask=seen[rows, None, None, : Q + t + 1],
@@ -799,11 +855,13 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
+    is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # it is read nowhere
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
         with whole(model):
-            output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, pad_id)
+            rows = noise[part].flatten(0, 1)
+            output = generate(model, prompts[part], rows, temperature, eos_ids, pad_id, is_fixed)
         for problem, prompt, *rows in zip(problems[part], prompts[part], *(x.cpu().split(group_size) for x in output)):
             tokens, logprobs, mask = rows
             completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
