@@ -1007,7 +1007,7 @@ class AdamW8bit:
         self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
         self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
         on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-        self.slice = 1 << 18 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
+        self.at_once = 1 << 18 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
         self.state = []
         for parameter in self.param_groups[0]["params"]:
             blocks = -(-own_part(parameter).numel() // self.BLOCK)
@@ -1028,9 +1028,9 @@ class AdamW8bit:
             if (gradient := gradient_of(parameter)) is None:
                 continue
             weights, gradients = own_part(parameter).view(-1), gradient.reshape(-1)
-            for start in range(0, len(weights), self.slice):
-                part = slice(start, start + self.slice)
-                blocks = slice(start // self.BLOCK, (start + self.slice) // self.BLOCK)
+            for start in range(0, len(weights), self.at_once):
+                part = slice(start, start + self.at_once)
+                blocks = slice(start // self.BLOCK, (start + self.at_once) // self.BLOCK)
                 kept = [x[blocks] for x in state]
                 near = [x.to(weights.device) for x in kept]  # the same ones, if they are not on the host
                 self.step_slice(weights[part], gradients[part].to(weights.device).float(), near)
@@ -1190,6 +1190,7 @@ def shard(model, device):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     with torch.no_grad():
         model.packed_logprobs(idle_batch(device), 1, 1.0, 1)  # the first pass tells FSDP which module is the outermost
     model.reshard()
@@ -1554,14 +1555,13 @@ def memory_plan(args):
         parameter.grad = torch.zeros_like(parameter)
         update = new_optimizer(replace(args, offload=False), torch.nn.ParameterList([parameter]))
         if args.optimizer == "adamw8bit":
-            update.slice = 1 << 24 if for_gpu else update.slice
+            update.at_once = 1 << 24 if for_gpu else update.at_once
             with counter_of_bytes([parameter, parameter.grad, *update.state[0]]) as updating:
                 update.step()
 
     away = args.offload
-    held, visiting = (
-        (largest, max(x.nbytes for x in parameters) if reference else 0) if away else (gradients, reference)
-    )
+    held = largest if away else gradients
+    visiting = max(x.nbytes for x in parameters) if reference and away else reference
     always = weights + (0 if away else state + reference) + (GPU_CONTEXT if for_gpu else 0)
     table = {
         "weights": (weights, 0),
@@ -1635,7 +1635,8 @@ def warm_start(args, model, tokenizer, problems, held_out):
 
 # what a resumed run may do otherwise than before; everything else would make it another run
 CHANGEABLE = (
-    "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard"
+    "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
+    "cuda_graph"
 )
 
 
@@ -2056,7 +2057,8 @@ def main():
         train(args)
     except torch.OutOfMemoryError as error:
         flags = "--generate-rows if it was sampling, --micro-batch-tokens if it was learning"
-        print(f"error: out of memory: lower {flags}; --gradient-checkpointing saves most: {error}", file=sys.stderr)
+        more = "--gradient-checkpointing and --offload save most, --plan says what is needed"
+        print(f"error: out of memory: lower {flags}; {more}: {error}", file=sys.stderr)
         sys.exit(2)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
