@@ -52,11 +52,13 @@ import shutil
 import sys
 import time
 import warnings
+import weakref
 import zlib
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -124,8 +126,10 @@ class Args:
     row_tokens: int = 256  # completions of a prompt share a row, and the prompt, up to this many tokens
     logprob_tokens: int = 1024  # tokens whose logits exist at once
     offload: bool = False  # gradients, 8-bit state and reference in host memory; the device holds the weights alone
+    shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
     gradient_checkpointing: bool = False  # keep a layer's input alone, compute the rest again: less memory, more time
     generate_rows: int = 2048  # sequences that are sampled at once
+    cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
     # evaluation
     eval_every: int = 25  # steps between two evaluations on held-out problems; 0: before and after only
     eval_problems: int = 256  # held-out problems
@@ -139,6 +143,8 @@ class Args:
     )
     checkpoint_every: int = 25  # steps between two checkpoints; 0: at the end only
     resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    plan: int = 0  # print what memory these settings need with prompts of this many tokens; load and train nothing
+    gpu_memory: float = 0.0  # GB of the device that --plan compares with; 0: none
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "grpo-llm"  # its project there
 
@@ -155,7 +161,7 @@ class Args:
         from_zero = (
             "seed lora_rank clip_low beta reference_every dynamic_sampling truncation_penalty format_weight "
             "length_weight reward_model_steps reward_model_learning_rate warmup_steps weight_decay eval_every "
-            "checkpoint_every"
+            "checkpoint_every plan gpu_memory"
         )
         for name in from_zero.split():
             if not getattr(self, name) >= 0:
@@ -176,6 +182,8 @@ class Args:
             )
         if self.offload and self.optimizer != "adamw8bit":
             raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")
+        if self.shard and (self.optimizer != "adamw8bit" or self.offload or self.lora_rank):
+            raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
         if self.task in ("gsm8k", "jsonl") and self.model is None:
             raise ValueError(f"task {self.task} needs a model that can read, got none")
         if self.task == "jsonl" and self.data is None:
@@ -612,18 +620,21 @@ def load_model(args, name):
         eos_ids = sorted({*eos_ids, tokenizer.eos_token_id})
     if not eos_ids:
         raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
+    model = without_dropout(model).to(args.device).eval()
+    check_forward(model, tokenizer, name)
+    return model, tokenizer, eos_ids
+
+
+def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # [G14] under dropout the ratio compares two different networks
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     for option in ("attention_dropout", "attn_pdrop"):
         if hasattr(model.config, option):
             setattr(model.config, option, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    model = model.to(args.device).eval()
-    check_forward(model, tokenizer, name)
-    return model, tokenizer, eos_ids
+    return model
 
 
 def load_reference(args, name):
@@ -693,8 +704,8 @@ def new_cache(model, rows, length):
 
         def lazy_initialization(self, keys, values):
             self.dtype, self.device = keys.dtype, keys.device
-            self.room = [x.new_empty(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
-            self.used, self.live, self.is_initialized = 0, rows, True
+            self.room = [x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
+            self.used, self.live, self.column, self.is_initialized = 0, rows, None, True
 
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:  # the prompts: each is written once for each of its group
@@ -703,6 +714,10 @@ def new_cache(model, rows, length):
                 for room, x in zip(self.room, (keys, values)):
                     room.view(len(x), -1, *room.shape[1:])[:, :, :, : self.used] = x[:, None]
                 return keys, values
+            if self.column is not None:
+                for room, x in zip(self.room, (keys, values)):
+                    room[: self.live].index_copy_(2, self.column, x)
+                return tuple(room[: self.live] for room in self.room)
             self.used += keys.shape[2]
             for room, x in zip(self.room, (keys, values)):
                 room[: self.live, :, self.used - x.shape[2] : self.used] = x
@@ -711,23 +726,66 @@ def new_cache(model, rows, length):
         def get_seq_length(self):
             return self.used if self.is_initialized else 0
 
-        def fill(self, holes, movers, live):
-            """Rows `movers` take the places `holes`; the first `live` rows remain."""
+        def fill(self, holes, movers, live, used):
+            """Rows `movers` take the places `holes`; the first `live` rows remain, `used` tokens of each."""
             for room in self.room:
-                room[holes, :, : self.used] = room[movers, :, : self.used]
+                room[holes, :, :used] = room[movers, :, :used]
             self.live = live
 
     return Cache(layers=[RoomyLayer() for _ in range(model.config.num_hidden_layers)])
 
 
+def fixed_step(model, cache, token, position, column, seen):
+    """The step of one token on tensors that stay where they are, whatever was seen so far [G28].
+
+    Attention is over the cache's full length, masked. Nothing of it depends on t but what the tensors hold, so a GPU
+    can replay it as one CUDA graph: else the small kernels of a token wait for Python, not for memory.
+    """
+    kept = [x.clone() for x in (token, position, column, seen)]
+    for layer in cache.layers:
+        layer.column = kept[2]
+
+    def compute():
+        hidden = model.base_model(
+            kept[0][:, None],
+            attention_mask=kept[3][:, None, None],
+            position_ids=kept[1][:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return model.get_output_embeddings()(hidden[:, -1])
+
+    graph = None
+    if token.is_cuda:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what is set up at the first call must not be captured
+            compute()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = compute()
+
+    def step(*new):
+        for own, x in zip(kept, new):
+            own.copy_(x)
+        if graph is None:
+            return compute()
+        graph.replay()
+        return logits
+
+    return step
+
+
 @torch.no_grad()
-def generate(model, prompts, noise, temperature, eos_ids, pad_id):
+def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False):
     """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
 
     prompts: P token lists; B = P·G and G consecutive rows belong to a prompt. From the whole distribution at the
     temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9]. Each prompt is read once
     and its keys and values are shared by the group [G1]; rows that are done leave the batch. A row's completion
-    depends on its prompt and its noise alone, not on the rows beside it [G23].
+    depends on its prompt and its noise alone, not on the rows beside it [G23]. is_fixed: shapes change only when half
+    of the rows are done.
     """
     B, T = noise.shape
     group_size, device = B // len(prompts), model.device
@@ -742,27 +800,36 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id):
         queries, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
     )
     logits = head(state.last_hidden_state[:, -1]).repeat_interleave(group_size, 0)
+    del state  # what the prefill made
     lengths = lengths.repeat_interleave(group_size)
     seen = torch.cat([seen, seen.new_ones(len(prompts), T)], 1).repeat_interleave(group_size, 0)
 
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.long, device=device)
     rows = torch.arange(B, device=device)  # which sequence each row of the batch is
+    going, columns, step = torch.ones_like(rows, dtype=torch.bool), torch.arange(Q + T, device=device), None
     for t in range(T):
         token, logprob = sample_token(logits, noise[rows, t], temperature)
-        tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, 1
-        going = ~torch.isin(token, eos)
+        on = rows[going]
+        tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1
+        going &= ~torch.isin(token, eos)
         live = int(going.sum())
         if live == 0 or t + 1 == T:
             break
-        if live < len(rows):  # the last rows that go on take the places of those that are done
+        if live <= (len(rows) // 2 if is_fixed else len(rows) - 1):
+            # the last rows that go on take the places of those that are done
             holes = (~going[:live]).nonzero()[:, 0]
             movers = live + going[live:].nonzero()[:, 0]
             for layer in cache.layers:
-                layer.fill(holes, movers, live)
+                layer.fill(holes, movers, live, Q + t)
             keep = torch.arange(live, device=device)
             keep[holes] = movers
-            rows, token = rows[keep], token[keep]
+            rows, token, going, step = rows[keep], token[keep], going[keep], None
+        if is_fixed:
+            now = token, lengths[rows] + t, columns[Q + t : Q + t + 1], seen[rows] & (columns <= Q + t)
+            step = step or fixed_step(model, cache, *now)
+            logits = step(*now)
+            continue
         hidden = model.base_model(
             token[:, None],
             attention_mask=seen[rows, None, None, : Q + t + 1],
@@ -788,10 +855,13 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
+    is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # it is read nowhere
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
-        output = generate(model, prompts[part], noise[part].flatten(0, 1), temperature, eos_ids, pad_id)
+        with whole(model):
+            rows = noise[part].flatten(0, 1)
+            output = generate(model, prompts[part], rows, temperature, eos_ids, pad_id, is_fixed)
         for problem, prompt, *rows in zip(problems[part], prompts[part], *(x.cpu().split(group_size) for x in output)):
             tokens, logprobs, mask = rows
             completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
@@ -936,9 +1006,11 @@ class AdamW8bit:
     def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, offload=False):
         self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
         self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
+        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        self.at_once = 1 << 18 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
         self.state = []
         for parameter in self.param_groups[0]["params"]:
-            blocks = -(-parameter.numel() // self.BLOCK)
+            blocks = -(-own_part(parameter).numel() // self.BLOCK)
             kinds = (self.BLOCK, torch.int8), (self.BLOCK, torch.uint8), (1, torch.float32), (1, torch.float32)
             zeros = zeros_on_host if offload else torch.zeros
             self.state.append([zeros((blocks, n), dtype=kind, device=parameter.device) for n, kind in kinds])
@@ -955,11 +1027,10 @@ class AdamW8bit:
         for parameter, state in zip(self.param_groups[0]["params"], self.state):
             if (gradient := gradient_of(parameter)) is None:
                 continue
-            weights, gradients = parameter.view(-1), gradient.reshape(-1)
-            size = 1 << 18 if weights.device.type == "cpu" else 1 << 24  # elements, multiples of BLOCK
-            for start in range(0, len(weights), size):
-                part = slice(start, start + size)
-                blocks = slice(start // self.BLOCK, (start + size) // self.BLOCK)
+            weights, gradients = own_part(parameter).view(-1), gradient.reshape(-1)
+            for start in range(0, len(weights), self.at_once):
+                part = slice(start, start + self.at_once)
+                blocks = slice(start // self.BLOCK, (start + self.at_once) // self.BLOCK)
                 kept = [x[blocks] for x in state]
                 near = [x.to(weights.device) for x in kept]  # the same ones, if they are not on the host
                 self.step_slice(weights[part], gradients[part].to(weights.device).float(), near)
@@ -967,31 +1038,53 @@ class AdamW8bit:
                     own.copy_(new)
 
     def step_slice(self, weights, gradients, state):
-        m_codes, v_codes, m_max, v_max = state
         (beta1, beta2), count = self.betas, len(weights)
-        padded = torch.nn.functional.pad(gradients, (0, m_codes.numel() - count)).view(-1, self.BLOCK)
-        m = m_codes.sign() * torch.exp2((m_codes.float().abs() - 127) / 8) * m_max
-        root_v = torch.where(v_codes > 0, torch.exp2((v_codes.float() - 255) / 16), 0.0) * v_max
+        padded = torch.nn.functional.pad(gradients, (0, state[0].numel() - count)).view(-1, self.BLOCK)
+        m, root_v = self.decode(*state)
         m.lerp_(padded, 1 - beta1)
         root_v.square_().lerp_(padded.square(), 1 - beta2).sqrt_()
-        for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
-            maxima.copy_(x.abs().amax(-1, keepdim=True))
-            code = (top + octave * (x.abs() / maxima.clamp(min=1e-38)).log2()).round_()
-            # the smallest √v is rounded up, or its weight's next step would be divided by nothing
-            codes.copy_(code.clamp_(0 if octave == 8 else 1, top) * x.sign())
+        self.encode(m, root_v, state)
         update = (m / (1 - beta1**self.steps)) / (root_v / (1 - beta2**self.steps) ** 0.5 + self.eps)
         lr = self.param_groups[0]["lr"]
         new = weights.float() * (1 - lr * self.weight_decay) - lr * update.view(-1)[:count]
         weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
 
+    def decode(self, m_codes, v_codes, m_max, v_max):
+        m = m_codes.sign() * torch.exp2((m_codes.float().abs() - 127) / 8) * m_max
+        return m, torch.where(v_codes > 0, torch.exp2((v_codes.float() - 255) / 16), 0.0) * v_max
+
+    def encode(self, m, root_v, state):
+        m_codes, v_codes, m_max, v_max = state
+        for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
+            maxima.copy_(x.abs().amax(-1, keepdim=True))
+            code = (top + octave * (x.abs() / maxima.clamp(min=1e-38)).log2()).round_()
+            # the smallest √v is rounded up, or its weight's next step would be divided by nothing
+            codes.copy_(code.clamp_(0 if octave == 8 else 1, top) * x.sign())
+
     def state_dict(self):
-        return {"steps": self.steps, "state": self.state}
+        return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}
 
     def load_state_dict(self, saved):
         self.steps = saved["steps"]
-        for own, kept in zip(self.state, saved["state"]):
-            for mine, other in zip(own, kept):
+        for (parameter, own), kept in zip(self.pairs(), saved["state"]):
+            for mine, other in zip(own, self.moved(parameter, kept, scattered)):
                 mine.copy_(other)
+
+    def pairs(self):
+        return zip(self.param_groups[0]["params"], self.state)
+
+    def moved(self, parameter, state, move):
+        """A sharded parameter's state, of this process to that of all or back: its blocks are others then [G27]."""
+        if own_part(parameter) is parameter:
+            return state
+        shape = own_part(parameter).shape if move is gathered else parameter.shape
+        moments = [x.flatten()[: shape.numel()].view(shape).to(parameter.device) for x in self.decode(*state)]
+        moments = [move(x, parameter).flatten() for x in moments]
+        padding = -len(moments[0]) % self.BLOCK
+        moments = [torch.nn.functional.pad(x, (0, padding)).view(-1, self.BLOCK) for x in moments]
+        new = [torch.empty(len(moments[0]), x.shape[1], dtype=x.dtype, device=moments[0].device) for x in state]
+        self.encode(*moments, new)
+        return new
 
 
 def new_optimizer(args, model):
@@ -1007,12 +1100,13 @@ def new_optimizer(args, model):
 def gradient_of(parameter):
     """The parameter's gradient, on the device or on the host; None if there is none."""
     on_host = getattr(parameter, "host_gradient", None)
-    return parameter.grad if on_host is None else on_host
+    return own_part(parameter.grad) if on_host is None else on_host
 
 
-def cut_gradients(gradients, max_norm):
+def cut_gradients(gradients, max_norm, are_shards=False):
     """Scale gradients in place to a global norm of max_norm at most. Returns the norm that they had."""
-    norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm().item()
+    norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm()
+    norm = (over_ranks(norm.square()).sqrt() if are_shards else norm).item()
     if norm > max_norm:
         for gradient in gradients:
             gradient.mul_(max_norm / (norm + 1e-6))
@@ -1072,6 +1166,76 @@ def stream_weights(model, device):
             module.register_forward_pre_hook(come)
             module.register_forward_hook(go)
     return model
+
+
+# ---- Weights in parts over the processes (--shard) ----
+
+
+def shard(model, device):
+    """FSDP2, in place [G27]: a process keeps its part of each parameter; a layer's are whole while it computes.
+
+    completion_logprobs becomes the model's method packed_logprobs, for FSDP gathers around methods that it knows.
+    Gradients are summed over the processes, not averaged: the loss has the totals of all of them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    count = model.config.num_hidden_layers
+    layers = next(x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == count)
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh)
+    model.packed_logprobs = partial(completion_logprobs, model)
+    register_fsdp_forward_method(model, "packed_logprobs")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    with torch.no_grad():
+        model.packed_logprobs(idle_batch(device), 1, 1.0, 1)  # the first pass tells FSDP which module is the outermost
+    model.reshard()
+
+
+def idle_batch(device):
+    """One token of one sequence: where a process has fewer micro-batches, it must still join in the gathering."""
+    one = torch.ones(1, 1, dtype=torch.long)
+    return pack_rows([[0]], one, one, [[0]], 1, device)
+
+
+@contextmanager
+def whole(model):
+    """A sharded model gathered once for many passes without gradients: a token each would gather it each time."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in parts:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def own_part(x):
+    """This process's part of a tensor that is sharded; any other as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def gathered(x, like=None):
+    """All of a tensor that is sharded, or of one whose parts are sharded like another; any other as it is."""
+    if like is not None:
+        from torch.distributed.tensor import DTensor
+
+        x = DTensor.from_local(x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def scattered(x, like):
+    """This process's part of a tensor that every process has, sharded like another."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements).to_local()
 
 
 # ---- Rewards and advantages of a rollout ----
@@ -1198,11 +1362,11 @@ def load(path, *keys):
     return content
 
 
-def save_model(directory, model, tokenizer):
-    """A normal transformers directory, written aside and renamed."""
+def save_model(directory, model, tokenizer, weights=None):
+    """A normal transformers directory, written aside and renamed. weights: in place of the model's own."""
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
@@ -1270,6 +1434,168 @@ def draw_curves(metrics, path):
     axes.figure.savefig(path, dpi=100)
 
 
+# ---- What memory a run needs, on paper (--plan) ----
+
+GPU_CONTEXT = 0.8e9  # bytes that a GPU holds before the first tensor: assumed, it differs by card and driver
+
+
+def counter_of_bytes(known):
+    """A context that counts the bytes of the tensors made in it: .alive now, .peak at most. The known ones are free."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    seen = weakref.WeakSet(x.untyped_storage() for x in known)
+
+    class Counter(TorchDispatchMode):
+        alive = peak = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for x in tree_leaves(output):
+                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in seen:
+                    seen.add(storage)
+                    self.alive += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage.nbytes())
+            self.peak = max(self.peak, self.alive)
+            return output
+
+        def free(self, count):
+            self.alive -= count
+
+    return Counter()
+
+
+def model_on_paper(args):
+    """The policy made from its configuration alone; under FakeTensorMode its weights are shapes without content."""
+    import transformers
+
+    if args.model is None:
+        model = new_model(new_tokenizer())
+    else:
+        config = from_disk("AutoConfig", args.model)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    model = without_dropout(model).eval()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.lora_rank:
+        add_adapter(args, model)
+    return model
+
+
+@torch.no_grad()
+def sample_on_paper(args, model, prompts, group_size):
+    """What generate() makes at its ends: the prefill, and the last token of sequences of full length. The cache."""
+    rows, length = prompts * group_size, args.plan + args.max_tokens
+    cache, head = new_cache(model, rows, length), model.get_output_embeddings()
+    for count, new, seen in ((prompts, args.plan, args.plan), (rows, 1, length)):
+        ids = torch.zeros(count, new, dtype=torch.long)
+        mask = torch.ones(count, 1, new, seen, dtype=torch.bool)
+        hidden = model.base_model(
+            ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits = head(hidden[:, -1]).repeat_interleave(rows // count, 0)
+        sample_token(logits, torch.zeros(rows), args.temperature)
+        for layer in cache.layers:
+            layer.used = length - 1
+    return sum(room.nbytes for layer in cache.layers for room in layer.room)
+
+
+def memory_plan(args):
+    """{what: (bytes on the device, bytes on the host)}, the peaks of a step's phases last [G26]; a reward model aside.
+
+    The phases are run on tensors without content, so that what is counted is what the code does: the longest
+    micro-batch, forward and backward; the prefill and the last token of the largest batch of samples; the update.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map
+
+    Q, T, G, count = args.plan, args.max_tokens, args.group_size, 1 << 25
+    P = max(args.prompts_per_step // int(os.environ.get("WORLD_SIZE", 1)), 1)
+    for_gpu = bool(args.gpu_memory) or args.device.startswith("cuda")
+    paper = FakeTensorMode()
+    with paper:
+        model = model_on_paper(args)
+        parameters = list(model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        optimizer = new_optimizer(replace(args, offload=False), model)
+    weights = sum(x.nbytes for x in (*parameters, *model.buffers()))
+    gradients, largest = sum(x.nbytes for x in trained), max(x.nbytes for x in trained)
+    state = 2 * gradients if args.optimizer == "adamw" else sum(x.nbytes for own in optimizer.state for x in own)
+    reference = weights if args.beta and not args.lora_rank else 0
+
+    # learning from the two longest micro-batches; scoring the first
+    rows = plan_rows([Q] * P, dict.fromkeys(range(P * G), T), G, args.row_tokens, args.micro_batch_tokens)
+    tokens = torch.zeros(P * G, T, dtype=torch.long)
+    batch = pack_rows([[0] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
+    batch = tree_map(paper.from_tensor, batch)
+    settings = T, args.temperature, args.logprob_tokens
+    with paper, torch.no_grad(), counter_of_bytes(parameters) as scoring:
+        completion_logprobs(model, batch, *settings)
+    for parameter in trained if args.offload else ():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    model.train()
+    with paper, counter_of_bytes(parameters) as learning:
+        for _ in rows[:2]:
+            completion_logprobs(model, batch, *settings).sum().backward()
+    model.eval()
+    for parameter in trained:
+        parameter.grad = None
+
+    # sampling, for training and for both kinds of evaluation
+    sampling = cache = 0
+    for prompts, group_size in {(P, G), (args.eval_problems, 1), (args.eval_problems, args.eval_samples)}:
+        prompts = min(prompts, max(args.generate_rows // group_size, 1))
+        with paper, counter_of_bytes(parameters) as counter:
+            cache = max(cache, sample_on_paper(args, model, prompts, group_size))
+        sampling = max(sampling, counter.peak)
+
+    # the update of a large parameter; torch's needs nothing
+    with paper:
+        parameter = torch.nn.Parameter(torch.zeros(min(count, largest // trained[0].itemsize), dtype=trained[0].dtype))
+        parameter.grad = torch.zeros_like(parameter)
+        update = new_optimizer(replace(args, offload=False), torch.nn.ParameterList([parameter]))
+        if args.optimizer == "adamw8bit":
+            update.at_once = 1 << 24 if for_gpu else update.at_once
+            with counter_of_bytes([parameter, parameter.grad, *update.state[0]]) as updating:
+                update.step()
+
+    away = args.offload
+    held = largest if away else gradients
+    visiting = max(x.nbytes for x in parameters) if reference and away else reference
+    always = weights + (0 if away else state + reference) + (GPU_CONTEXT if for_gpu else 0)
+    table = {
+        "weights": (weights, 0),
+        "gradients": (held, gradients if away else 0),
+        "optimizer state": (0, state) if away else (state, 0),
+        "reference": (visiting, reference if away else 0),
+        "keys and values": (cache, 0),
+        "activations and logits": (learning.peak - held, 0),
+        "GPU context, assumed": (GPU_CONTEXT if for_gpu else 0, 0),
+    }
+    host = sum(on_host for _, on_host in table.values())
+    peaks = {
+        "peak of sampling": sampling,
+        "peak of scoring": scoring.peak + (visiting if away else 0) if args.beta or args.updates > 1 else 0,
+        "peak of learning": learning.peak,
+        "peak of the update": updating.peak + (0 if away else gradients)
+        if args.optimizer == "adamw8bit"
+        else gradients,
+    }
+    table |= {name: (always + more, host) for name, more in peaks.items() if more}
+    return table | {"peak": max(row for name, row in table.items() if name.startswith("peak"))}
+
+
+def print_plan(args):
+    plan = memory_plan(args)
+    print(f"{'GB':38}{'device':>15}{'host':>10}")
+    for name, (device, host) in plan.items():
+        print(f"{name:38}{device / 1e9:15.3f}{host / 1e9:10.3f}")
+    if args.gpu_memory:
+        spare = args.gpu_memory - plan["peak"][0] / 1e9
+        fits = f"fits, {spare:.1f} to spare" if spare >= 0 else f"does not fit, {-spare:.1f} too many"
+        print(f"of {args.gpu_memory:g} GB: {fits}")
+
+
 # ---- Training ----
 
 
@@ -1308,7 +1634,10 @@ def warm_start(args, model, tokenizer, problems, held_out):
 
 
 # what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload"
+CHANGEABLE = (
+    "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
+    "cuda_graph"
+)
 
 
 def new_run_dir(args):
@@ -1324,10 +1653,11 @@ def resumed_args(run_dir):
 def score(args, model, sequences, micro_batches):
     """(B, T) log-probabilities of the sequences under a model, 0 where the micro-batches do not reach."""
     logprobs = torch.zeros(sequences[2].shape)
-    for rows in micro_batches:
-        batch = pack_rows(*sequences, rows, args.group_size, args.device)
-        scored = completion_logprobs(model, batch, args.max_tokens, args.temperature, args.logprob_tokens)
-        logprobs[batch.sequences.cpu()] = scored.cpu()
+    with whole(model):
+        for rows in micro_batches:
+            batch = pack_rows(*sequences, rows, args.group_size, args.device)
+            scored = completion_logprobs(model, batch, args.max_tokens, args.temperature, args.logprob_tokens)
+            logprobs[batch.sequences.cpu()] = scored.cpu()
     return logprobs
 
 
@@ -1430,6 +1760,8 @@ def train(args: Args) -> list[dict]:
         raise InputError(
             f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {world_size} processes"
         )
+    if args.shard and world_size == 1:
+        raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
     if world_size > 1 and args.reward_model_steps:
         raise InputError(f"--reward-model-steps trains in one process: {world_size} would have a reward model each")
     P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
@@ -1465,11 +1797,20 @@ def train(args: Args) -> list[dict]:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
+    if saved:
+        policy.load_state_dict(saved["policy"], strict=False)
+    if args.shard:
+        shard(policy, args.device)
+    packed_logprobs = policy.packed_logprobs if args.shard else partial(completion_logprobs, policy)
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
 
     # 3. The reference: a frozen copy, or the policy itself with its adapter switched off; a learned reward
     reference = policy if adapter else load_reference(args, start_dir) if args.beta else None
+    if saved and saved["reference"]:
+        reference.load_state_dict(saved["reference"])
+    if args.shard and args.beta:
+        shard(reference, args.device)
     reward_model = load_reward_model(args) if args.reward_model else None
     if args.reward_model_steps:
         reward_optimizer = torch.optim.AdamW(reward_model[0].parameters(), args.reward_model_learning_rate)
@@ -1478,10 +1819,7 @@ def train(args: Args) -> list[dict]:
     first, cursor, metrics, pairs, replay = 0, 0, [], [], []
     if saved:
         first, cursor, metrics, pairs, replay = (saved[key] for key in ("step", "cursor", "metrics", "pairs", "replay"))
-        policy.load_state_dict(saved["policy"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
-        if saved["reference"]:
-            reference.load_state_dict(saved["reference"])
         if args.reward_model_steps:
             reward_model[0].load_state_dict(saved["reward_model"])
             reward_optimizer.load_state_dict(saved["reward_optimizer"])
@@ -1565,7 +1903,7 @@ def train(args: Args) -> list[dict]:
             optimizer.zero_grad()
             for micro_batch in plan:
                 batch = pack_rows(*sequences, micro_batch, G, args.device)
-                logprob = completion_logprobs(policy, batch, T, args.temperature, args.logprob_tokens)
+                logprob = packed_logprobs(batch, T, args.temperature, args.logprob_tokens)
                 i = batch.sequences.cpu()
                 m, advantage, old_logprob = (x[i].to(args.device) for x in (mask, advantages, old_logprobs))
                 if args.old_logprobs == "recomputed" and args.updates == 1:
@@ -1593,13 +1931,16 @@ def train(args: Args) -> list[dict]:
                     ]
                     stats += torch.stack([*(x.sum().float().cpu() for x in numbers), loss.cpu()])
                     ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
-            if world_size > 1:
+            if args.shard:
+                for _ in range(int(over_ranks(torch.tensor(len(plan)), "MAX")) - len(plan)):
+                    (0.0 * packed_logprobs(idle_batch(args.device), 1, 1.0, 1)).sum().backward()
+            elif world_size > 1:
                 for parameter in parameters:
                     if gradient_of(parameter) is None:
                         parameter.grad = torch.zeros_like(parameter)
                     gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
             gradients = [gradient_of(x) for x in parameters if gradient_of(x) is not None]
-            norms.append(cut_gradients(gradients, args.max_grad_norm))
+            norms.append(cut_gradients(gradients, args.max_grad_norm, args.shard))
             if not math.isfinite(norms[-1]):
                 can_resume = (run_dir / "checkpoint.pt").exists()
                 kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
@@ -1608,6 +1949,7 @@ def train(args: Args) -> list[dict]:
             optimizer.step()
             if update == 0:
                 gap = float(stats[5] / stats[0].clamp(min=1))  # before the first step, so the same weights twice
+        optimizer.zero_grad()
         policy.eval()
         clock.append(time.perf_counter())
 
@@ -1644,9 +1986,9 @@ def train(args: Args) -> list[dict]:
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
         log(writer, metrics, done, row)
-        if rank == 0 and (is_last or (args.checkpoint_every and done % args.checkpoint_every == 0)):
-            writer.flush()
-            trained = {name: x.detach() for name, x in policy.named_parameters() if x.requires_grad}
+        is_due = is_last or (args.checkpoint_every and done % args.checkpoint_every == 0)
+        if is_due and (rank == 0 or args.shard):  # to gather takes all processes
+            trained = {name: gathered(x.detach()) for name, x in policy.named_parameters() if x.requires_grad}
             refreshed = args.reference_every and args.beta
             content = {
                 "args": asdict(args),
@@ -1654,23 +1996,26 @@ def train(args: Args) -> list[dict]:
                 "cursor": cursor,
                 "policy": trained,
                 "optimizer": optimizer.state_dict(),
-                "reference": reference.state_dict() if refreshed else None,
+                "reference": {n: gathered(x) for n, x in reference.state_dict().items()} if refreshed else None,
                 "reward_model": reward_model[0].state_dict() if args.reward_model_steps else None,
                 "reward_optimizer": reward_optimizer.state_dict() if args.reward_model_steps else None,
                 "pairs": pairs,
                 "replay": replay,
                 "metrics": metrics,
             }
-            save(run_dir / "checkpoint.pt", content)
+            if rank == 0:
+                writer.flush()
+                save(run_dir / "checkpoint.pt", content)
 
     # 12. Summary
+    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank > 0:
         return metrics
     writer.close()
-    save_model(run_dir / "policy", adapter or policy, tokenizer)
+    save_model(run_dir / "policy", adapter or policy, tokenizer, weights)
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
     draw_curves(metrics, run_dir / "curves.png")
     before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
@@ -1704,11 +2049,14 @@ def main():
     run_dir = None
     try:
         args = parse_args()
+        if args.plan:
+            return print_plan(args)
         run_dir = args.resume or args.run_dir
         train(args)
     except torch.OutOfMemoryError as error:
         flags = "--generate-rows if it was sampling, --micro-batch-tokens if it was learning"
-        print(f"error: out of memory: lower {flags}; --gradient-checkpointing saves most: {error}", file=sys.stderr)
+        more = "--gradient-checkpointing and --offload save most, --plan says what is needed"
+        print(f"error: out of memory: lower {flags}; {more}: {error}", file=sys.stderr)
         sys.exit(2)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,7 +21,9 @@ SUITES = {
     "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")],
     "ppo_atari.py": ["tests/test_atari.py"],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
     "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs")],
-    "grpo_llm.py": [f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs")],
+    "grpo_llm.py": [
+        f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")
+    ],
 }
 
 # (what is wrong, the right text, the wrong text)
@@ -443,11 +445,11 @@ GRPO = [
     ),
     (
         "EOS masked out",
-        "tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, 1\n        going = ~torch.isin(token, eos)",
-        "going = ~torch.isin(token, eos)\n        tokens[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, going.long()",
+        "tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1\n        going &= ~torch.isin(token, eos)",
+        "tokens[on, t], logprobs[on, t], was = token[going], logprob[going], going\n        going = going & ~torch.isin(token, eos)\n        mask[on, t] = going[was].long()",
     ),
-    ("tokens after EOS go on", "going = ~torch.isin(token, eos)", "going = torch.ones_like(token, dtype=torch.bool)"),
-    ("one EOS of several", "going = ~torch.isin(token, eos)", "going = token != eos[0]"),
+    ("tokens after EOS go on", "going &= ~torch.isin(token, eos)", "pass"),
+    ("one EOS of several", "going &= ~torch.isin(token, eos)", "going &= token != eos[0]"),
     (
         "positions of the sampler count padding",
         "position_ids=(lengths[rows] + t)[:, None]",
@@ -458,7 +460,7 @@ GRPO = [
         "attention_mask=seen[rows, None, None, : Q + t + 1]",
         "attention_mask=torch.ones_like(seen[rows, None, None, : Q + t + 1])",
     ),
-    ("rows that leave mix up the cache", "room[holes, :, : self.used] = room[movers, :, : self.used]", "pass"),
+    ("rows that leave mix up the cache", "room[holes, :, :used] = room[movers, :, :used]", "pass"),
     (
         "positions go on through the row",
         "len(prompt) + torch.arange(lengths[i] - 1)\n",
@@ -528,8 +530,8 @@ GRPO = [
     ),
     (
         "gradients cut one by one",
-        "norms.append(cut_gradients(gradients, args.max_grad_norm))",
-        "norms.append(sum(cut_gradients([x], args.max_grad_norm) for x in gradients))",
+        "norms.append(cut_gradients(gradients, args.max_grad_norm, args.shard))",
+        "norms.append(sum(cut_gradients([x], args.max_grad_norm, args.shard) for x in gradients))",
     ),
     (
         "gradients of micro-batches forgotten",
@@ -542,7 +544,11 @@ GRPO = [
         "range(cursor + rank * P, cursor + (rank + 1) * P)",
         "range(cursor, cursor + P)",
     ),
-    ("gradients not exchanged", "copy_(over_ranks(gradient_of(parameter).to(args.device)))", "clone()"),
+    (
+        "gradients not exchanged",
+        "gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))",
+        "pass",
+    ),
     (
         "totals of one process",
         "taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))",
@@ -556,8 +562,8 @@ GRPO = [
     ),
     (
         "reference not restored on resume",
-        '            reference.load_state_dict(saved["reference"])\n',
-        "            pass\n",
+        '        reference.load_state_dict(saved["reference"])\n',
+        "        pass\n",
     ),
     ("replay not kept", "(replay + pairs)[-10_000:]", "[]"),
     ("NaN goes unnoticed", "            if not math.isfinite(norms[-1]):", "            if False:"),
@@ -571,6 +577,35 @@ GRPO = [
         "return problems[held_out:], problems[:held_out]",
         "return problems, problems[:held_out]",
     ),
+    (
+        "offloaded gradients stay on the device",
+        "        parameter.grad = None\n\n    parameter.host",
+        "\n    parameter.host",
+    ),
+    (
+        "offloaded micro-batches overwrite each other",
+        "host.add_(parameter.grad.cpu())",
+        "host.copy_(parameter.grad.cpu())",
+    ),
+    ("offloaded gradients never forgotten", "parameter.grad = parameter.host_gradient = None", "parameter.grad = None"),
+    ("offloaded state not brought back", "                    own.copy_(new)", "                    pass"),
+    (
+        "the norm of each process's part",
+        "norm = (over_ranks(norm.square()).sqrt() if are_shards else norm)",
+        "norm = norm",
+    ),
+    ("visitors do not leave", "parameter.data = parameter.on_host", "pass"),
+    ("sharded gradients averaged", "            module.set_gradient_divide_factor(1.0)\n", ""),
+    (
+        "parts saved for the whole",
+        "gathered(x.detach()) for name, x in policy.named_parameters() if",
+        "own_part(x.detach()) for name, x in policy.named_parameters() if",
+    ),
+    ("copies rounded apart", '{update} rounding"', '{update} {rank} rounding"'),
+    ("the plan forgets gradients", "held = largest if away else gradients", "held = 0"),
+    ("the plan learns from nothing", "for _ in rows[:2]:", "for _ in rows[:0]:"),
+    ("fixed shapes see what was never written", "seen[rows] & (columns <= Q + t)", "seen[rows]"),
+    ("fixed shapes write one column late", "columns[Q + t : Q + t + 1]", "columns[Q + t - 1 : Q + t]"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

@@ -1,9 +1,15 @@
 """grpo_llm beyond what a small card holds: --offload, --plan, --shard, on transformers of a few dimensions."""
 
+import os
+import socket
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 NOT_COMPARED = ("time/", "memory/")
 BF16 = {"dtype": "bfloat16", "optimizer": "adamw8bit", "learning_rate": 1e-3}
@@ -129,3 +135,243 @@ def test_cut_gradients(grpo):
 def test_offload_needs_the_8_bit_optimizer(grpo):
     with pytest.raises(ValueError, match="offload keeps the state of optimizer adamw8bit on the host, got adamw"):
         grpo.Args(offload=True)
+
+
+# ---- --plan ----
+
+
+def allocated(action):
+    """Bytes alive at most beyond those at the start, as the CPU's allocator reports them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    alive = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+PLANNED = [
+    {"dtype": "bfloat16", "optimizer": "adamw8bit"},
+    {"dtype": "bfloat16", "optimizer": "adamw8bit", "offload": True, "gradient_checkpointing": True},
+    {"row_tokens": 200, "logprob_tokens": 64, "gradient_checkpointing": True},
+    {"max_tokens": 100, "micro_batch_tokens": 500, "logprob_tokens": 32},
+]
+
+
+@pytest.mark.parametrize("options", PLANNED, ids=range(len(PLANNED)))
+def test_plan_is_what_the_allocator_counts(grpo, tiny_grpo, tiny_lm, options):
+    """[G26] Within 10% of the peaks of real tensors, weights aside: learning from two micro-batches, and sampling."""
+    args = tiny_grpo(**{"max_tokens": 40, "micro_batch_tokens": 300, "eval_problems": 1, **options}, plan=20)
+    plan = grpo.memory_plan(args)
+    model = grpo.load_model(args, tiny_lm)[0]
+    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert plan["weights"] == (weights, 0)
+    state = plan["optimizer state"]
+    optimizer = grpo.new_optimizer(args, model)
+    if args.optimizer == "adamw8bit":
+        assert state[args.offload] == sum(x.nbytes for own in optimizer.state for x in own) > weights * 0.9
+        assert state[not args.offload] == 0
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    Q, T, G, P = 20, args.max_tokens, args.group_size, args.prompts_per_step
+    tokens = torch.full((P * G, T), 5)
+    rows = grpo.plan_rows([Q] * P, dict.fromkeys(range(P * G), T), G, args.row_tokens, args.micro_batch_tokens)
+    assert len(rows) > 1
+    batch = grpo.pack_rows([[5] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
+
+    def learn():
+        for _ in range(2):
+            grpo.completion_logprobs(model, batch, T, args.temperature, args.logprob_tokens).sum().backward()
+
+    model.train()
+    always = weights + state[0]
+    assert plan["peak of learning"][0] - always == pytest.approx(allocated(learn), rel=0.1)
+    optimizer.zero_grad()
+    model.eval()
+    noise = torch.rand(P * G, T)
+    sampled = allocated(lambda: grpo.generate(model, [[5] * Q] * P, noise, 1.0, [1000], 0))
+    assert plan["peak of sampling"][0] - always == pytest.approx(sampled, rel=0.1)
+    assert plan["keys and values"][0] == P * G * (Q + T) * 2 * 2 * 16 * (2 if args.dtype == "bfloat16" else 4)
+    assert plan["peak"] == max(row for name, row in plan.items() if name.startswith("peak of"))
+
+
+def test_plan_of_where_things_are(grpo, tiny_grpo):
+    """--offload takes gradients, state and reference to the host; what stays is one parameter's gradient and one
+    module of the reference. A LoRA has a reference for nothing and gradients for its adapters alone."""
+    options = {**BF16, "beta": 0.1, "plan": 20}
+    plain, offloaded = (grpo.memory_plan(tiny_grpo(**options, offload=offload)) for offload in (False, True))
+    for name in ("gradients", "reference", "optimizer state"):
+        assert plain[name][1] == 0 < offloaded[name][1] == plain[name][0], name
+        assert offloaded[name][0] < plain[name][0] / 2
+    assert plain["peak"][1] == 0 and offloaded["peak"][1] == sum(x[1] for n, x in offloaded.items() if "peak" not in n)
+    assert offloaded["peak of learning"][0] < plain["peak of learning"][0]
+    assert "peak of scoring" in plain and "peak of scoring" not in grpo.memory_plan(tiny_grpo(plan=20))
+    on_gpu = grpo.memory_plan(tiny_grpo(**options, gpu_memory=8.0))
+    assert on_gpu["peak of learning"][0] == plain["peak of learning"][0] + grpo.GPU_CONTEXT
+    pytest.importorskip("peft")
+    adapted = grpo.memory_plan(tiny_grpo(beta=0.1, plan=20, lora_rank=2))
+    assert adapted["reference"] == (0, 0) and 0 < adapted["gradients"][0] < adapted["weights"][0]
+
+
+def test_plan_from_a_configuration_alone(grpo, tiny_lm, tmp_path):
+    """A directory with nothing but config.json; the table and the verdict are printed, nothing is trained."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((Path(tiny_lm) / "config.json").read_bytes())
+    command = [sys.executable, grpo.__file__, "--model", "model", "--max-tokens", "30", "--plan", "20"]
+    done = subprocess.run([*command, "--gpu-memory", "0.5"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "peak of learning" in done.stdout and "does not fit" in done.stdout.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- --shard and several processes ----
+
+
+def two_processes(grpo, args):
+    """The run as torchrun would start it, twice; each process leaves its weights beside the run directory."""
+    words = []
+    for name, value in vars(args).items():
+        if value is not None and value != getattr(grpo.Args(), name):
+            flag = name.replace("_", "-")
+            words += (
+                [f"--{flag}"] if value is True else [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+            )
+    worker = f"""
+import importlib.util, os, sys, torch
+spec = importlib.util.spec_from_file_location("script", {str(grpo.__file__)!r})
+script = importlib.util.module_from_spec(spec)
+sys.modules["script"] = script
+spec.loader.exec_module(script)
+models, new_optimizer = [], script.new_optimizer
+script.new_optimizer = lambda args, model: models.append(model) or new_optimizer(args, model)
+script.main()
+torch.save(
+    {{name: script.own_part(x.detach()) for name, x in models[0].named_parameters()}},
+    {(args.resume or args.run_dir)!r} + f".{{os.environ['RANK']}}.pt",
+)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", worker, *words],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [torch.load(f"{args.resume or args.run_dir}.{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_replicas_stay_equal(grpo, tiny_grpo):
+    """[G18] Two processes with all of the weights each: rounded stochastically, in bfloat16, to the same bits."""
+    args = tiny_grpo(**BF16, prompts_per_step=4, beta=0.1)
+    one, two = two_processes(grpo, args)
+    before = weights_of(grpo, args)
+    assert sum(not torch.equal(x, before[name]) for name, x in one.items()) > len(before) / 2
+    assert all(torch.equal(x, two[name]) for name, x in one.items())
+
+
+SHARDED = {"optimizer": "adamw8bit", "prompts_per_step": 4, "beta": 0.1, "learning_rate": 1e-3, "max_grad_norm": 0.5}
+SHARDED |= {"micro_batch_tokens": 60, "num_minibatches": 2, "reduction": "token", "eval_problems": 5}
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_two_shards_train_as_one_process(grpo, tiny_grpo, gradient_checkpointing):
+    """[G27] Half of every parameter a process, generation and scores after gathering, an uneven number of
+    micro-batches: samples, gradients' norm and weights of one process with all of it; a checkpoint for any number."""
+    options = {**SHARDED, "steps": 1, "gradient_checkpointing": gradient_checkpointing}
+    alone = tiny_grpo("alone", **options)
+    metrics, weights, state = run(grpo, alone)
+    args = tiny_grpo("both", **options, shard=True)
+    parts = two_processes(grpo, args)
+    before = weights_of(grpo, alone)
+    for name, x in weights.items():
+        assert sum(len(part[name]) for part in parts) == len(x) and len(parts[1][name]) <= len(parts[0][name]) < len(x)
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), x, rtol=0, atol=2e-5)
+    assert max(float((x - before[name]).abs().max()) for name, x in weights.items()) > 1e-3
+    saved = torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)
+    rows = [{name: x for name, x in row.items() if not name.startswith(NOT_COMPARED)} for row in saved["metrics"]]
+    for row, other in zip(metrics, rows, strict=True):
+        for name in row.keys() - {"policy/sampler_gap"}:
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
+    for name, x in weights.items():
+        torch.testing.assert_close(saved["policy"][name], x, rtol=0, atol=2e-5)
+        assert torch.equal(saved["policy"][name], torch.cat([part[name] for part in parts]))
+    own, kept = state["state"][0], saved["optimizer"]["state"][0]
+    assert [x.shape for x in own] == [x.shape for x in kept]
+    assert (own[1].float() - kept[1].float()).abs().mean() < 2
+    exported = AutoModelForCausalLM.from_pretrained(Path(args.run_dir) / "policy")
+    assert type(exported).__name__ == "Qwen3ForCausalLM" == exported.config.architectures[0]
+    assert all(torch.equal(x, saved["policy"][name]) for name, x in exported.named_parameters())
+
+
+def prolong(args):
+    """The run's checkpoint, to go on for one step more."""
+    path = Path(args.run_dir) / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"]["steps"] = args.steps + 1
+    torch.save(saved, path)
+
+
+def test_a_checkpoint_fits_any_number_of_processes(grpo, tiny_grpo):
+    """[G27] Two steps by two processes and a third by one, or the other way round: near three by one, for the moments
+    are rounded anew in other blocks."""
+    options = {**SHARDED, "anneal_lr": False}
+    straight = run(grpo, tiny_grpo("straight", **options, steps=3))[1]
+    began_as_two, began_as_one = tiny_grpo("two", **options, steps=2, shard=True), tiny_grpo("one", **options, steps=2)
+    two_processes(grpo, began_as_two)
+    grpo.train(began_as_one)
+    prolong(began_as_two)
+    prolong(began_as_one)
+    grpo.train(grpo.replace(grpo.resumed_args(began_as_two.run_dir), shard=False))
+    two_processes(grpo, grpo.replace(grpo.resumed_args(began_as_one.run_dir), shard=True))
+    before = weights_of(grpo, began_as_one)
+    for args in (began_as_two, began_as_one):
+        saved = torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)
+        assert saved["step"] == 3
+        moved = torch.cat([(x - before[name]).flatten() for name, x in straight.items()])
+        apart = torch.cat([(x - saved["policy"][name]).flatten() for name, x in straight.items()])
+        assert moved.norm() > 0.05 and apart.norm() < 0.1 * moved.norm()
+
+
+def test_shard_needs_processes(grpo, tiny_grpo):
+    with pytest.raises(grpo.InputError, match="--shard needs several processes"):
+        grpo.train(tiny_grpo(optimizer="adamw8bit", shard=True))
+    with pytest.raises(ValueError, match="shard takes optimizer adamw8bit, and neither offload nor lora_rank"):
+        grpo.Args(shard=True)
+
+
+# ---- The step of a token as a GPU replays it ----
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_fixed_shapes_sample_the_same(grpo, tiny_grpo, tiny_lm, monkeypatch, group_size):
+    """[G28] Attention over the cache's full length, rows that stay when they are done until half are: the tokens of
+    the growing cache, prompts of several lengths, several EOS."""
+    model = grpo.load_model(tiny_grpo(), tiny_lm)[0]
+    prompts, noise = [[4, 5, 6], [7], [8, 3, 4, 12, 9]] * 2, torch.rand(6 * group_size, 14)
+    sizes, fixed_step = [], grpo.fixed_step
+
+    def watched(model, cache, token, *rest):
+        sizes.append(len(token))
+        return fixed_step(model, cache, token, *rest)
+
+    monkeypatch.setattr(grpo, "fixed_step", watched)
+    growing = grpo.generate(model, prompts, noise, 0.9, [1, 5, 9], 0)
+    assert sizes == []
+    fixed = grpo.generate(model, prompts, noise, 0.9, [1, 5, 9], 0, is_fixed=True)
+    assert sizes[0] > len(prompts) * group_size // 2 and len(sizes) > 1
+    assert all(2 * after <= before for before, after in pairwise(sizes))
+    assert torch.equal(growing[0], fixed[0]) and torch.equal(growing[2], fixed[2])
+    assert len(growing[2].sum(-1).unique()) > 3
+    torch.testing.assert_close(growing[1], fixed[1], rtol=0, atol=1e-5)
