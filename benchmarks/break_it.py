@@ -7,8 +7,9 @@ Run      python benchmarks/break_it.py cartpole                (a minute and a h
 Writes   benchmarks/results/break_it_cartpole.jsonl, break_it_breakout.jsonl (a line a run);
          breakout's first run also runs/break_it/defaults, with a film for atari_curve.py
 
-CartPole: five seeds, 100,000 steps. Breakout: one seed, 120,000 steps at a fixed learning rate of 5e-4 (the collapse:
-30,000), then 40 games; the games of a new network, and those with sticky actions, by the agent of the first run.
+CartPole: five seeds, 100,000 steps. Breakout: one seed, 120,000 steps at a fixed learning rate of 5e-4, then 40 games;
+the collapse 30,000 steps and no games. A new network's games are played too, and by the first run's agent games with sticky
+actions.
 """
 
 import argparse
@@ -77,6 +78,8 @@ def run_breakout(name):
         run_dir = defaults if name in ("defaults", "sticky actions") else Path(folder) / "run"
         if flags is not None:
             result = summary(atari.train(atari.replace(args, run_dir=str(run_dir))))
+            if name == "collapse":  # an agent that never presses FIRE would play its games for 27,000 steps each
+                return result
         agent = atari.Agent(atari.make_envs(args, 1), args)
         if name != "new network":
             agent.load_state_dict(atari.load(run_dir / "checkpoint.pt")["agent"])

@@ -40,6 +40,9 @@ class StayOrLeave(gym.Env):
     observation_space = gym.spaces.Box(0.0, 1.0, (1,))
     action_space = gym.spaces.Discrete(2)
 
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         return np.ones(1, dtype=np.float32), {}
