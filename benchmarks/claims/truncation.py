@@ -9,7 +9,8 @@ ppo_cartpole.py with its defaults, and the same with one word changed: the boots
 * CartPole, 100,000 steps under a limit of 25, 50, 100 or 500 steps; judged by greedy episodes of up to 500 steps. The
   critic's value of the first observation is noted too: a pole that stays up is worth 1/(1 − γ) = 50, limit or no limit.
 * StayOrLeave, made for the purpose: staying pays 0.1 a step for ever, leaving pays 1 and ends it. At γ = 0.98 staying
-  is worth 5. The limit is 8 steps: whoever takes it for death sees at most 0.8.
+  is worth 5. The limit is 8 steps: whoever takes it for death sees at most 0.8 in staying, and plans to leave before.
+  60,000 steps; judged by the return that the policy expects of 500 steps without a limit, 50 at best.
 """
 
 import argparse
@@ -87,7 +88,9 @@ def measure(seed):
             with torch.inference_mode():
                 stay = float(agent.actor(torch.ones(1, 1)).softmax(-1)[0, 0])
                 value = float(agent.critic(torch.ones(1, 1)))
-        yield {"env": "StayOrLeave", "variant": name, "seed": seed, "stay": round(stay, 4), "value": round(value, 3)}
+        expected = sum(stay**t * (0.1 * stay + 1 - stay) for t in range(500))
+        row = {"env": "StayOrLeave", "variant": name, "seed": seed, "stay": round(stay, 5), "value": round(value, 3)}
+        yield {**row, "return": round(expected, 2)}
 
 
 def draw():
@@ -122,13 +125,13 @@ def draw():
     left.legend(fontsize=8)
     for j, (name, color) in enumerate((("right", "C0"), ("wrong", "C3"))):
         mine = [row for row in rows if row["env"] == "StayOrLeave" and row["variant"] == name]
-        stays = [row["stay"] for row in mine]
-        values = np.median([row["value"] for row in mine])
-        print(f"StayOrLeave, {name}: π(stay) {np.median(stays):.3f} ({min(stays):.3f} to {max(stays):.3f}), ", end="")
-        print(f"stays in {sum(s > 0.5 for s in stays)} of {len(stays)} seeds, V {values:.2f}")
-        right.plot(np.full(len(stays), j), stays, ".", color=color, alpha=0.6, markersize=10)
+        returns, stays, values = ([row[key] for row in mine] for key in ("return", "stay", "value"))
+        low, middle, high = np.quantile(returns, (0.25, 0.5, 0.75))
+        print(f"StayOrLeave, {name}: return of 500 steps {middle:.1f} ({low:.1f} to {high:.1f}), ", end="")
+        print(f"π(stay) {np.median(stays):.4f} ({min(stays):.4f} to {max(stays):.4f}), V {np.median(values):.2f}")
+        right.plot(np.full(len(returns), j), returns, ".", color=color, alpha=0.6, markersize=10)
     right.set_xticks([0, 1], ["bootstrap\nat a time limit", "cut: taken\nfor death"])
-    right.set(title="StayOrLeave: π(stay), which is right", ylim=(-0.05, 1.05), xlim=(-0.5, 1.5))
+    right.set(title="StayOrLeave, limit 8: expected return of 500 steps", ylim=(0, 52), xlim=(-0.5, 1.5))
     left.figure.savefig(ROOT / "docs" / "figures" / "claims_truncation.png", dpi=120)
 
 
