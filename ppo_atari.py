@@ -200,6 +200,8 @@ def make_envs(args, num_envs, **changes):
         return gym.make_vec(args.env_id, num_envs=num_envs, **{**settings, **changes})
     except gym.error.Error as error:
         raise InputError(f"--env-id {args.env_id}: {error}") from error
+    except OSError as error:  # ALE_ROMS_DIR leads elsewhere, or the package is damaged
+        raise InputError(f"--env-id {args.env_id}: its ROM is not to be had: {error}") from error
 
 
 def is_game_over(terminated, truncated, info):
@@ -215,6 +217,13 @@ def init_layer(layer, gain):
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class ChannelsLastFlatten(nn.Module):
+    """(B, C, H, W), channels last in memory → (B, H·W·C), a view: nn.Flatten would copy, forward and backward."""
+
+    def forward(self, features):
+        return features.permute(0, 2, 3, 1).flatten(1)
 
 
 class Agent(nn.Module):
@@ -233,8 +242,8 @@ class Agent(nn.Module):
             nn.ReLU(inplace=True),
             init_layer(nn.Conv2d(64, 64, 3, stride=1), sqrt(2)),
             nn.ReLU(inplace=True),
-            nn.Flatten(),
-            init_layer(nn.Linear(64 * 7 * 7, 512), sqrt(2)),
+            ChannelsLastFlatten(),
+            init_layer(nn.Linear(7 * 7 * 64, 512), sqrt(2)),
             nn.ReLU(inplace=True),
         )
         self.actor = init_layer(nn.Linear(512, int(envs.single_action_space.n)), 0.01)  # nearly uniform at first
@@ -429,10 +438,13 @@ def train(args: Args) -> list[dict]:
         raise InputError(f"--num-envs {args.num_envs} cannot be split evenly over {world_size} processes")
     T, N = args.num_steps, args.num_envs // world_size  # N games in this process
     device = args.device
-    if world_size > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if world_size > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
+    if world_size > 1:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # or NCCL would gather the finished games on GPU 0 in every process
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     torch.set_num_threads(args.torch_threads or max(1, os.cpu_count() // world_size))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products are refused here:
     torch.use_deterministic_algorithms(args.torch_deterministic)

@@ -149,7 +149,7 @@ def measure(options):
 
 
 def results_file(options):
-    return RESULTS / f"atari_speed{'' if options.device == 'cpu' else '_cuda'}.jsonl"
+    return RESULTS / (options.results or f"atari_speed{'' if options.device == 'cpu' else '_cuda'}.jsonl")
 
 
 def print_table(options):
@@ -178,6 +178,7 @@ if __name__ == "__main__":
     default = [program for program in (*OURS, *PEERS) if program not in ("ours-compiled", "ours-graphs")]
     parser.add_argument("--programs", nargs="+", default=default, choices=[*OURS, *PEERS])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--results", help="name of the file of raw results")
     parser.add_argument("--cleanrl", help="a copy of CleanRL's repository")
     parser.add_argument("--cleanrl-python", default=sys.executable, help="an interpreter with what it needs")
     parser.add_argument("--one", choices=list(OURS), help=argparse.SUPPRESS)

@@ -1,9 +1,10 @@
-"""Keeps the learning curve of a run of ppo_atari.py and draws it.
+"""Keeps the learning curve of a run of ppo_atari.py and draws it; of a film, if there is one, four frames.
 
 Run      python ppo_atari.py --total-timesteps 3000000 --learning-rate 5e-4 --torch-threads 1 --run-dir runs/pong
          python benchmarks/atari_curve.py pong --run-dir runs/pong      (raw results, then the figure)
          python benchmarks/atari_curve.py pong                          (redraws from the kept results)
-Writes   benchmarks/results/NAME_curve.jsonl, docs/figures/NAME_curve.png
+Writes   benchmarks/results/NAME_curve.jsonl, docs/figures/NAME_curve.png;
+         of the run's video/game.mp4 (--capture-video) docs/figures/NAME_frames.png
 """
 
 import argparse
@@ -42,6 +43,20 @@ def draw(path, figure):
     print(f"{best['global_step']:,}, {best['seconds'] / 60:.0f} minutes; last step {rows[-1]['global_step']:,}")
 
 
+def draw_frames(film, figure):
+    """Four frames of one second, a third of the way into the game: pixels as they are."""
+    import imageio.v3 as imageio
+
+    frames = imageio.imread(film)
+    first = len(frames) // 3
+    axes = Figure(figsize=(9, 3.2), layout="constrained").subplots(1, 4)
+    for ax, index in zip(axes, range(first, first + 20, 5)):
+        ax.imshow(frames[index])
+        ax.set(title=f"step {index} of {len(frames)}", xticks=[], yticks=[])
+    axes[0].figure.savefig(figure, dpi=100)
+    print(f"{figure.relative_to(ROOT)}: four of {len(frames)} frames")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the results: pong, breakout, …")
@@ -51,3 +66,5 @@ if __name__ == "__main__":
     if options.run_dir:
         keep(options.run_dir, results)
     draw(results, ROOT / "docs" / "figures" / f"{options.name}_curve.png")
+    if options.run_dir and (film := options.run_dir / "video" / "game.mp4").exists():
+        draw_frames(film, ROOT / "docs" / "figures" / f"{options.name}_frames.png")

@@ -9,12 +9,14 @@ import contextlib
 import io
 import json
 import re
+import sys
 import time
 
 import numpy as np
 from cartpole import RESULTS, ROOT, machine
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(ROOT))  # the page imports gae_reference
 FILE = RESULTS / "foundations.json"
 BASELINES = {"V(s)": "value", "0": 0.0, "−3": -3.0}
 

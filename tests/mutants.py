@@ -197,6 +197,60 @@ ATARI = [
     ("gradients not exchanged", "dist.all_reduce(parts)\n", "pass\n"),
     ("steps of one process counted", "dist.all_reduce(transitions)\n", "pass\n"),
     ("the film in grey", "grayscale=False", "grayscale=True"),
+    (
+        "actions greedy in the rollout",
+        "action = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)\n                old",
+        "action = logits.argmax(-1)\n                old",
+    ),
+    ("rollout begins at a stale observation", "        obs[0] = obs[T]\n", ""),
+    ("the last row's value left over", "            values[T] = agent(obs[T])[1]\n", ""),
+    ("Adam's ε left at torch's", "eps=1e-5, ", ""),
+    ("learning rate not annealed", '        optimizer.param_groups[0]["lr"] = learning_rate\n', ""),
+    (
+        "clip range not annealed",
+        "advantage, clip_coef)\n            value_loss",
+        "advantage, args.clip_coef)\n            value_loss",
+    ),
+    ("advantages not centred", "centred = advantage - total / count", "centred = advantage"),
+    ("minibatches of one order for ever", "torch.randperm(len(b_obs))", "torch.arange(len(b_obs))"),
+    ("gradients never zeroed", "            optimizer.zero_grad()\n", ""),
+    ("gradients not clipped", "            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [D11]\n", ""),
+    ("entropy penalised", "policy_loss - args.ent_coef", "policy_loss + args.ent_coef"),
+    ("value loss unweighted", "args.vf_coef * value_loss", "value_loss"),
+    ("value loss against the advantages", "b_values[mb], b_returns[mb], clip", "b_values[mb], b_advantages[mb], clip"),
+    (
+        "target-kl skips a minibatch and goes on",
+        "break  # before this step is taken",
+        "continue  # before this step is taken",
+    ),
+    ("losses of the last minibatch logged", "torch.stack(losses).mean(0)", "losses[-1]"),
+    (
+        "network not restored on resume",
+        '        agent.load_state_dict(saved["agent"])\n        optimizer',
+        "        optimizer",
+    ),
+    ("optimizer not restored on resume", '        optimizer.load_state_dict(saved["optimizer"])\n', ""),
+    (
+        "evaluation by a fresh network",
+        '        agent.load_state_dict(saved["agent"])\n    except',
+        "        pass\n    except",
+    ),
+    (
+        "a fresh network saved as the model",
+        '"model.pt", {"args": asdict(args), "agent": agent.state_dict()}',
+        '"model.pt", {"args": asdict(args), "agent": Agent(envs, args).state_dict()}',
+    ),
+    ("evaluation counts second games", "returns += rewards * running", "returns += rewards"),
+    (
+        "evaluation ends with the first life",
+        "running &= ~is_game_over(terminated, truncated, info)",
+        "running &= ~terminated",
+    ),
+    (
+        "every process plays the same games",
+        "envs.reset(seed=args.seed + global_step + rank * N)",
+        "envs.reset(seed=args.seed + global_step)",
+    ),
 ]
 
 # (script, what is wrong, the right text, the wrong text)

@@ -52,6 +52,7 @@ def watch(cartpole, monkeypatch):
                 numbers = tuple(x.detach() for x in result) if isinstance(result, tuple) else result.detach()
                 into.append(SimpleNamespace(arguments=kept, result=numbers))
                 if name == "compute_gae":
+                    assert not result.requires_grad  # advantages are numbers, no graph hangs on them
                     into[-1].agent = copy.deepcopy(seen.agent)  # as it was when the rollout was judged
                 return result
 
