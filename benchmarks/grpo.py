@@ -4,7 +4,7 @@ Run      python benchmarks/grpo.py seeds                     (outcome and proces
          python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds)
          python benchmarks/grpo.py seeds --plot              (redraws the figure from the kept results)
 Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
-         docs/figures/grpo_NAME.png; models go to --work
+         docs/figures/grpo_seeds.png, grpo_real.png; models go to --work
 
 Each run is a process of its own, `python grpo_llm.py …`; its seconds are those of the whole process, start to end.
 """
