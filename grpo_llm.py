@@ -1223,12 +1223,12 @@ def own_part(x):
 
 
 def gathered(x, like=None):
-    """All of a tensor that is sharded, or of one whose parts are sharded like another; any other as it is."""
+    """All of a tensor that is sharded, or whose parts are sharded like another, on the host; any other as it is."""
     if like is not None:
         from torch.distributed.tensor import DTensor
 
         x = DTensor.from_local(x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
 
 
 def scattered(x, like):
@@ -1466,7 +1466,7 @@ def counter_of_bytes(known):
 
 
 def model_on_paper(args):
-    """The policy made from its configuration alone; under FakeTensorMode its weights are shapes without content."""
+    """The policy made from its configuration alone; on the meta device its weights are shapes without content."""
     import transformers
 
     if args.model is None:
@@ -1480,6 +1480,18 @@ def model_on_paper(args):
     if args.lora_rank:
         add_adapter(args, model)
     return model
+
+
+def on_cpu_on_paper(model):
+    """Meta tensors replaced, under FakeTensorMode, by those that pass for a CPU's: its attention is the fused one."""
+    made = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, x in own.items():
+                if x is not None and x not in made:
+                    new = torch.empty(x.shape, dtype=x.dtype)
+                    made[x] = torch.nn.Parameter(new, x.requires_grad) if own is module._parameters else new
+                own[name] = None if x is None else made[x]  # a tied weight stays one
 
 
 @torch.no_grad()
@@ -1513,8 +1525,10 @@ def memory_plan(args):
     P = max(args.prompts_per_step // int(os.environ.get("WORLD_SIZE", 1)), 1)
     for_gpu = bool(args.gpu_memory) or args.device.startswith("cuda")
     paper = FakeTensorMode()
-    with paper:
+    with torch.device("meta"):
         model = model_on_paper(args)
+    with paper:
+        on_cpu_on_paper(model)
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         optimizer = new_optimizer(replace(args, offload=False), model)

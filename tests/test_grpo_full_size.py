@@ -282,7 +282,7 @@ def test_replicas_stay_equal(grpo, tiny_grpo):
 
 
 SHARDED = {"optimizer": "adamw8bit", "prompts_per_step": 4, "beta": 0.1, "learning_rate": 1e-3, "max_grad_norm": 0.5}
-SHARDED |= {"micro_batch_tokens": 60, "num_minibatches": 2, "reduction": "token", "eval_problems": 5}
+SHARDED |= {"micro_batch_tokens": 60, "reduction": "token", "eval_problems": 5}
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
