@@ -203,7 +203,7 @@ def test_equal_rewards_move_nothing_without_kl(watch, grpo, tiny_grpo, monkeypat
     assert seen.steps == [] and seen.calls["grpo_token_loss"] == []
     for row in seen.metrics[1:]:
         assert row["groups/zero_variance"] == 1 and row["reward/std"] == 0 and row["reward/mean"] == 1
-        assert row["policy/loss"] == row["policy/grad_norm"] == row["policy/ratio_max"] == 0
+        assert row["policy/loss"] == row["policy/grad_norm"] == 0 and "policy/ratio_max" not in row
     saved = torch.load(Path(seen.args.run_dir) / "checkpoint.pt", weights_only=True)["policy"]
     before = base_model(seen.args).state_dict()
     assert all(torch.equal(weight, before[name]) for name, weight in saved.items()) and len(saved) > 20
@@ -456,7 +456,7 @@ def test_policy_metrics(watch, tiny_grpo):
         low.append((ratio < 0.95) & (side < 0))
         high.append((ratio > 1.3) & (side > 0))
         k3.append(((ref_logprob - logprob).exp() - 1 - (ref_logprob - logprob))[on])
-        losses.append(float(reduce.result))
+        losses.append(reduce.result.item())
     row = seen.metrics[1]
     assert row["policy/ratio_mean"] == pytest.approx(float(torch.cat(ratios).mean()), rel=1e-4)
     assert row["policy/ratio_max"] == pytest.approx(float(torch.cat(ratios).max()), rel=1e-5)
