@@ -857,16 +857,16 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     at_once, groups = max(args.generate_rows // group_size, 1), []
     is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # it is read nowhere
-    for start in range(0, len(prompts), at_once):
-        part = slice(start, start + at_once)
-        with whole(model):
+    with whole(model):
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
             rows = noise[part].flatten(0, 1)
             output = generate(model, prompts[part], rows, temperature, eos_ids, pad_id, is_fixed)
-        for problem, prompt, *rows in zip(problems[part], prompts[part], *(x.cpu().split(group_size) for x in output)):
-            tokens, logprobs, mask = rows
-            completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
-            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            groups.append(Group(problem, prompt, tokens, logprobs, mask, texts))
+            columns = (x.cpu().split(group_size) for x in output)
+            for problem, prompt, tokens, logprobs, mask in zip(problems[part], prompts[part], *columns):
+                completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
+                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+                groups.append(Group(problem, prompt, tokens, logprobs, mask, texts))
     return groups
 
 
@@ -1914,6 +1914,7 @@ def train(args: Args) -> list[dict]:
             total_tokens, total_sequences, taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))
             if not taught:
                 continue  # nobody has anything to learn from
+            most = int(over_ranks(torch.tensor(len(plan)), "MAX"))  # micro-batches of a process
             optimizer.zero_grad()
             for micro_batch in plan:
                 batch = pack_rows(*sequences, micro_batch, G, args.device)
@@ -1946,7 +1947,7 @@ def train(args: Args) -> list[dict]:
                     stats += torch.stack([*(x.sum().float().cpu() for x in numbers), loss.cpu()])
                     ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
             if args.shard:
-                for _ in range(int(over_ranks(torch.tensor(len(plan)), "MAX")) - len(plan)):
+                for _ in range(most - len(plan)):
                     (0.0 * packed_logprobs(idle_batch(args.device), 1, 1.0, 1)).sum().backward()
             elif world_size > 1:
                 for parameter in parameters:

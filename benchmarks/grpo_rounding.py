@@ -4,8 +4,9 @@ Run      python benchmarks/grpo_rounding.py --model DIR
 Writes   benchmarks/results/grpo_rounding.jsonl
 
 The same gradient, of one text, goes ten times through grpo_llm.py's AdamW8bit at lr 1e-6, rounded to the nearest
-bfloat16 and stochastically. Adam's step is then 1e-6 in every weight that has a gradient, so after ten steps each
-should have moved by 1e-5 against its gradient's sign. What counts is the mean of that movement.
+bfloat16 and stochastically. With one gradient g all the time Adam's step is lr g/(|g| + ε), so after ten steps a weight
+should have moved by nearly 1e-5 against the sign of g. What counts is the sum of these movements, as a share of what
+was asked for.
 """
 
 import argparse
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from cartpole import RESULTS, machine  # noqa: E402
 
 TEXT = "A train leaves at noon and drives 60 kilometres an hour. Where is it at three? It is 180 kilometres away."
-STEPS, LEARNING_RATE = (1, 10), 1e-6
+STEPS, LEARNING_RATE, EPS = (1, 10), 1e-6, 1e-8
 
 
 def measure(directory):
@@ -48,8 +49,8 @@ def measure(directory):
                     for x, old in zip(parameters, before)
                 )
                 count = sum(x.numel() for x in parameters)
-                with_gradient = sum(int((x.grad != 0).sum()) for x in parameters)
-                wanted = LEARNING_RATE * step * with_gradient
+                asked = sum(float((x.grad.float().abs() / (x.grad.float().abs() + EPS)).sum()) for x in parameters)
+                wanted = LEARNING_RATE * step * asked
                 yield {"rounding": way, "steps": step, "changed": changed / count, "movement": moved / wanted}
     grpo_llm.round_stochastically = stochastically
 

@@ -234,7 +234,7 @@ def run_atari(options):
     """On a GPU the whole benchmark, which keeps its own raw results; in rehearsal a few rollouts of ours."""
     command = [sys.executable, str(ROOT / "benchmarks" / "atari.py")]
     if options.rehearse:
-        command += ["--one", "ours", "--iterations", "4"]
+        command += ["--one", "ours", "--iterations", "3"]
     else:
         programs = ["ours", "ours-compiled", "ours-graphs", "ours-float32"]
         command += ["--device", "cuda", "--rounds", "2", "--iterations", "24", "--programs", *programs]
