@@ -59,7 +59,7 @@ def families_of(module):
 def pytest_generate_tests(metafunc):
     """A test that asks for an equation by its name runs once for every script of its families that has it."""
     scripts = {path: own for path, own in scripts_of(metafunc.config).items() if own in families_of(metafunc.module)}
-    for name in EQUATIONS & set(metafunc.fixturenames):
+    for name in sorted(EQUATIONS & set(metafunc.fixturenames)):  # one order in every process
         cases = [(path, name, functions[name]) for path, functions in scripts.items() if name in functions]
         ids = [path.stem for path, *_ in cases]
         metafunc.parametrize(name, cases, ids=ids, indirect=True, scope="session")
