@@ -15,7 +15,7 @@
 # ///
 """GRPO for language models: groups of answers in place of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation, its details tagged [G1]..[G23] where each happens (docs/details.md)
+Teaches  group relative policy optimisation, its details tagged [G1]..[G28] where each happens (docs/details.md)
 Run      python grpo_llm.py
 Expect   a small transformer that has seen some worked sums answers 35 to 59% of new ones; 100 steps of GRPO later 91 to
          96%, in 5 seeds of 5, 97 to 100% where it may take its likeliest words; about two minutes on one thread of an

@@ -114,7 +114,6 @@ def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
         model = grpo_llm.load_model(args, model_name)[0]
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = grpo_llm.new_optimizer(args, model)
         parameters, alive = list(model.parameters()), []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(
@@ -122,6 +121,7 @@ def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
                     sum(x.grad.nbytes for x in parameters if x.grad is not None)
                 )
             )
+        optimizer = grpo_llm.new_optimizer(args, model)  # its hooks come after those that count
         tokens = torch.full((P * G, T), 5)
         rows = grpo_llm.plan_rows([Q] * P, dict.fromkeys(range(P * G), T), G, args.row_tokens, args.micro_batch_tokens)
         batch = grpo_llm.pack_rows([[5] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)

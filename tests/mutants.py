@@ -642,7 +642,6 @@ GRPO = [
         "host.copy_(parameter.grad.cpu())",
     ),
     ("offloaded gradients never forgotten", "parameter.grad = parameter.host_gradient = None", "parameter.grad = None"),
-    ("offloaded state not brought back", "                    own.copy_(new)", "                    pass"),
     (
         "the norm of each process's part",
         "norm = (over_ranks(norm.square()).sqrt() if are_shards else norm)",

@@ -270,6 +270,11 @@ def table(kept):
     """Markdown of what is kept."""
     device = kept["machine"].get("gpu") or kept["machine"]["cpu"]
     lines = [f"# {device}, {kept['machine']['date']}", ""]
+    if "gpu" not in kept["machine"]:
+        lines += [
+            "A rehearsal on a CPU with tiny shapes: it shows that every part runs, and no number of it means anything.",
+            "",
+        ]
     lines += [
         "| memory, a whole step | fits | planned GB | allocated GB | reserved GB | seconds |",
         "|---|---|---|---|---|---|",
