@@ -515,6 +515,7 @@ def torchrun(*arguments):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.processes
 def test_two_processes_have_the_gradient_of_one(atari, tmp_path):
     """A minibatch split unevenly, 7 rows and 4: normalised and averaged as if it were in one process."""
     worker = tmp_path / "worker.py"
@@ -545,6 +546,7 @@ atari.train(atari.Args(env_id="ALE/Breakout-v5", bf16=False, torch_threads=1, ru
 """
 
 
+@pytest.mark.processes
 def test_two_processes_of_two_games_have_the_gradient_of_one_of_four(atari, tmp_path):
     """The whole of train(), from the emulators' seeds to the optimizer: the gradient of a rollout's one minibatch."""
     worker = tmp_path / "worker.py"
@@ -560,6 +562,7 @@ def test_two_processes_of_two_games_have_the_gradient_of_one_of_four(atari, tmp_
         assert float((mine - theirs).abs().max()) < 1e-5 * size
 
 
+@pytest.mark.processes
 def test_two_processes_train_one_agent(atari, tmp_path):
     """torchrun: one run directory, one log, the steps of both counted."""
     sizes = {"num-envs": 4, "num-steps": 64, "num-minibatches": 2, "update-epochs": 1, "total-timesteps": 500}

@@ -112,6 +112,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(cartpole, small, monkeypatch
     assert logged == [row["global_step"] for row in whole]  # what came after the checkpoint is purged, not repeated
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on(cartpole, tmp_path):
     """SIGKILL to a real process, then --resume: the same weights as a run that was left alone."""
     sizes = {"total_timesteps": 60_000, "num_envs": 8, "num_steps": 32, "eval_episodes": 0, "checkpoint_every": 1}

@@ -272,6 +272,7 @@ torch.save(
     return [torch.load(f"{args.resume or args.run_dir}.{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.processes
 def test_replicas_stay_equal(grpo, tiny_grpo):
     """[G18] Two processes with all of the weights each: rounded stochastically, in bfloat16, to the same bits."""
     args = tiny_grpo(**BF16, prompts_per_step=4, beta=0.1)
@@ -285,6 +286,7 @@ SHARDED = {"optimizer": "adamw8bit", "prompts_per_step": 4, "beta": 0.1, "learni
 SHARDED |= {"micro_batch_tokens": 60, "reduction": "token", "eval_problems": 5}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_two_shards_train_as_one_process(grpo, tiny_grpo, gradient_checkpointing):
     """[G27] Half of every parameter a process, generation and scores after gathering, an uneven number of
@@ -323,6 +325,7 @@ def prolong(args):
     torch.save(saved, path)
 
 
+@pytest.mark.processes
 def test_a_checkpoint_fits_any_number_of_processes(grpo, tiny_grpo):
     """[G27] Two steps by two processes and a third by one, or the other way round: near three by one, for the moments
     are rounded anew in other blocks."""

@@ -708,6 +708,7 @@ def test_the_reward_model_learns_what_is_right(grpo, tiny_grpo, reward_model):
 # ---- Several processes ----
 
 
+@pytest.mark.processes
 def test_two_processes_train_as_one(grpo, tiny_grpo, tmp_path):
     """As torchrun starts them, with gloo: prompts are split, generation, loss and gradient are those of one process
     with all of them, however uneven the shares of tokens; one run directory, one log."""

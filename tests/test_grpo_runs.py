@@ -257,6 +257,7 @@ def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no
     assert_same_weights(one["policy"], two["policy"])
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on(grpo, tiny_grpo, no_picture, tmp_path):
     """SIGKILL to a real process, then --resume: the same weights as a run that was left alone."""
     args, whole = (tiny_grpo(name, steps=60, checkpoint_every=1) for name in ("killed", "whole"))

@@ -369,6 +369,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(rlhf, tiny, tmp_path, monkey
         assert {event.step for event in events.Scalars(tag)} == set(range(1, steps + 1))
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment_it_goes_on(rlhf, tiny, tmp_path):
     """SIGKILL to a real process in stage 3, then --resume: the same weights as a run that was left alone."""
     options = {"ppo_iterations": 40, "checkpoint_every": 1, "eval_prompts": 2}
