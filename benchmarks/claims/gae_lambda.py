@@ -139,7 +139,7 @@ def draw():
         medians.append(middle)
         axes[2].plot([place] * len(areas), areas, "C0.", alpha=0.5)
     axes[2].plot(medians, "k-")
-    axes[2].set(title="CartPole: mean return over the run, a dot a seed")
+    axes[2].set(title="CartPole: mean return, a dot a seed")
     axes[0].figure.savefig(ROOT / "docs" / "figures" / "claims_gae_lambda.png", dpi=120)
 
 
