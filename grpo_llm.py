@@ -18,8 +18,8 @@
 Teaches  group relative policy optimisation, its details tagged [G1]..[G28] where each happens (docs/details.md)
 Run      python grpo_llm.py
 Expect   a small transformer that has seen some worked sums answers 35 to 59% of new ones; 100 steps of GRPO later 91 to
-         96%, in 5 seeds of 5, 97 to 100% where it may take its likeliest words; about two minutes on one thread of an
-         AMD EPYC. SmolLM2-135M learns one-digit sums in five minutes on two (benchmarks/RESULTS.md)
+         96%, in 5 seeds of 5, 97 to 100% where it may take its likeliest words; under two minutes on one thread of an
+         AMD EPYC. SmolLM2-135M comes from a tenth of one-digit sums to two thirds in 36 steps (benchmarks/RESULTS.md)
 Departs  from DeepSeekMath's settings by β 0 (it has 0.04: --beta), so that no reference is kept; by groups of 8 for 64;
          by learning rate 3e-4, which suits a small model, for 1e-6; by AdamW's β₂ 0.95. One gradient step a rollout as
          there: the ratio is 1, and clipping plays no part until --num-minibatches or --num-epochs rises. Answers of
