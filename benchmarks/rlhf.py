@@ -159,7 +159,8 @@ def main():
         head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")}
         head["transformers"] = version("transformers")
         lines = [json.dumps(row, ensure_ascii=False).replace(str(args.work), "WORK") for row in (head, *rows)]
-        path.write_text("\n".join(line.replace(str(ROOT.parent), "..") for line in lines) + "\n", encoding="utf-8")
+        lines = [line.replace(str(args.judge), "JUDGE").replace(str(ROOT.parent), "..") for line in lines]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if args.name in ("seeds", "hacking", "sentences"):
         draw(path, ROOT / "docs" / "figures" / f"rlhf_{args.name}.png")
 
