@@ -16,7 +16,7 @@
 Teaches  the details of RLHF with PPO, tagged [R1]..[R22] on the line where each happens (docs/details.md)
 Run      python rlhf_gpt2_ppo.py
 Expect   95 to 98% truly positive reviews (31 to 37% before stage 3) at 2.6 to 2.9 nats of KL a response, distinct-2
-         lower by 7 to 16%, in 5 seeds of 5; 94 to 135 s on one core of a busy AMD EPYC (benchmarks/RESULTS.md)
+         lower by 7 to 16%, in 5 seeds of 5; 86 s on one core of an AMD EPYC (benchmarks/RESULTS.md)
 Departs  β is steered to 2.9 nats with a horizon of 500 responses, where Ziegler et al. 2019 have 6 and 10,000: here are
          2,880 responses in all. A missing EOS costs 1; they rejected texts by their periods. Rewards are whitened, if
          asked, once a rollout. The value is a network of its own and begins as the reward model [R20]
