@@ -85,7 +85,7 @@ class Args:
     warm_start: float = 0.33  # without --model: share of right answers until which it sees worked solutions
     warm_start_steps: int = 2000  # supervised steps on them at most
     warm_start_batch_size: int = 32  # solutions in each
-    warm_start_learning_rate: float = 3e-3  # in them
+    warm_start_learning_rate: float = 3e-3  # AdamW's, in those steps
     # the algorithm
     algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
     supervision: Literal["outcome", "process"] = "outcome"  # one reward an answer, or one for each written step
@@ -93,7 +93,7 @@ class Args:
     prompts_per_step: int = 32  # P, over all processes
     group_size: int = 8  # G, completions of each prompt
     max_tokens: int = 40  # T, tokens of a completion at most
-    temperature: float = 1.0  # of the sampling and of every log-probability; 0 is for evaluation alone
+    temperature: float = 1.0  # of the sampling, and of every log-probability in training
     num_epochs: int = 1  # μ, passes over each rollout
     num_minibatches: int = 1  # gradient steps in each
     clip_low: float = 0.2  # ε_low: the ratio's gradient ends below 1 − ε_low
@@ -105,8 +105,8 @@ class Args:
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: the trainer's arithmetic or the sampler's
     reference_every: int = 0  # steps after which the reference becomes the policy (iterative GRPO); 0: never
     dynamic_sampling: int = 0  # further rounds of prompts, at most, to replace groups without variance (DAPO)
-    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: as they are, out of the loss, or
-    truncation_penalty: float = 1.0  # this taken from their reward
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: kept, left out, or paid less
+    truncation_penalty: float = 1.0  # with --truncated penalise: taken from their reward
     # the rewards, which add up; that of the verifier has weight 1
     format_weight: float = 0.0  # reward of a completion that matches --format-pattern
     format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression for all of it
@@ -114,11 +114,11 @@ class Args:
     reward_model: str | None = None  # Hub id or directory of a sequence classifier with one output, R_φ
     reward_model_weight: float = 1.0  # of its score
     reward_model_steps: int = 0  # its gradient steps at each refresh of the reference, a tenth of them replay
-    reward_model_learning_rate: float = 1e-5  # in them
+    reward_model_learning_rate: float = 1e-5  # AdamW's, in those steps
     # the update
     learning_rate: float = 3e-4  # of the small model; about 1e-6 to 1e-5 for a trained one
     warmup_steps: int = 0  # rollouts over which the learning rate rises to its value
-    anneal_lr: bool = True  # and then falls to 0
+    anneal_lr: bool = True  # after them, the learning rate falls to 0 over the rest of the run
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # global norm that the gradient is cut to
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or 2 bytes of state a parameter
