@@ -193,6 +193,12 @@ class Args:
                 f"supervision process is GRPO's own: algorithm {self.algorithm} and scale_by_std {self.scale_by_std} "
                 "must be grpo and True"
             )
+        whole = [self.format_weight, self.length_weight, self.reward_model, self.truncated == "penalise"]
+        if self.supervision == "process" and any(whole):
+            raise ValueError(
+                "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
+                "penalise, which judge a whole completion, would do nothing"
+            )
         if self.reference_every and not (self.beta or self.reward_model_steps):
             raise ValueError(
                 f"reference_every {self.reference_every} refreshes nothing: beta and reward_model_steps are 0"
@@ -987,8 +993,10 @@ def round_stochastically(x):
 
     Rounded to the nearest, a step below 1/256 of a weight is lost, every time: at lr 1e-6 nearly all are.
     """
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+    # of each random 64 bits four weights' noise is made, from −2¹⁵ to 2¹⁵ − 1; a bfloat16 is a float32's upper half
+    noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+    noise = noise.view(torch.int16)[: x.numel()].view(x.shape)
+    return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)
 
 
 class AdamW8bit:
@@ -997,8 +1005,8 @@ class AdamW8bit:
     Both moments are kept in blocks of 256, a float32 maximum for each and an 8-bit logarithm for each element: √v to
     within 2.2% over 16 octaves below the block's maximum, m to within 4.4%. bfloat16 weights are rounded
     stochastically.
-    Works through a parameter in slices: no float32 copy of a large one ever exists, and on a CPU the 30 passes over a
-    slice stay in its cache, 7 times faster than through memory.
+    Works through a parameter in slices, in place: no float32 copy of a large one ever exists, and on a CPU the passes
+    over a slice stay in its cache, 7 times faster than through memory.
     """
 
     BLOCK = 256
@@ -1007,7 +1015,7 @@ class AdamW8bit:
         self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
         self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
         on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-        self.at_once = 1 << 18 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
+        self.at_once = 1 << 16 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
         self.state = []
         for parameter in self.param_groups[0]["params"]:
             blocks = -(-own_part(parameter).numel() // self.BLOCK)
@@ -1044,22 +1052,24 @@ class AdamW8bit:
         m.lerp_(padded, 1 - beta1)
         root_v.square_().lerp_(padded.square(), 1 - beta2).sqrt_()
         self.encode(m, root_v, state)
-        update = (m / (1 - beta1**self.steps)) / (root_v / (1 - beta2**self.steps) ** 0.5 + self.eps)
-        lr = self.param_groups[0]["lr"]
-        new = weights.float() * (1 - lr * self.weight_decay) - lr * update.view(-1)[:count]
+        root_v.div_((1 - beta2**self.steps) ** 0.5).add_(self.eps)
+        update, lr = m.div_(root_v).view(-1)[:count], self.param_groups[0]["lr"]
+        new = weights.float() * (1 - lr * self.weight_decay)
+        new.sub_(update, alpha=lr / (1 - beta1**self.steps))
         weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
 
     def decode(self, m_codes, v_codes, m_max, v_max):
-        m = m_codes.sign() * torch.exp2((m_codes.float().abs() - 127) / 8) * m_max
-        return m, torch.where(v_codes > 0, torch.exp2((v_codes.float() - 255) / 16), 0.0) * v_max
+        m = torch.exp2((m_codes.float().abs_() - 127).div_(8)).mul_(m_max).mul_(m_codes.sign())
+        return m, torch.exp2((v_codes.float() - 255).div_(16)).mul_(v_max)
 
     def encode(self, m, root_v, state):
         m_codes, v_codes, m_max, v_max = state
         for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
-            maxima.copy_(x.abs().amax(-1, keepdim=True))
-            code = (top + octave * (x.abs() / maxima.clamp(min=1e-38)).log2()).round_()
+            size = x.abs()
+            maxima.copy_(size.amax(-1, keepdim=True))
+            code = size.div_(maxima.clamp(min=1e-38)).log2_().mul_(octave).add_(top).round_()
             # the smallest √v is rounded up, or its weight's next step would be divided by nothing
-            codes.copy_(code.clamp_(0 if octave == 8 else 1, top) * x.sign())
+            codes.copy_(code.clamp_(0 if octave == 8 else 1, top).mul_(x.sign() if octave == 8 else 1))
 
     def state_dict(self):
         return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}
@@ -1778,6 +1788,9 @@ def train(args: Args) -> list[dict]:
         raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
     if world_size > 1 and args.reward_model_steps:
         raise InputError(f"--reward-model-steps trains in one process: {world_size} would have a reward model each")
+    problems, held_out = load_problems(args)
+    if len(held_out) < world_size:
+        raise InputError(f"{len(held_out)} held-out problems are fewer than the {world_size} processes that share them")
     P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
     run_dir = [args.resume or args.run_dir or new_run_dir(args)]
     if world_size > 1:
@@ -1794,7 +1807,6 @@ def train(args: Args) -> list[dict]:
         raise InputError(f"--run-dir {run_dir} exists: {hint}")
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
-    problems, held_out = load_problems(args)
 
     # 2. The policy: from disk, or a small one that has seen worked solutions
     start_dir = args.model or str(run_dir / "start")
@@ -1963,7 +1975,8 @@ def train(args: Args) -> list[dict]:
             torch.manual_seed(zlib.crc32(f"{args.seed} {step} {update} rounding".encode()))  # all processes round alike
             optimizer.step()
             if update == 0:
-                gap = float(stats[5] / stats[0].clamp(min=1))  # before the first step, so the same weights twice
+                count, distance = over_ranks(stats[[0, 5]])  # before the first step, so the same weights twice
+                gap = float(distance / count.clamp(min=1))
         optimizer.zero_grad()
         policy.eval()
         clock.append(time.perf_counter())

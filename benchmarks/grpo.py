@@ -6,7 +6,9 @@ Run      python benchmarks/grpo.py seeds                     (outcome and proces
 Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
          docs/figures/grpo_seeds.png, grpo_real.png; models go to --work
 
-Each run is a process of its own, `python grpo_llm.py …`; its seconds are those of the whole process, start to end.
+Each run is a process of its own, `python grpo_llm.py …`; its seconds are those of the whole process, start to end,
+both evaluations included. The real model's problems are those of grpo_peers.py: the 155 sums and differences of two
+one-digit numbers that are not negative.
 """
 
 import argparse
@@ -15,10 +17,12 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
 from cartpole import RESULTS, ROOT, machine
+from grpo_peers import write_problems
 from matplotlib.figure import Figure
 
 
@@ -45,26 +49,25 @@ def ends(rows):
 
 
 def seeds(args):
-    rows = []
     for seed in range(1, args.seeds + 1):
         for supervision in ("outcome", "process"):
-            rows += run(f"{supervision}-{seed}", ["--seed", seed, "--supervision", supervision], args.work)
-    return rows
+            yield run(f"{supervision}-{seed}", ["--seed", seed, "--supervision", supervision], args.work)
 
 
 REAL = (
-    "--task arithmetic --terms 2 --max-term 9 --operators +- --num-problems 2000 --dtype bfloat16 "
-    "--optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 16 --learning-rate 2.5e-5 "
-    "--warmup-steps 2 --no-anneal-lr --steps 36 --micro-batch-tokens 512 --logprob-tokens 256 --eval-every 0 "
-    "--eval-problems 40 --eval-samples 8 --torch-threads 1"
+    "--dtype bfloat16 --optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 12 "
+    "--learning-rate 2.5e-5 --warmup-steps 2 --no-anneal-lr --steps 24 --micro-batch-tokens 512 --logprob-tokens 256 "
+    "--eval-every 0 --eval-problems 40 --eval-samples 8 --torch-threads 1"
 )
 
 
 def real(args):
-    rows = []
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = args.work / "sums.jsonl"
+    write_problems(data, 0)
+    task = ["--model", args.model, "--task", "jsonl", "--data", data]
     for seed in range(1, args.seeds + 1):
-        rows += run(f"seed-{seed}", ["--model", args.model, "--seed", seed, *REAL.split()], args.work)
-    return rows
+        yield run(f"seed-{seed}", [*task, "--seed", seed, *REAL.split()], args.work)
 
 
 def draw(rows, figure):
@@ -114,11 +117,13 @@ def main():
     args.work = args.work or ROOT / "runs" / f"benchmark_grpo_{args.name}"
     path = RESULTS / f"grpo_{args.name}.jsonl"
     if not args.plot:
-        rows = {"seeds": seeds, "real": real}[args.name](args)
         head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")}
         head["transformers"] = version("transformers")
-        lines = (json.dumps(row, ensure_ascii=False) for row in (head, *rows))
-        path.write_text("".join(f"{line.replace(str(args.model), 'DIR')}\n" for line in lines), encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            for rows in chain([[head]], {"seeds": seeds, "real": real}[args.name](args)):
+                lines = (json.dumps(row, ensure_ascii=False).replace(str(args.model), "DIR") for row in rows)
+                file.writelines(f"{line.replace(str(args.work), 'WORK')}\n" for line in lines)
+                file.flush()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][1:]
     print_table(rows)
     draw(rows, ROOT / "docs" / "figures" / f"grpo_{args.name}.png")

@@ -530,13 +530,14 @@ GRPO = [
     ("rows above their capacity", "            if needed > room:", "            if needed > room + 5:"),
     (
         "rounded to the nearest",
-        "    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()",
+        "    return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)",
         "    return x.bfloat16()",
     ),
+    ("noise of rounding off centre", "+ noise + (1 << 15)) >> 16)", "+ noise) >> 16)"),
     (
         "8-bit moments without bias correction",
-        "(root_v / (1 - beta2**self.steps) ** 0.5 + self.eps)",
-        "(root_v + self.eps)",
+        "root_v.div_((1 - beta2**self.steps) ** 0.5).add_(self.eps)",
+        "root_v.add_(self.eps)",
     ),
     ("small √v becomes 0", "codes.copy_(code.clamp_(0 if octave == 8 else 1, top)", "codes.copy_(code.clamp_(0, top)"),
     ("8-bit state not loaded", "                mine.copy_(other)\n", "                pass\n"),

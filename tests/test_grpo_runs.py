@@ -421,6 +421,7 @@ def test_bad_data(grpo, tiny_grpo, command, tmp_path, task, text, message):
         (["--lora-rank", "4", "--beta", "1", "--reference-every", "3"], "reference_every must be 0"),
         (["--supervision", "process", "--algorithm", "rloo"], "supervision process is GRPO's own"),
         (["--supervision", "process", "--no-scale-by-std"], "scale_by_std False must be grpo and True"),
+        (["--supervision", "process", "--length-weight", "1"], "which judge a whole completion, would do nothing"),
         (["--model", ""], "need a name or a path, got an empty one"),
         (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
         (["--reduction", "mean"], "invalid choice"),
