@@ -58,7 +58,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -516,7 +516,7 @@ def is_right(problem, completion):
     if answer is None or wanted is not None:
         return answer is not None and answer == wanted
     try:
-        from math_verify import parse, verify
+        parse, verify = math_verifier()
     except ImportError as error:
         raise InputError(
             f"the answer {problem.answer!r} is no number: pip install math-verify to compare it"
@@ -524,9 +524,18 @@ def is_right(problem, completion):
     # it reads mathematics between dollars; of a bare x^2 + 1 it would see the 1 alone
     wanted = problem.answer if "$" in problem.answer or "\\boxed" in problem.answer else f"${problem.answer}$"
     try:
-        return bool(verify(parse(wanted, parsing_timeout=1), parse(answer, parsing_timeout=1), timeout_seconds=1))
+        return bool(verify(parse(wanted, parsing_timeout=3), parse(answer, parsing_timeout=3), timeout_seconds=3))
     except Exception:  # whatever a model writes must not end the run
         return False
+
+
+@cache
+def math_verifier():
+    """math-verify's parse and verify, used once: what they load then is no answer's time."""
+    from math_verify import parse, verify
+
+    verify(*(parse(x, parsing_timeout=60) for x in ("$(x+1)^2$", "$x^2 + 2x + 1$")), timeout_seconds=60)
+    return parse, verify
 
 
 def step_rewards_of(problem, completion):

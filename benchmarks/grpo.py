@@ -56,7 +56,7 @@ def seeds(args):
 
 REAL = (
     "--dtype bfloat16 --optimizer adamw8bit --prompts-per-step 8 --group-size 8 --max-tokens 12 "
-    "--learning-rate 2.5e-5 --warmup-steps 2 --no-anneal-lr --steps 24 --micro-batch-tokens 512 --logprob-tokens 256 "
+    "--learning-rate 2.5e-5 --warmup-steps 2 --no-anneal-lr --steps 16 --micro-batch-tokens 512 --logprob-tokens 256 "
     "--eval-every 0 --eval-problems 40 --eval-samples 8 --torch-threads 1"
 )
 

@@ -184,6 +184,7 @@ def test_expressions_by_math_verify(grpo):
 
 def test_expressions_without_math_verify(grpo, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
+    grpo.math_verifier.cache_clear()
     with pytest.raises(grpo.InputError, match="pip install math-verify"):
         grpo.is_right(grpo.Problem("?", "x + 1"), "$x$")
 
