@@ -18,7 +18,9 @@ def check(actual, expected, equation, case, rtol=1e-9, atol=1e-9):
         torch.set_printoptions(precision=6, linewidth=120)
         message = f"{equation}\n  case      {case}\n  expected  {expected.tolist()}\n  got       {got.tolist()}"
         difference = (got - expected).abs()
-        hint = " (float32 constants or masks inside?)" if difference.max() < 1e-5 * expected.abs().max() else ""
+        hint = ""
+        if difference.max() < 1e-5 * expected.abs().max():
+            hint = " (as coarse as float32: a torch.zeros or .float() inside? torch.zeros_like keeps the dtype)"
         pytest.fail(f"{message}\n  differs   by up to {float(difference.max()):.3g}{hint}", pytrace=False)
 
 

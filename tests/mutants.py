@@ -1,8 +1,8 @@
 """Planted bugs: what people get wrong, each as one replaced text in a script.
 
 python tests/mutants.py [SCRIPT]   plants each in turn, runs the suite on it, prints which test caught it
-python tests/mutants.py --write N FILE [SCRIPT]   writes SCRIPT, by default ppo_cartpole.py, with its N-th bug to FILE:
-                                   an exercise, which line is wrong?
+python tests/mutants.py --write N FILE [SCRIPT]   writes SCRIPT, by default ppo_cartpole.py, with the N-th of its own
+                                   bugs to FILE: an exercise, which line is wrong?
 python -m pytest -m mutants        the same as a test: every one must be caught
 """
 
@@ -710,12 +710,25 @@ def catch(mutant, folder):
     return caught_by or killer(path)
 
 
+def write(number="", file="", script="ppo_cartpole.py"):
+    """The exercise: script with its number-th bug, as file. Returns what went wrong, or None."""
+    own = [mutant for mutant in MUTANTS if mutant[0] == script]
+    if not own:
+        return f"{script} is none of {', '.join(SUITES)}"
+    if not number.isdecimal() or not 1 <= int(number) <= len(own) or not file:
+        return f"--write takes a number from 1 to {len(own)}, so many bugs {script} has here, and a file to write"
+    if not Path(file).resolve().parent.is_dir():
+        return f"{file}: there is no such directory, mkdir it first"
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(plant(own[int(number) - 1], folder), file)
+    print(f"{file} is {script} with one wrong line")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write"]:
-        with tempfile.TemporaryDirectory() as folder:
-            script = sys.argv[4] if len(sys.argv) > 4 else "ppo_cartpole.py"
-            mutant = [mutant for mutant in MUTANTS if mutant[0] == script][int(sys.argv[2]) - 1]
-            shutil.copy(plant(mutant, folder), sys.argv[3])
+        if wrong := write(*sys.argv[2:5]):
+            print(f"error: {wrong}", file=sys.stderr)
+            sys.exit(2)
         sys.exit()
     survivors = 0
     wanted = [mutant for mutant in MUTANTS if mutant[0] in (sys.argv[1:] or SUITES)]
