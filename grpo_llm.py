@@ -17,6 +17,8 @@
 
 Teaches  group relative policy optimisation, its details tagged [G1]..[G28] where each happens (docs/details.md)
 Run      python grpo_llm.py
+Read     "Equations", then train() from step 5 to 9, then what they call (docs/4_grpo.md has a way through). What
+         belongs to --offload, --shard and --plan, AdamW8bit and fixed_step() make large models fit: they can wait
 Expect   a small transformer that has seen some worked sums answers 35 to 59% of new ones; 100 steps of GRPO later 91 to
          96%, in 5 seeds of 5, 97 to 100% where it may take its likeliest words; under two minutes on one thread of an
          AMD EPYC. SmolLM2-135M comes from a tenth of one-digit sums to two thirds in 36 steps (benchmarks/RESULTS.md)
