@@ -671,7 +671,7 @@ def chat_ids(tokenizer, request, answer=""):
 def judge_margins(judge, tokenizer, pairs, principles, batch_size):
     """ln P(first is better) − ln P(second is better) for pairs of texts, (N,), in nats.
 
-    Each pair is shown in both orders and the two answers averaged (Bai et al. 2022b §4.1 asks for "A" or "B" by its
+    Each pair is shown in both orders and the two answers averaged (Bai et al. 2022 §4.1 asks for "A" or "B" by its
     log-probability): a small judge's liking for the letter A, often larger than its opinion, cancels.
     """
     rules = "\n".join(f"- {principle}" for principle in principles)
@@ -713,7 +713,7 @@ def judge_answers(judge, tokenizer, requests, batch_size, max_new_tokens=64):
 
 
 def revise_by_judge(args, texts):
-    """judge_pairs texts as the judge rewrote them after criticising them (Bai et al. 2022b §3.1); prompts are kept."""
+    """judge_pairs texts as the judge rewrote them after criticising them (Bai et al. 2022 §3.1); prompts are kept."""
     judge, tokenizer = load_judge(args)
     texts = texts[: args.judge_pairs]
     rules = " ".join(read_constitution(args))

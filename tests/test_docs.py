@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import mutants
 import pytest
 from contract import ROOT
 
@@ -21,6 +22,23 @@ def test_code_runs(page):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "assert " in code  # a page's code states what comes out
+
+
+def test_planted_bugs_of_the_pages_can_be_written(tmp_path):
+    """`tests/mutants.py --write N FILE [SCRIPT]`: SCRIPT has so many; a copy that is put in its place has its name."""
+    written = 0
+    for page in PAGES:
+        for line in re.findall(
+            r"^python tests/mutants\.py --write (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            number, file, *script = line.split()
+            path, script = tmp_path / file, script[0] if script else "ppo_cartpole.py"
+            path.parent.mkdir(exist_ok=True)
+            assert mutants.write(number, str(path), script) is None, f"{page.name}: {line}"
+            assert "/" not in file or path.name == script, f"{page.name}: {line}"
+            assert path.read_text(encoding="utf-8") != (ROOT / script).read_text(encoding="utf-8")
+            written += 1
+    assert written >= 5
 
 
 def test_every_figure_is_shown_and_drawn_by_a_command():
