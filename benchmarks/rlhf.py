@@ -3,11 +3,12 @@
 Run      python benchmarks/rlhf.py seeds                          (the default run, seeds 1 to 5; rlhf_seeds.png)
          python benchmarks/rlhf.py threads                        (the default run on one thread and on two)
          python benchmarks/rlhf.py hacking                        (stage 3 without and with restraint; rlhf_hacking.png)
+         python benchmarks/rlhf.py broken                         (stage 3 with one flag that it should not have)
          python benchmarks/rlhf.py sentences --shared ../shared   (reviews by people, GPT-2's BPE; rlhf_sentences.png)
          python benchmarks/rlhf.py judge --shared ../shared --judge DIR    (an instruct model's preferences)
          python benchmarks/rlhf.py hacking --plot                 (redraws the figure from the kept results)
 Writes   benchmarks/results/rlhf_NAME.jsonl (raw: a line naming the machine, then lines of each run),
-         its figure in docs/figures; models go to --work
+         for some a figure in docs/figures; models go to --work
 
 Each run is a process of its own, `python rlhf_gpt2_ppo.py …`; its seconds are those of the whole process.
 DIR/data/sentence_polarity holds rt-polarity.pos and rt-polarity.neg (Pang and Lee 2005), DIR/data/gpt2_bpe the
@@ -73,6 +74,17 @@ def hacking(args):
     rows += run("weak reward model, β steered", [*ppo, models[0]], args.work)
     rows += run("4 weak ones, β steered, length penalty", [*ppo, *models, "--length-penalty", 0.02], args.work)
     return rows + run("good reward model, β = 0", [*ppo, args.work / "good" / "reward", *free], args.work)
+
+
+def broken(args):
+    """The runs of docs/3_rlhf.md that go wrong on purpose: the default run's stages, a flag of stage 3 changed."""
+    rows = run("sft", ["--stage", "sft"], args.work)
+    sft = ["--model", args.work / "sft" / "sft"]
+    rows += run("reward", ["--stage", "reward", *sft], args.work)
+    ppo = ["--stage", "ppo", *sft, "--reward-model", args.work / "reward" / "reward"]
+    rows += run("learning rate 1e-2", [*ppo, "--learning-rate", 1e-2], args.work)
+    short = ["--missing-eos-penalty", 0, "--length-penalty", 0.3]
+    return rows + run("a token costs 0.3, a missing EOS nothing", [*ppo, *short], args.work)
 
 
 def write_sentences(args):
@@ -143,7 +155,7 @@ def draw(path, figure):
 
 
 def main():
-    programs = {program.__name__: program for program in (seeds, threads, hacking, sentences, judge)}
+    programs = {program.__name__: program for program in (seeds, threads, hacking, broken, sentences, judge)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=programs)
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_NAME")
