@@ -385,7 +385,8 @@ def load_problems(args):
     held_out = min(args.eval_problems, len(problems) // 2)
     if len(problems) - held_out < args.prompts_per_step or not held_out:
         raise InputError(
-            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside those held out"
+            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside the "
+            f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
         )
     return problems[held_out:], problems[:held_out]
 
