@@ -82,7 +82,7 @@ def broken(args):
     sft = ["--model", args.work / "sft" / "sft"]
     rows += run("reward", ["--stage", "reward", *sft], args.work)
     ppo = ["--stage", "ppo", *sft, "--reward-model", args.work / "reward" / "reward"]
-    rows += run("learning rate 1e-2", [*ppo, "--learning-rate", 1e-2], args.work)
+    rows += run("learning rate 1e-2", [*ppo, "--learning-rate", 1e-2, "--ppo-iterations", 12], args.work)
     short = ["--missing-eos-penalty", 0, "--length-penalty", 0.3]
     return rows + run("a token costs 0.3, a missing EOS nothing", [*ppo, *short], args.work)
 
