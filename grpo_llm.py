@@ -84,6 +84,7 @@ class Args:
     model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 needs --optimizer adamw8bit
     lora_rank: int = 0  # train adapters of this rank; the reference is the adapter switched off
+    quantize: Literal["none", "int8"] = "none"  # with --lora-rank: the frozen weights under the adapters in 8 bits
     warm_start: float = 0.33  # without --model: share of right answers until which it sees worked solutions
     warm_start_steps: int = 2000  # supervised steps on them at most
     warm_start_batch_size: int = 32  # solutions in each
@@ -181,6 +182,10 @@ class Args:
         if self.dtype == "bfloat16" and self.optimizer == "adamw" and not self.lora_rank:
             raise ValueError(
                 "dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began"
+            )
+        if self.quantize != "none" and not self.lora_rank:
+            raise ValueError(
+                f"quantize {self.quantize} freezes the weights and lora_rank 0 adds none that could learn: raise lora_rank"
             )
         if self.offload and self.optimizer != "adamw8bit":
             raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")
@@ -638,6 +643,8 @@ def load_model(args, name):
         eos_ids = sorted({*eos_ids, tokenizer.eos_token_id})
     if not eos_ids:
         raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
+    if args.quantize != "none":
+        quantize(model, args.device)
     model = without_dropout(model).to(args.device).eval()
     check_forward(model, tokenizer, name)
     return model, tokenizer, eos_ids
@@ -653,6 +660,47 @@ def without_dropout(model):
         if hasattr(model.config, option):
             setattr(model.config, option, 0.0)
     return model
+
+
+class Int8Linear(torch.autograd.Function):
+    """x Wᵀ for a frozen W in 8 bits [G29]. codes (out, in) int8, scale (out,): Wᵢⱼ = scaleᵢ codesᵢⱼ.
+
+    Backward makes W again from its codes: autograd, left alone, keeps each layer's from the forward pass until then,
+    which is the whole model unpacked.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, scale):
+        ctx.codes, ctx.scale = codes, scale
+        return torch.nn.functional.linear(x, codes.to(x.dtype)) * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * ctx.scale) @ ctx.codes.to(gradient.dtype), None, None
+
+
+def int8_linear(module, x):
+    y = Int8Linear.apply(x, module.weight, module.scale)
+    return y if module.bias is None else y + module.bias
+
+
+@torch.no_grad()
+def quantize(model, device):
+    """Every linear layer but the head in 8 bits, in place, each on its way to the device: at most one is there whole.
+
+    A row's largest weight becomes ±127. The scale is rounded to the model's dtype before it divides: what it then
+    multiplies is what was divided, and no error of its own is left in the product.
+    """
+    layers = [x for x in model.modules() if isinstance(x, torch.nn.Linear) and x is not model.get_output_embeddings()]
+    if not layers:
+        raise InputError(f"--quantize knows torch's linear layers, and {type(model).__name__} has none but the head")
+    for layer in layers:
+        weight = layer.weight.to(device)
+        scale = (weight.abs().amax(-1).float() / 127).clamp(min=1e-30).to(weight.dtype)
+        codes = (weight.float() / scale[:, None].float()).round_().clamp_(-127, 127).to(torch.int8)
+        layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+        layer.register_buffer("scale", scale)
+        layer.forward = partial(int8_linear, layer)
 
 
 def load_reference(args, name):
@@ -1499,6 +1547,8 @@ def model_on_paper(args):
     model = without_dropout(model).eval()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.quantize != "none":
+        quantize(model, "meta")
     if args.lora_rank:
         add_adapter(args, model)
     return model

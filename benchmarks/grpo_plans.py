@@ -38,6 +38,7 @@ PLANS = [  # model, card in GB, what it is, flags
     ("Qwen2.5-7B", 24, "β = 0, --offload", "--offload"),
     ("Qwen2.5-7B", 24, "with KL, --offload", "--beta 0.04 --offload"),
     ("Qwen2.5-7B", 24, "with KL, LoRA of rank 16, base in bfloat16", "--beta 0.04 --lora-rank 16"),
+    ("Qwen2.5-7B", 16, "with KL, LoRA of rank 16, base in 8 bits", "--beta 0.04 --lora-rank 16 --quantize int8"),
 ]
 COMMON = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 COMMON |= {"max_position_embeddings": 32768, "hidden_act": "silu", "attention_dropout": 0.0}
@@ -46,6 +47,9 @@ MEASURED = {
     "checkpointing": {"gradient_checkpointing": True},
     "offload": {"offload": True},
     "offload, checkpointing": {"offload": True, "gradient_checkpointing": True},
+    "LoRA": {"lora_rank": 16},
+    "LoRA, base in 8 bits": {"lora_rank": 16, "quantize": "int8"},
+    "LoRA, base in 8 bits, checkpointing": {"lora_rank": 16, "quantize": "int8", "gradient_checkpointing": True},
 }
 
 
@@ -114,7 +118,10 @@ def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
         model = grpo_llm.load_model(args, model_name)[0]
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        parameters, alive = list(model.parameters()), []
+        if args.lora_rank:
+            torch.manual_seed(0)
+            grpo_llm.add_adapter(args, model)
+        parameters, alive = [x for x in model.parameters() if x.requires_grad], []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(
                 lambda _, alive=alive, parameters=parameters: alive.append(
@@ -173,14 +180,12 @@ def print_tables():
             print(f"| {' | '.join(map(str, [*cells, gb(row['card'] - device / 1e9), gb(host / 1e9)]))} |")
     if (path := RESULTS / "grpo_memory.jsonl").exists():
         head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        print(
-            f"\n{head['model']}, {head['machine']['cpu']}; MB beyond the weights, {rows[0]['weights'] / 1e6:.0f} MB\n"
-        )
-        print("| way | gradients alive | learning: planned | measured | sampling: planned | measured |")
-        print("|---|---|---|---|---|---|")
+        print(f"\n{head['model']}, {head['machine']['cpu']}; MB, beyond the weights\n")
+        print("| way | weights | gradients alive | learning: planned | measured | sampling: planned | measured |")
+        print("|---|---|---|---|---|---|---|")
         for row in rows:
             pairs = [row[phase][kind] for phase in ("learning", "sampling") for kind in ("planned", "measured")]
-            cells = [f"{x / 1e6:.0f}" for x in (row["gradients_alive"], *pairs)]
+            cells = [f"{x / 1e6:.0f}" for x in (row["weights"], row["gradients_alive"], *pairs)]
             print(f"| {' | '.join([row['way'], *cells])} |")
 
 

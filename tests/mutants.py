@@ -660,6 +660,24 @@ GRPO = [
     ("the plan learns from nothing", "for _ in rows[:2]:", "for _ in rows[:0]:"),
     ("fixed shapes see what was never written", "seen[rows] & (columns <= Q + t)", "seen[rows]"),
     ("fixed shapes write one column late", "columns[Q + t : Q + t + 1]", "columns[Q + t - 1 : Q + t]"),
+    (
+        "unpacked weights kept for the backward pass",
+        "Int8Linear.apply(x, module.weight, module.scale)",
+        "torch.nn.functional.linear(x, module.weight.to(x.dtype)) * module.scale",
+    ),
+    ("gradient of the codes without their scale", "(gradient * ctx.scale) @", "gradient @"),
+    (
+        "one scale for the whole matrix",
+        "weight.abs().amax(-1).float()",
+        "weight.abs().amax().float().expand(len(weight))",
+    ),
+    ("the head in 8 bits too", " and x is not model.get_output_embeddings()]", "]"),
+    ("biases lost under 8 bits", "y if module.bias is None else y + module.bias", "y"),
+    (
+        "the plan forgets the 8 bits",
+        '        quantize(model, "meta")\n',
+        "        pass\n",
+    ),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

@@ -45,6 +45,22 @@ def test_what_is_offloaded_is_on_the_host(grpo, tiny_grpo, tiny_lm):
     assert large.is_pinned() == (DEVICE == "cuda")
 
 
+def test_quantized_weights_on_the_device(grpo, tiny_grpo, tiny_lm):
+    """[G29] The host's codes, but for what an ulp of the scale turns, one graph that unpacks them at each replay, adapters that learn."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    options = {"lora_rank": 4, "quantize": "int8", "beta": 0.1, "steps": 3}
+    model, host = (grpo.load_model(tiny_grpo(**options, device=device), tiny_lm)[0] for device in (DEVICE, "cpu"))
+    codes = {name: x for name, x in model.state_dict().items() if x.dtype == torch.int8}
+    assert len(codes) == 14 and all(x.device.type == DEVICE for x in codes.values())
+    apart = torch.cat([(x.cpu().int() - host.state_dict()[name].int()).abs().flatten() for name, x in codes.items()])
+    assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.01
+    prompts, noise = [[4, 5, 6], [7], [8, 3, 4, 12, 9]] * 4, torch.rand(48, 14)
+    growing, fixed = (grpo.generate(model, prompts, noise, 0.9, [1, 5, 9], 0, is_fixed) for is_fixed in (False, True))
+    assert torch.equal(growing[2], fixed[2]) and torch.equal(growing[0], fixed[0])
+    metrics = grpo.train(tiny_grpo(**options, device=DEVICE, gradient_checkpointing=True))
+    assert metrics[1]["kl/reference"] == pytest.approx(0, abs=1e-6) and metrics[3]["kl/reference"] > 1e-5
+
+
 def test_plan_against_the_device(grpo, tiny_grpo):
     """[G26] Peaks of tensors on the device within 15% of the plan, the context aside. The allocator rounds up small
     tensors, so the model is one of some megabytes."""

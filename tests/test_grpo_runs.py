@@ -184,13 +184,14 @@ RESUMED = {
     "reference": {"beta": 0.1, "reference_every": 1, "dynamic_sampling": 2},
     "bfloat16": {"dtype": "bfloat16", "optimizer": "adamw8bit", "beta": 0.1, "learning_rate": 1e-3},
     "lora": {"lora_rank": 4, "beta": 0.1},
+    "lora, quantized": {"lora_rank": 4, "beta": 0.1, "quantize": "int8"},
 }
 
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture, monkeypatch, kind):
     """Stopped in the fourth step, resumed from the second: weights, optimizer, metrics, log of an unbroken run."""
-    if kind == "lora":
+    if "lora" in kind:
         pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     options = {"steps": 5, "checkpoint_every": 2, "eval_every": 2, **RESUMED[kind]}
     whole = grpo.train(tiny_grpo("whole", **options))
@@ -212,7 +213,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture,
     for name in ("step", "cursor", "pairs", "replay"):
         assert ends[0][name] == ends[1][name]
     assert_same_weights(ends[0]["policy"], ends[1]["policy"])
-    assert any("lora_" in name for name in ends[0]["policy"]) == (kind == "lora")
+    assert any("lora_" in name for name in ends[0]["policy"]) == ("lora" in kind)
     if kind == "reference":
         assert_same_weights(ends[0]["reference"], ends[1]["reference"])
     moments = [str(end["optimizer"]) for end in ends]
@@ -418,6 +419,7 @@ def test_bad_data(grpo, tiny_grpo, command, tmp_path, task, text, message):
         (["--task", "jsonl", "--model", "m"], "task jsonl needs data"),
         (["--reference-every", "3"], "reference_every 3 refreshes nothing"),
         (["--reward-model-steps", "3"], "reward_model_steps needs reward_model and reference_every"),
+        (["--quantize", "int8"], "quantize int8 freezes the weights and lora_rank 0 adds none that could learn"),
         (["--lora-rank", "4", "--beta", "1", "--reference-every", "3"], "reference_every must be 0"),
         (["--supervision", "process", "--algorithm", "rloo"], "supervision process is GRPO's own"),
         (["--supervision", "process", "--no-scale-by-std"], "scale_by_std False must be grpo and True"),

@@ -48,13 +48,21 @@ def random_model(script, shape, args):
     config = AutoConfig.for_model(**{key: value for key, value in (COMMON | shape).items() if key != "architectures"})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    if args.quantize != "none":
+        script.quantize(model, "meta")  # as on paper: the card never holds more
     model = model.to_empty(device=args.device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(args.device)
     model.tie_weights()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0 if "norm" in name else 0.0)
+            if parameter.dtype == torch.int8:
+                parameter.random_(-127, 128)
+            else:
+                parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0 if "norm" in name else 0.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".scale"):
+                buffer.fill_(0.02 / 73.6)  # the codes' standard deviation
     tokenizer = script.new_tokenizer()
     return model.eval(), tokenizer, [tokenizer.eos_token_id]
 
