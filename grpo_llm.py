@@ -185,7 +185,7 @@ class Args:
             )
         if self.quantize != "none" and not self.lora_rank:
             raise ValueError(
-                f"quantize {self.quantize} freezes the weights and lora_rank 0 adds none that could learn: raise lora_rank"
+                f"quantize {self.quantize} freezes the weights, and lora_rank 0 adds none that could learn"
             )
         if self.offload and self.optimizer != "adamw8bit":
             raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")

@@ -1,4 +1,4 @@
-"""grpo_llm beyond what a small card holds: --offload, --quantize, --plan, --shard, on transformers of a few dimensions."""
+"""grpo_llm beyond what a small card holds: --offload, --quantize, --plan, --shard; transformers of a few dimensions."""
 
 import os
 import socket
@@ -223,7 +223,7 @@ def test_gradients_through_quantized_weights(grpo, tiny_grpo, tiny_lm, dtype, gr
 
 
 def test_no_unpacked_weight_is_kept(grpo, tiny_grpo, tiny_lm):
-    """[G29] What autograd keeps of a quantized model's forward pass, weights aside, is what it keeps of the plain one."""
+    """[G29] What autograd keeps of a quantized model's forward pass, weights aside, is what it keeps of a plain one."""
     pytest.importorskip("peft")
     kept = []
     for quantize in ("none", "int8"):
@@ -279,7 +279,7 @@ def test_a_quantized_run(grpo, tiny_grpo, tiny_lm, monkeypatch):
 
 def test_quantize_needs_an_adapter_and_linear_layers(grpo, tiny_grpo, tiny_gpt2):
     with pytest.raises(
-        ValueError, match="quantize int8 freezes the weights and lora_rank 0 adds none that could learn"
+        ValueError, match="quantize int8 freezes the weights, and lora_rank 0 adds none that could learn"
     ):
         grpo.Args(quantize="int8")
     with pytest.raises(grpo.InputError, match="--quantize knows torch's linear layers, and GPT2LMHeadModel has none"):

@@ -46,7 +46,7 @@ def test_what_is_offloaded_is_on_the_host(grpo, tiny_grpo, tiny_lm):
 
 
 def test_quantized_weights_on_the_device(grpo, tiny_grpo, tiny_lm):
-    """[G29] The host's codes, but for what an ulp of the scale turns, one graph that unpacks them at each replay, adapters that learn."""
+    """[G29] The host's codes, but for an ulp of a scale; a graph unpacks them at each replay; adapters learn."""
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     options = {"lora_rank": 4, "quantize": "int8", "beta": 0.1, "steps": 3}
     model, host = (grpo.load_model(tiny_grpo(**options, device=device), tiny_lm)[0] for device in (DEVICE, "cpu"))

@@ -419,7 +419,7 @@ def test_bad_data(grpo, tiny_grpo, command, tmp_path, task, text, message):
         (["--task", "jsonl", "--model", "m"], "task jsonl needs data"),
         (["--reference-every", "3"], "reference_every 3 refreshes nothing"),
         (["--reward-model-steps", "3"], "reward_model_steps needs reward_model and reference_every"),
-        (["--quantize", "int8"], "quantize int8 freezes the weights and lora_rank 0 adds none that could learn"),
+        (["--quantize", "int8"], "quantize int8 freezes the weights, and lora_rank 0 adds none that could learn"),
         (["--lora-rank", "4", "--beta", "1", "--reference-every", "3"], "reference_every must be 0"),
         (["--supervision", "process", "--algorithm", "rloo"], "supervision process is GRPO's own"),
         (["--supervision", "process", "--no-scale-by-std"], "scale_by_std False must be grpo and True"),

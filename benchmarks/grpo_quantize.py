@@ -1,0 +1,198 @@
+"""What 8 bits cost a frozen base under LoRA: accuracy, memory, time; and whether the adapters learn on it.
+
+Run      python benchmarks/grpo_quantize.py --model DIR     (torchao's rows where torchao 0.18.0 is installed)
+         python benchmarks/grpo_quantize.py --learn         (the default run with adapters, two seeds, on both bases)
+         python benchmarks/grpo_quantize.py --table         (prints the tables of the kept results again)
+Writes   benchmarks/results/grpo_quantize.jsonl, benchmarks/results/grpo_quantize_learn.jsonl
+
+Accuracy: log-probabilities of twelve sentences' tokens, against the same weights in float32, in nats. Memory: bytes of
+the weights; beyond them, what PyTorch's allocator hands out in one micro-batch forward and backward with adapters of
+rank 16, without gradient checkpointing. Time: a token of eight rows. Each way in a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from cartpole import RESULTS, machine  # noqa: E402
+from grpo_plans import allocated, keep  # noqa: E402
+
+SENTENCES = (
+    "The ferry leaves the harbour at seven in the morning and comes back before dark.",
+    "Water boils at a lower temperature on a mountain because the air is thinner there.",
+    "She counted the coins twice and put the smaller ones back into the jar.",
+    "If a train covers 60 kilometres in an hour, it covers 90 kilometres in an hour and a half.",
+    "A triangle with sides of 3, 4 and 5 has a right angle.",
+    "The committee could not agree on a date, so the meeting was moved to the spring.",
+    "Bread dough needs flour, water, salt, yeast and a little patience.",
+    "Most of the old town was built of the same grey stone as the castle above it.",
+    "To open the file, the program needs permission to read the folder that it lies in.",
+    "An octopus has three hearts, and two of them stop beating while it swims.",
+    "He had promised to write every week, and for a month he did.",
+    "Seven times eight is 56, and 56 minus 6 is 50.",
+)
+WAYS = ("bfloat16", "int8", "torchao int8", "torchao nf4")
+
+
+def load(way, directory):
+    """(args, model with frozen weights of that kind, tokenizer)."""
+    import torch
+
+    import grpo_llm
+
+    quantize = "int8" if way == "int8" else "none"
+    args = grpo_llm.Args(
+        model=directory,
+        dtype="bfloat16",
+        optimizer="adamw8bit",
+        lora_rank=16,
+        quantize=quantize,
+        micro_batch_tokens=256,
+    )
+    model, tokenizer, _ = grpo_llm.load_model(args, directory)
+    layers = [x for x in model.modules() if isinstance(x, torch.nn.Linear) and x is not model.get_output_embeddings()]
+    if way == "torchao int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig(), lambda module, name: any(module is x for x in layers))
+    if way == "torchao nf4":
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+        for layer in layers:
+            layer.weight = torch.nn.Parameter(to_nf4(layer.weight.data, 64, 64), requires_grad=False)
+    return args, model, tokenizer
+
+
+def bytes_of(model):
+    """Of parameters and buffers; of a tensor subclass, of the tensors in it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    parts = [
+        [getattr(x, name) for name in x.__tensor_flatten__()[0]] if hasattr(x, "__tensor_flatten__") else [x]
+        for x in tensors
+    ]
+    return sum(x.nbytes for own in parts for x in own)
+
+
+def run_way(way, directory):
+    """One row; torchao's own noise goes to stderr."""
+    import resource
+
+    import torch
+
+    import grpo_llm
+
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    args, model, tokenizer = load(way, directory)
+    seconds, resident = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = {"way": way, "weights": bytes_of(model), "load_seconds": seconds, "load_peak_resident": resident}
+
+    reference = grpo_llm.from_disk("AutoModelForCausalLM", directory, dtype=torch.float32).eval()
+    difference, divergence = [], []
+    with torch.no_grad():
+        for sentence in SENTENCES:
+            tokens = tokenizer(sentence, return_tensors="pt")["input_ids"]
+            right, found = (x(tokens).logits[0, :-1].float().log_softmax(-1) for x in (reference, model))
+            divergence.append((right.exp() * (right - found)).sum(-1))
+            difference.append((right - found).gather(-1, tokens[0, 1:, None]).abs()[:, 0])
+    difference, divergence = torch.cat(difference), torch.cat(divergence)
+    row |= {"tokens": len(difference), "difference": difference.mean().item(), "largest": difference.max().item()}
+    row["kl"] = divergence.mean().item()
+    del reference
+
+    times = []
+    for length in (2, 18):  # their difference is 16 tokens without the prefill
+        noise = torch.rand(8, length)
+        grpo_llm.generate(model, [[5] * 32], noise, 1.0, [10**6], 0)
+        start = time.perf_counter()
+        grpo_llm.generate(model, [[5] * 32], noise, 1.0, [10**6], 0)
+        times.append(time.perf_counter() - start)
+    row["seconds_a_token"] = (times[1] - times[0]) / 16
+
+    torch.manual_seed(0)
+    grpo_llm.add_adapter(args, model)
+    tokens = torch.full((4, 48), 5)
+    batch = grpo_llm.pack_rows([[5] * 48], tokens, torch.ones_like(tokens), [[0, 1, 2, 3]], 4)
+    model.train()
+
+    def learn():
+        grpo_llm.completion_logprobs(model, batch, 48, 1.0, 128).sum().backward()
+
+    start = time.perf_counter()
+    row["learning"] = allocated(learn)
+    row["learning_seconds"] = time.perf_counter() - start
+    return row
+
+
+def way_rows(directory):
+    for way in WAYS:
+        command = [sys.executable, __file__, "--model", directory, "--one", way]
+        run = subprocess.run(command, capture_output=True, text=True)
+        line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
+        if line:
+            yield json.loads(line.removeprefix("RESULT "))
+        elif "No module named 'torchao'" in run.stderr:
+            print(f"skipped     {way}: torchao is not installed")
+        else:
+            raise RuntimeError(f"{way}:\n{run.stderr[-2000:]}")
+
+
+def learn_rows(seeds=(1, 2), steps=60):
+    """The default task; before and after, held out, on a plain and on a quantized base."""
+    import grpo_llm
+
+    for seed in seeds:
+        for quantize in ("none", "int8"):
+            with tempfile.TemporaryDirectory() as folder:
+                options = {"lora_rank": 16, "quantize": quantize, "steps": steps, "eval_every": 0, "beta": 0.01}
+                args = grpo_llm.Args(seed=seed, run_dir=f"{folder}/run", learning_rate=1e-3, **options)
+                start = time.perf_counter()
+                metrics = grpo_llm.train(args)
+            before, after = (
+                {name: row[name] for name in ("eval/greedy", "eval/pass@1")} for row in (metrics[0], metrics[-1])
+            )
+            kl = [row["kl/reference"] for row in metrics[1:]]
+            row = {"seed": seed, "quantize": quantize, "before": before, "after": after, "kl": [kl[0], kl[-1]]}
+            yield row | {"steps": steps, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def print_tables():
+    if (path := RESULTS / "grpo_quantize.jsonl").exists():
+        head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        print(f"\n{head['model']}, {head['machine']['cpu']}; {rows[0]['tokens']} tokens; nats, MB, ms\n")
+        print("| base | weights | mean difference | largest | KL | learning, beyond the weights | a token of 8 rows |")
+        print("|---|---|---|---|---|---|---|")
+        for row in rows:
+            nats = [f"{row[name]:.{digits}f}" for name, digits in (("difference", 3), ("largest", 2), ("kl", 4))]
+            cells = [row["way"], f"{row['weights'] / 1e6:.0f}", *nats, f"{row['learning'] / 1e6:.0f}"]
+            print(f"| {' | '.join([*cells, '{:.0f}'.format(1e3 * row['seconds_a_token'])])} |")
+    if (path := RESULTS / "grpo_quantize_learn.jsonl").exists():
+        print("\n| seed | base | pass@1 before | after | greedy before | after |\n|---|---|---|---|---|---|")
+        for row in list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))[1:]:
+            shares = [row[when][f"eval/{name}"] for name in ("pass@1", "greedy") for when in ("before", "after")]
+            base = {"none": "float32", "int8": "int8"}[row["quantize"]]
+            print(f"| {row['seed']} | {base} | {' | '.join(f'{x:.3f}' for x in shares)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory of a causal language model")
+    parser.add_argument("--learn", action="store_true", help="train, with adapters on both bases")
+    parser.add_argument("--table", action="store_true", help="only print the tables, from the kept results")
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print("RESULT " + json.dumps(run_way(options.one, options.model)))
+        sys.exit()
+    if options.learn:
+        keep(RESULTS / "grpo_quantize_learn.jsonl", {"machine": machine()}, learn_rows())
+    elif options.model:
+        head = {"machine": machine(), "model": Path(options.model).name}
+        keep(RESULTS / "grpo_quantize.jsonl", head, way_rows(options.model))
+    print_tables()
