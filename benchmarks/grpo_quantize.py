@@ -1,13 +1,14 @@
 """What 8 bits cost a frozen base under LoRA: accuracy, memory, time; and whether the adapters learn on it.
 
 Run      python benchmarks/grpo_quantize.py --model DIR     (torchao's rows where torchao 0.18.0 is installed)
-         python benchmarks/grpo_quantize.py --learn         (the default run with adapters, two seeds, on both bases)
+         python benchmarks/grpo_quantize.py --learn         (the default task with adapters, on both bases)
          python benchmarks/grpo_quantize.py --table         (prints the tables of the kept results again)
 Writes   benchmarks/results/grpo_quantize.jsonl, benchmarks/results/grpo_quantize_learn.jsonl
 
 Accuracy: log-probabilities of twelve sentences' tokens, against the same weights in float32, in nats. Memory: bytes of
 the weights; beyond them, what PyTorch's allocator hands out in one micro-batch forward and backward with adapters of
-rank 16, without gradient checkpointing. Time: a token of eight rows. Each way in a process of its own.
+rank 16, without gradient checkpointing. Time: a token of eight rows. Each way in a process of its own; a way or a run
+that the results have already is not measured again, so a series that was stopped goes on: --ways and --seeds choose.
 """
 
 import argparse
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from cartpole import RESULTS, machine  # noqa: E402
-from grpo_plans import allocated, keep  # noqa: E402
+from grpo_plans import allocated  # noqa: E402
 
 SENTENCES = (
     "The ferry leaves the harbour at seven in the morning and comes back before dark.",
@@ -107,13 +109,13 @@ def run_way(way, directory):
     del reference
 
     times = []
-    for length in (2, 18):  # their difference is 16 tokens without the prefill
+    for length in (2, 10):  # their difference is 8 tokens without the prefill
         noise = torch.rand(8, length)
         grpo_llm.generate(model, [[5] * 32], noise, 1.0, [10**6], 0)
         start = time.perf_counter()
         grpo_llm.generate(model, [[5] * 32], noise, 1.0, [10**6], 0)
         times.append(time.perf_counter() - start)
-    row["seconds_a_token"] = (times[1] - times[0]) / 16
+    row["seconds_a_token"] = (times[1] - times[0]) / 8
 
     torch.manual_seed(0)
     grpo_llm.add_adapter(args, model)
@@ -130,8 +132,10 @@ def run_way(way, directory):
     return row
 
 
-def way_rows(directory):
-    for way in WAYS:
+def way_rows(kept, ways, directory):
+    for way in ways:
+        if any(row["way"] == way for row in kept):
+            continue
         command = [sys.executable, __file__, "--model", directory, "--one", way]
         run = subprocess.run(command, capture_output=True, text=True)
         line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
@@ -143,23 +147,37 @@ def way_rows(directory):
             raise RuntimeError(f"{way}:\n{run.stderr[-2000:]}")
 
 
-def learn_rows(seeds=(1, 2), steps=60):
+def learn_rows(kept, seeds, steps=25):
     """The default task; before and after, held out, on a plain and on a quantized base."""
     import grpo_llm
 
     for seed in seeds:
         for quantize in ("none", "int8"):
+            if any((row["seed"], row["quantize"]) == (seed, quantize) for row in kept):
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                options = {"lora_rank": 16, "quantize": quantize, "steps": steps, "eval_every": 0, "beta": 0.01}
+                options = {"lora_rank": 16, "quantize": quantize, "steps": steps, "eval_every": 0}
+                options |= {"prompts_per_step": 16, "eval_problems": 128, "eval_samples": 8}
                 args = grpo_llm.Args(seed=seed, run_dir=f"{folder}/run", learning_rate=1e-3, **options)
                 start = time.perf_counter()
                 metrics = grpo_llm.train(args)
             before, after = (
                 {name: row[name] for name in ("eval/greedy", "eval/pass@1")} for row in (metrics[0], metrics[-1])
             )
-            kl = [row["kl/reference"] for row in metrics[1:]]
-            row = {"seed": seed, "quantize": quantize, "before": before, "after": after, "kl": [kl[0], kl[-1]]}
+            row = {"seed": seed, "quantize": quantize, "before": before, "after": after}
             yield row | {"steps": steps, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def go_on(path, head, measure):
+    """Write rows as they come, after those that are there."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine(), **head}) + "\n")
+    kept = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))[1:]
+    for row in measure(kept):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
 
 
 def print_tables():
@@ -185,14 +203,17 @@ if __name__ == "__main__":
     parser.add_argument("--model", help="directory of a causal language model")
     parser.add_argument("--learn", action="store_true", help="train, with adapters on both bases")
     parser.add_argument("--table", action="store_true", help="only print the tables, from the kept results")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="those to measure")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="of --learn")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print("RESULT " + json.dumps(run_way(options.one, options.model)))
         sys.exit()
     if options.learn:
-        keep(RESULTS / "grpo_quantize_learn.jsonl", {"machine": machine()}, learn_rows())
+        go_on(RESULTS / "grpo_quantize_learn.jsonl", {}, partial(learn_rows, seeds=options.seeds))
     elif options.model:
-        head = {"machine": machine(), "model": Path(options.model).name}
-        keep(RESULTS / "grpo_quantize.jsonl", head, way_rows(options.model))
+        head = {"model": Path(options.model).name}
+        rows = partial(way_rows, ways=options.ways, directory=options.model)
+        go_on(RESULTS / "grpo_quantize.jsonl", head, rows)
     print_tables()
