@@ -39,6 +39,12 @@ PLANS = [  # model, card in GB, what it is, flags
     ("Qwen2.5-7B", 24, "with KL, --offload", "--beta 0.04 --offload"),
     ("Qwen2.5-7B", 24, "with KL, LoRA of rank 16, base in bfloat16", "--beta 0.04 --lora-rank 16"),
     ("Qwen2.5-7B", 16, "with KL, LoRA of rank 16, base in 8 bits", "--beta 0.04 --lora-rank 16 --quantize int8"),
+    (
+        "Qwen2.5-7B",
+        12,
+        "the same, 8 sequences sampled at once",
+        "--beta 0.04 --lora-rank 16 --quantize int8 --generate-rows 8",
+    ),
 ]
 COMMON = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 COMMON |= {"max_position_embeddings": 32768, "hidden_act": "silu", "attention_dropout": 0.0}
