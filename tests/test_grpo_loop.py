@@ -532,7 +532,8 @@ def test_process_advantages_reach_their_tokens(watch, grpo, tiny_grpo, monkeypat
         return [float(len(step) % 2 == 0) for step in steps], original(problem, text)[1]
 
     monkeypatch.setattr(grpo, "step_rewards_of", step_rewards_of)
-    seen = watch(tiny_grpo(supervision="process", steps=1, beta=0.1, prompts_per_step=6, max_tokens=14))
+    options = {"supervision": "process", "length_weight": 0.0, "beta": 0.1, "prompts_per_step": 6, "max_tokens": 14}
+    seen = watch(tiny_grpo(**options, steps=1))
     (call,) = seen.calls["process_advantages"]
     ratings = [call.result for call in seen.calls["rate_group"]]
     expected = []

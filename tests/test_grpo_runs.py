@@ -355,7 +355,8 @@ def test_a_run_on_a_file(grpo, tiny_grpo, no_picture, tmp_path, task):
     else:
         rows = [{"question": f"{i}+1", "answer": f"<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(20)]
     data = write_rows(tmp_path / "d.jsonl", rows)
-    args = tiny_grpo(task=task, data=data, num_problems=15, supervision="process" if task == "gsm8k" else "outcome")
+    supervision = {"supervision": "process", "length_weight": 0.0} if task == "gsm8k" else {}
+    args = tiny_grpo(task=task, data=data, num_problems=15, **supervision)
     learned, held_out = grpo.load_problems(args)
     assert len(learned) == 11 and len(held_out) == 4 and learned[0].answer == "5"
     metrics = grpo.train(args)
