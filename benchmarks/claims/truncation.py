@@ -2,7 +2,8 @@
 
 Run      python benchmarks/claims/truncation.py                    (about five minutes on one core)
          python benchmarks/claims/truncation.py --draw             (table and figure from the kept results)
-Writes   benchmarks/results/claims_truncation.jsonl, docs/figures/claims_truncation.png
+Writes   benchmarks/results/claims_truncation.jsonl (a stopped series goes on with the next seed),
+         docs/figures/claims_truncation.png
 
 ppo_cartpole.py with its defaults, and the same with one word changed: the bootstrap is cut at a time limit too.
 
@@ -142,10 +143,11 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.draw:
         register()
-        with FILE.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d")}) + "\n")
-            for seed in range(1, options.seeds + 1):
-                for row in measure(seed):
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
+        if not FILE.exists():
+            FILE.write_text(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d")}) + "\n")
+        done = {json.loads(line).get("seed") for line in FILE.read_text(encoding="utf-8").splitlines()}
+        for seed in sorted(set(range(1, options.seeds + 1)) - done):
+            lines = "".join(f"{json.dumps(row)}\n" for row in measure(seed))
+            with FILE.open("a", encoding="utf-8") as file:
+                file.write(lines)
     draw()
