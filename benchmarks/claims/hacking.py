@@ -2,13 +2,14 @@
 
 Run      python benchmarks/claims/hacking.py                       (about half an hour on one core)
          python benchmarks/claims/hacking.py --plot                (table and figure from the kept results)
-Writes   benchmarks/results/claims_hacking.jsonl (a line a run; a stopped series goes on), docs/figures/claims_hacking.png
+Writes   benchmarks/results/claims_hacking.jsonl (a line a run; a stopped series goes on),
+         docs/figures/claims_hacking.png
 
 The grammar of rlhf_gpt2_ppo.py knows which review is truly positive. For each seed: stage 1; four weak reward models,
-trained on the same 180 pairs; a good one, trained on 7,200. Then stage 3 from the same models in each arm, 25 iterations
-of 96 responses, no annealing, no entropy bonus, β fixed: what is left to hold the policy back is what the arm names.
-The ensemble's score is the mean of the four less one standard deviation; the length penalty takes 0.02 a token.
-Held-out prompts are answered before and after.
+trained on the same 180 pairs; a good one, trained on 7,200. Then stage 3 from the same models in each arm: 25
+iterations of 96 responses, no annealing, no entropy bonus, β fixed, so that what holds the policy back is what the arm
+names. The ensemble's score is the mean of the four less one standard deviation; the length penalty takes 0.02 a token;
+the smaller learning rate is 2e-4. 256 held-out prompts are answered before and after.
 """
 
 import argparse
@@ -29,20 +30,20 @@ import rlhf_gpt2_ppo as rlhf  # noqa: E402
 
 FILE = RESULTS / "claims_hacking.jsonl"
 COMMON = {"reward_batch_size": 32, "eval_prompts": 256, "checkpoint_every": 0}
-PPO = {"ppo_iterations": 25, "anneal_lr": False, "ent_coef": 0.0, "adaptive_kl": False}
+PPO = {"num_texts": 4000, "ppo_iterations": 25, "anneal_lr": False, "ent_coef": 0.0, "adaptive_kl": False}
 WEAK = {"num_texts": 400, "reward_steps": 60, "ensemble": 4}
 LENGTH = {"length_penalty": 0.02}
 ARMS = {  # name → reward models, flags of stage 3
     "β 0": ("weak", {"kl_coef": 0.0}),
+    "β 0.01": ("weak", {"kl_coef": 0.01}),
     "β 0.05": ("weak", {"kl_coef": 0.05}),
-    "β 0.15": ("weak", {"kl_coef": 0.15}),
-    "β 0.5": ("weak", {"kl_coef": 0.5}),
+    "β 0.2": ("weak", {"kl_coef": 0.2}),
     "length penalty, β 0": ("weak", {"kl_coef": 0.0, **LENGTH}),
-    "length penalty, β 0.05": ("weak", {"kl_coef": 0.05, **LENGTH}),
+    "length penalty, β 0.01": ("weak", {"kl_coef": 0.01, **LENGTH}),
     "ensemble, β 0": ("ensemble", {"kl_coef": 0.0}),
-    "ensemble, β 0.05": ("ensemble", {"kl_coef": 0.05}),
-    "ensemble, β 0.15": ("ensemble", {"kl_coef": 0.15}),
-    "good reward model, β 0": ("good", {"kl_coef": 0.0}),
+    "ensemble, β 0.01": ("ensemble", {"kl_coef": 0.01}),
+    "β 0, a third of the learning rate": ("weak", {"kl_coef": 0.0, "learning_rate": 2e-4}),
+    "β 0, good reward model": ("good", {"kl_coef": 0.0}),
 }
 NAMES = {"objective/scores": "score", "objective/gold": "gold", "objective/kl": "kl"}
 NAMES |= {"response/length": "length", "response/distinct_2": "distinct_2"}
@@ -70,7 +71,7 @@ def stages_before(seed, work):
     for kind, settings in (("weak", WEAK), ("good", {"reward_steps": 120})):
         if not Path(kinds[kind][-1]).is_dir():
             metrics, seconds = run(work / kind, stage="reward", seed=seed, model=sft, **settings)
-            found = [x for row in metrics for name, x in row.items() if name.endswith("held_out_accuracy")]
+            found = [round(x, 4) for row in metrics for name, x in row.items() if name.endswith("held_out_accuracy")]
             keep({"seed": seed, "reward_models": kind, "held_out_accuracy": found, "seconds": seconds})
     return sft, kinds
 
@@ -129,10 +130,10 @@ def draw():
     left.set_yticks(range(len(arms)), list(arms))
     left.invert_yaxis()
     left.set(title="truly positive after stage 3, a dot a seed", xlim=(-0.03, 1.03))
-    curves = ("β 0", "β 0.05", "β 0.15", "β 0.5", "ensemble, β 0.05", "good reward model, β 0")
-    for arm in curves:
-        own = [[[point[name] for name in ("gold", "score", "kl")] for point in row["curve"]] for row in rows if row["arm"] == arm]
-        gold, score, kl = np.median(own, axis=0).T
+    for arm in ("β 0", "β 0.01", "β 0.05", "β 0.2", "ensemble, β 0.01", *list(ARMS)[-2:]):
+        curves = [row["curve"] for row in rows if row["arm"] == arm]
+        points = [[[point[name] for name in ("gold", "score", "kl")] for point in curve] for curve in curves]
+        gold, score, kl = np.median(points, axis=0).T
         color, steps = f"C{list(ARMS).index(arm)}", range(1, len(gold) + 1)
         right.plot(np.maximum(kl, 0.05), gold, ".-", color=color, label=arm, alpha=0.8, lw=1, markersize=4)
         panels[1, 0].plot(steps, score, color=color)
