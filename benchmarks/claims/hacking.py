@@ -135,13 +135,13 @@ def draw():
         points = [[[point[name] for name in ("gold", "score", "kl")] for point in curve] for curve in curves]
         gold, score, kl = np.median(points, axis=0).T
         color, steps = f"C{list(ARMS).index(arm)}", range(1, len(gold) + 1)
-        right.plot(kl[1:], gold[1:], ".-", color=color, label=arm, alpha=0.8, lw=1, markersize=4)
-        panels[1, 0].plot(steps, score, color=color)
+        right.plot(kl[1:], gold[1:], ".-", color=color, alpha=0.8, lw=1, markersize=4)
+        panels[1, 0].plot(steps, score, color=color, label=arm)
         panels[1, 1].plot(steps, gold, color=color)
     right.set(title="truly positive by KL, each iteration, medians", xlabel="KL to the reference, nats", xscale="log")
-    right.set(xlim=(0.02, None), ylim=(-0.03, 1.03))
-    right.legend(fontsize=8, loc="lower left")
+    right.set(ylim=(-0.03, 1.03))
     panels[1, 0].set(title="score of the reward model, medians", xlabel="iteration")
+    panels[1, 0].legend(fontsize=8)
     panels[1, 1].set(title="truly positive, medians", xlabel="iteration", ylim=(-0.03, 1.03))
     left.figure.savefig(ROOT / "docs" / "figures" / "claims_hacking.png", dpi=120)
 
