@@ -1,6 +1,6 @@
 """Claim 10: what keeps a policy from hacking its reward model? KL coefficient, ensemble, length penalty, each tried.
 
-Run      python benchmarks/claims/hacking.py                       (about half an hour on one core)
+Run      python benchmarks/claims/hacking.py                       (about 45 minutes on one core)
          python benchmarks/claims/hacking.py --plot                (table and figure from the kept results)
 Writes   benchmarks/results/claims_hacking.jsonl (a line a run; a stopped series goes on),
          docs/figures/claims_hacking.png
