@@ -170,8 +170,10 @@ def stages_before(seed, work):
 
     sft, reward = work / "sft" / "sft", work / "good" / "reward"
     if not sft.is_dir():
+        shutil.rmtree(sft.parent, ignore_errors=True)  # of a series that was stopped in the middle of it
         rlhf.train(rlhf.Args(stage="sft", seed=seed, checkpoint_every=0, run_dir=str(sft.parent)))
     if not reward.is_dir():
+        shutil.rmtree(reward.parent, ignore_errors=True)
         settings = {"reward_batch_size": 32, "reward_steps": 120, "eval_prompts": 256, "checkpoint_every": 0}
         rlhf.train(rlhf.Args(stage="reward", model=str(sft), seed=seed, run_dir=str(reward.parent), **settings))
     return str(sft), str(reward)
