@@ -1,12 +1,11 @@
-"""rlhf_gpt2_ppo.py, measured: five seeds of the default run, reward hacking shown, real sentences, a real judge.
+"""rlhf_gpt2_ppo.py, measured: five seeds of the default run, real sentences, a real judge. Hacking: claims/hacking.py.
 
 Run      python benchmarks/rlhf.py seeds                          (the default run, seeds 1 to 5; rlhf_seeds.png)
          python benchmarks/rlhf.py threads                        (the default run on one thread and on two)
-         python benchmarks/rlhf.py hacking                        (stage 3 without and with restraint; rlhf_hacking.png)
          python benchmarks/rlhf.py broken                         (stage 3 with one flag that it should not have)
          python benchmarks/rlhf.py sentences --shared ../shared   (reviews by people, GPT-2's BPE; rlhf_sentences.png)
          python benchmarks/rlhf.py judge --shared ../shared --judge DIR    (an instruct model's preferences)
-         python benchmarks/rlhf.py hacking --plot                 (redraws the figure from the kept results)
+         python benchmarks/rlhf.py seeds --plot                   (redraws the figure from the kept results)
 Writes   benchmarks/results/rlhf_NAME.jsonl (raw: a line naming the machine, then lines of each run),
          for some a figure in docs/figures; models go to --work
 
@@ -56,24 +55,6 @@ def seeds(args):
 
 def threads(args):
     return [row for n in (1, 2) for row in run(f"{n} threads", ["--torch-threads", n], args.work)]
-
-
-def hacking(args):
-    """Stage 3 on a reward model that saw 180 pairs, without and with what holds the policy back; and on a good one."""
-    rows = run("sft", ["--stage", "sft"], args.work)
-    sft = ["--model", args.work / "sft" / "sft"]
-    sft += ["--reward-batch-size", 32]
-    weak = ["--num-texts", 400, "--reward-steps", 60, "--ensemble", 4]
-    rows += run("weak", ["--stage", "reward", *sft, *weak], args.work)
-    rows += run("good", ["--stage", "reward", *sft, "--reward-steps", 120], args.work)
-    models = [args.work / "weak" / name for name in ("reward", "reward2", "reward3", "reward4")]
-    ppo = ["--stage", "ppo", *sft, "--ppo-iterations", 40, "--no-anneal-lr", "--kl-target", 2.6, "--ent-coef", 0]
-    ppo += ["--reward-model"]
-    free = ["--kl-coef", 0, "--no-adaptive-kl"]
-    rows += run("weak reward model, β = 0", [*ppo, models[0], *free], args.work)
-    rows += run("weak reward model, β steered", [*ppo, models[0]], args.work)
-    rows += run("4 weak ones, β steered, length penalty", [*ppo, *models, "--length-penalty", 0.02], args.work)
-    return rows + run("good reward model, β = 0", [*ppo, args.work / "good" / "reward", *free], args.work)
 
 
 def broken(args):
@@ -155,7 +136,7 @@ def draw(path, figure):
 
 
 def main():
-    programs = {program.__name__: program for program in (seeds, threads, hacking, broken, sentences, judge)}
+    programs = {program.__name__: program for program in (seeds, threads, broken, sentences, judge)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=programs)
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_NAME")
@@ -173,7 +154,7 @@ def main():
         lines = [json.dumps(row, ensure_ascii=False).replace(str(args.work), "WORK") for row in (head, *rows)]
         lines = [line.replace(str(args.judge), "JUDGE").replace(str(ROOT.parent), "..") for line in lines]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if args.name in ("seeds", "hacking", "sentences"):
+    if args.name in ("seeds", "sentences"):
         draw(path, ROOT / "docs" / "figures" / f"rlhf_{args.name}.png")
 
 
