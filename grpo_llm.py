@@ -1173,8 +1173,12 @@ def gradient_of(parameter):
     return own_part(parameter.grad) if on_host is None else on_host
 
 
-def cut_gradients(gradients, max_norm, are_shards=False):
-    """Scale gradients in place to a global norm of max_norm at most. Returns the norm that they had."""
+def cut_gradients(parameters, max_norm, are_shards=False):
+    """Scale their gradients in place to a global norm of max_norm at most. Returns the norm that they had.
+
+    The list of gradients is this function's own: one that outlived the step would keep them beside the next ones.
+    """
+    gradients = [x for x in map(gradient_of, parameters) if x is not None]
     norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm()
     norm = (over_ranks(norm.square()).sqrt() if are_shards else norm).item()
     if norm > max_norm:
@@ -2028,8 +2032,7 @@ def train(args: Args) -> list[dict]:
                     if gradient_of(parameter) is None:
                         parameter.grad = torch.zeros_like(parameter)
                     gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
-            gradients = [gradient_of(x) for x in parameters if gradient_of(x) is not None]
-            norms.append(cut_gradients(gradients, args.max_grad_norm, args.shard))
+            norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))
             if not math.isfinite(norms[-1]):
                 can_resume = (run_dir / "checkpoint.pt").exists()
                 kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""

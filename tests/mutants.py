@@ -585,8 +585,8 @@ GRPO = [
     ),
     (
         "gradients cut one by one",
-        "norms.append(cut_gradients(gradients, args.max_grad_norm, args.shard))",
-        "norms.append(sum(cut_gradients([x], args.max_grad_norm, args.shard) for x in gradients))",
+        "norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))",
+        "norms.append(sum(cut_gradients([x], args.max_grad_norm, args.shard) for x in parameters))",
     ),
     (
         "gradients of micro-batches forgotten",
@@ -672,6 +672,11 @@ GRPO = [
         "weight.abs().amax().float().expand(len(weight))",
     ),
     ("the head in 8 bits too", " and x is not model.get_output_embeddings()]", "]"),
+    (
+        "gradients kept until the next ones have come",
+        "            norms.append(cut_gradients(",
+        "            kept = [gradient_of(x) for x in parameters]  # noqa\n            norms.append(cut_gradients(",
+    ),
     ("biases lost under 8 bits", "y if module.bias is None else y + module.bias", "y"),
     (
         "the plan forgets the 8 bits",

@@ -1,9 +1,11 @@
 """grpo_llm beyond what a small card holds: --offload, --quantize, --plan, --shard; transformers of a few dimensions."""
 
+import gc
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -125,11 +127,34 @@ def test_a_streamed_model_visits(grpo, tiny_grpo, tiny_lm):
 def test_cut_gradients(grpo):
     """A global norm, in float32 however small the gradients' type: 5 of 3 and 4, cut to 1."""
     gradients = [torch.full((9,), 1.0), torch.full((16,), 1.0, dtype=torch.bfloat16)]
-    assert grpo.cut_gradients(gradients, 100.0) == pytest.approx(5.0)
+    parameters = [torch.nn.Parameter(torch.zeros_like(x)) for x in gradients]
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    assert grpo.cut_gradients(parameters, 100.0) == pytest.approx(5.0)
     assert gradients[0][0] == 1
-    assert grpo.cut_gradients(gradients, 1.0) == pytest.approx(5.0)
+    assert grpo.cut_gradients([*parameters, torch.nn.Parameter(torch.zeros(1))], 1.0) == pytest.approx(5.0)
     torch.testing.assert_close(gradients[0], torch.full((9,), 0.2))
     torch.testing.assert_close(gradients[1], torch.full((16,), 0.2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "optimizer": "adamw8bit"}])
+def test_no_gradient_outlives_its_step(grpo, tiny_grpo, monkeypatch, options):
+    """While the next answers are sampled, no gradient of the last step is in memory, by whatever name."""
+    gradients, samplings, original, sample = [], [], grpo.cut_gradients, grpo.sample_groups
+
+    def cut(parameters, *arguments):
+        gradients.extend(weakref.ref(parameter.grad) for parameter in parameters)
+        return original(parameters, *arguments)
+
+    def sample_groups(*arguments):
+        gc.collect()
+        samplings.append((len(gradients), sum(x() is not None for x in gradients)))
+        return sample(*arguments)
+
+    monkeypatch.setattr(grpo, "cut_gradients", cut)
+    monkeypatch.setattr(grpo, "sample_groups", sample_groups)
+    grpo.train(tiny_grpo(**options))
+    assert samplings[-1][0] > 10 and all(alive == 0 for _, alive in samplings)
 
 
 def test_offload_needs_the_8_bit_optimizer(grpo):
