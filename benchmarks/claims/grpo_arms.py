@@ -1,10 +1,10 @@
 """Claims 6, 7 and 9: GRPO against fine-tuning on right answers, with a new reference, with groups of 2 to 64.
 
-Run      python benchmarks/claims/grpo_arms.py online         (claim 6: who samples, and what wrong answers teach)
-         python benchmarks/claims/grpo_arms.py iterative      (claim 7: the reference fixed, or renewed as it learns)
-         python benchmarks/claims/grpo_arms.py groups         (claim 9: 256 samples a step as 128 × 2 to 4 × 64)
+Run      python benchmarks/claims/grpo_arms.py online         (claim 6: about 6 minutes on one core)
+         python benchmarks/claims/grpo_arms.py iterative      (claim 7: about 11 minutes)
+         python benchmarks/claims/grpo_arms.py groups         (claim 9: about 11 minutes)
          python benchmarks/claims/grpo_arms.py online --draw  (table and figure from the kept results)
-Writes   benchmarks/results/claims_grpo.jsonl, docs/figures/claims_grpo_NAME.png; the starting policies go to --work
+Writes   benchmarks/results/claims_grpo.jsonl, docs/figures/claims_grpo_NAME.png; starting policies go to --work
 
 Every arm is grpo_llm.py with its defaults (sums of five one-digit numbers) but for 20 steps and the flags below. The
 arms of a seed begin at the same policy, which has seen worked sums until a third of its answers were right, ask the
@@ -125,13 +125,17 @@ def last(rows, key):
     return np.array([row[key][-1][1] for row in rows])
 
 
+def shown(name):
+    return "GRPO, groups of 8" if name == "GRPO" else name
+
+
 def print_table(arms):
     print("| arm | seeds | pass@1 | greedy | pass@4 | maj@4 | pass@1 less GRPO's, mean (95%) ", end="")
     print("| groups without variance | CPU seconds |\n|---|---|---|---|---|---|---|---|---|")
     rng = np.random.default_rng(0)
     reference = {row["seed"]: row["eval/pass@1"][-1][1] for row in arms["GRPO"]}
     for name, rows in arms.items():
-        cells = [name, str(len(rows))]
+        cells = [shown(name), str(len(rows))]
         for key in ("eval/pass@1", "eval/greedy", "eval/pass@4", "eval/maj@4"):
             low, middle, high = np.quantile(last(rows, key), (0.25, 0.5, 0.75))
             cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
@@ -152,9 +156,8 @@ def draw(claim, arms):
     left, right = Figure(figsize=(10, 3.8), layout="constrained").subplots(1, 2)
     reference = {row["seed"]: row["eval/pass@1"][-1][1] for row in arms["GRPO"]}
     for i, (name, rows) in enumerate(arms.items()):
-        label = "groups of 8 (GRPO)" if claim == "groups" and name == "GRPO" else name
         curves = np.array([row["eval/pass@1"] for row in rows])
-        left.plot(*np.median(curves, axis=0).T, marker=".", color=f"C{i}", label=label)
+        left.plot(*np.median(curves, axis=0).T, marker=".", color=f"C{i}", label=shown(name))
         gains = last(rows, "eval/pass@1") - np.array([reference[row["seed"]] for row in rows])
         right.plot(gains, [i] * len(gains), "o", color=f"C{i}", alpha=0.6)
         right.plot([np.median(gains)], [i], "|", color="k", markersize=16)
