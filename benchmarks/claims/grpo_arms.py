@@ -164,6 +164,7 @@ def draw(claim, arms):
     right.set_yticks(range(len(arms)), left.get_legend_handles_labels()[1])
     right.invert_yaxis()
     right.axvline(0, color="0.8", zorder=0)
+    right.locator_params(axis="x", nbins=6)
     left.set(xlabel="step", title="pass@1, held out: medians", xticks=range(0, STEPS + 1, STEPS // 2))
     right.set(title="pass@1 at the end less GRPO's: a dot a seed", xlabel="the bar is the median")
     left.legend(fontsize="small")
