@@ -1,0 +1,190 @@
+"""Claims 6, 7 and 9: GRPO against fine-tuning on right answers, with a new reference, with groups of 2 to 64.
+
+Run      python benchmarks/claims/grpo_arms.py online         (claim 6: about 6 minutes on one core)
+         python benchmarks/claims/grpo_arms.py iterative      (claim 7: about 11 minutes)
+         python benchmarks/claims/grpo_arms.py groups         (claim 9: about 11 minutes)
+         python benchmarks/claims/grpo_arms.py online --draw  (table and figure from the kept results)
+Writes   benchmarks/results/claims_grpo.jsonl, docs/figures/claims_grpo_NAME.png; starting policies go to --work
+
+Every arm is grpo_llm.py with its defaults (sums of five one-digit numbers) but for 20 steps and the flags below. The
+arms of a seed begin at the same policy, which has seen worked sums until a third of its answers were right, ask the
+same questions in the same order and are judged on the same 256 held-out sums, by 4 samples of each. Offline, the
+answers to the training questions come from the policy of the start, in place of the one that learns; nothing else
+differs from online. A line is written as a run ends; what the file has already is not run again.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from cartpole import RESULTS, machine  # noqa: E402
+
+import grpo_llm as grpo  # noqa: E402
+
+FILE = RESULTS / "claims_grpo.jsonl"
+FIGURES = {
+    "online": "claims_grpo_online.png",
+    "iterative": "claims_grpo_iterative.png",
+    "groups": "claims_grpo_groups.png",
+}
+STEPS, SAMPLES = 20, 256  # of a run, of a step
+
+GROUPS = {f"groups of {size}": {"group_size": size, "prompts_per_step": SAMPLES // size} for size in (2, 4, 16, 32, 64)}
+ARMS = {  # name → flags
+    "GRPO": {},  # groups of 8, no reference
+    "offline RFT": {"algorithm": "rft"},
+    "online RFT": {"algorithm": "rft"},
+    "β 0.04, fixed": {"beta": 0.04},
+    "β 0.04, renewed": {"beta": 0.04, "reference_every": 5},
+    "β 0.4, fixed": {"beta": 0.4},
+    "β 0.4, renewed": {"beta": 0.4, "reference_every": 5},
+    **GROUPS,
+}
+CLAIMS = {
+    "online": ["GRPO", *(name for name in ARMS if "RFT" in name)],
+    "iterative": ["GRPO", *(name for name in ARMS if "β" in name)],
+    "groups": ["groups of 2", "groups of 4", "GRPO", "groups of 16", "groups of 32", "groups of 64"],
+}
+
+
+def starting_policy(seed, work):
+    """Directory of the warm-started policy of a seed, made if it is not there."""
+    directory = work / f"start-{seed}"
+    if not directory.exists():
+        args = grpo.Args(seed=seed)
+        problems, held_out = grpo.load_problems(args)
+        torch.manual_seed(seed)
+        tokenizer = grpo.new_tokenizer()
+        policy = grpo.new_model(tokenizer)
+        grpo.warm_start(args, policy, tokenizer, problems, held_out[:128])
+        work.mkdir(parents=True, exist_ok=True)
+        grpo.save_model(directory, policy, tokenizer)
+    return str(directory)
+
+
+def offline(sample_groups, start):
+    """sample_groups, but training questions are answered by the policy of the start."""
+
+    def sample(args, model, tokenizer, eos_ids, problems, group_size, temperature, names):
+        is_training = names[0][0] == "train"
+        model = start if is_training else model
+        return sample_groups(args, model, tokenizer, eos_ids, problems, group_size, temperature, names)
+
+    return sample
+
+
+def run(name, seed, start):
+    """One arm: its evaluations and what the figures show of its steps."""
+    policy, sample_groups = grpo.load_model(grpo.Args(), start)[0], grpo.sample_groups
+    began = time.process_time()
+    if name.startswith("offline"):
+        grpo.sample_groups = offline(sample_groups, policy)
+    settings = {"steps": STEPS, "eval_samples": 4, "eval_k": 4, "eval_every": STEPS // 2, "checkpoint_every": 0}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            where = {"model": start, "instruction": "{}", "run_dir": f"{folder}/run"}
+            metrics = grpo.train(grpo.Args(seed=seed, **settings, **ARMS[name], **where))
+    finally:
+        grpo.sample_groups = sample_groups
+    line = {"arm": name, "seed": seed, "cpu_seconds": round(time.process_time() - began, 1)}
+    for key in ("eval/greedy", "eval/pass@1", "eval/pass@4", "eval/maj@4"):
+        line[key] = [(row["step"], round(row[key], 4)) for row in metrics if key in row]
+    for key in ("reward/mean", "groups/zero_variance", "policy/entropy", "kl/reference"):
+        line[key] = [round(row[key], 4) for row in metrics if key in row]
+    return line
+
+
+def measure(names, options):
+    if not FILE.exists():
+        head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "steps": STEPS, "samples": SAMPLES}
+        head |= {"torch": version("torch"), "transformers": version("transformers")}
+        FILE.write_text(f"{json.dumps(head)}\n", encoding="utf-8")
+    done = {(row["arm"], row["seed"]) for row in kept_rows()}
+    for seed in range(1, options.seeds + 1):
+        for name in names:
+            if (name, seed) not in done:
+                line = json.dumps(run(name, seed, starting_policy(seed, options.work)), ensure_ascii=False)
+                with FILE.open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+
+
+def kept_rows():
+    return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()][1:]
+
+
+def last(rows, key):
+    return np.array([row[key][-1][1] for row in rows])
+
+
+def shown(name):
+    return "GRPO, groups of 8" if name == "GRPO" else name
+
+
+def print_table(arms):
+    print("| arm | seeds | pass@1 | greedy | pass@4 | maj@4 | pass@1 less GRPO's, mean (95%) ", end="")
+    print("| groups without variance | CPU seconds |\n|---|---|---|---|---|---|---|---|---|")
+    rng = np.random.default_rng(0)
+    reference = {row["seed"]: row["eval/pass@1"][-1][1] for row in arms["GRPO"]}
+    for name, rows in arms.items():
+        cells = [shown(name), str(len(rows))]
+        for key in ("eval/pass@1", "eval/greedy", "eval/pass@4", "eval/maj@4"):
+            low, middle, high = np.quantile(last(rows, key), (0.25, 0.5, 0.75))
+            cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+        gains = last(rows, "eval/pass@1") - np.array([reference[row["seed"]] for row in rows])  # the same start
+        low, high = np.quantile(rng.choice(gains, (10_000, len(gains))).mean(1), (0.025, 0.975))
+        cells.append("" if name == "GRPO" else f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+        cells.append(f"{np.median([np.mean(row['groups/zero_variance']) for row in rows]):.2f}")
+        cells.append(f"{np.median([row['cpu_seconds'] for row in rows]):.0f}")
+        print(f"| {' | '.join(cells)} |")
+    starts = [row["eval/pass@1"][0][1] for row in arms["GRPO"]]
+    print(f"pass@1 before: median {np.median(starts):.3f}, {min(starts):.3f} to {max(starts):.3f}")
+
+
+def draw(claim, arms):
+    """Left: pass@1 while learning, medians. Right: where each seed ends, against GRPO from the same start."""
+    from matplotlib.figure import Figure
+
+    left, right = Figure(figsize=(10, 3.8), layout="constrained").subplots(1, 2)
+    reference = {row["seed"]: row["eval/pass@1"][-1][1] for row in arms["GRPO"]}
+    for i, (name, rows) in enumerate(arms.items()):
+        curves = np.array([row["eval/pass@1"] for row in rows])
+        left.plot(*np.median(curves, axis=0).T, marker=".", color=f"C{i}", label=shown(name))
+        gains = last(rows, "eval/pass@1") - np.array([reference[row["seed"]] for row in rows])
+        right.plot(gains, [i] * len(gains), "o", color=f"C{i}", alpha=0.6)
+        right.plot([np.median(gains)], [i], "|", color="k", markersize=16)
+    right.set_yticks(range(len(arms)), left.get_legend_handles_labels()[1])
+    right.invert_yaxis()
+    right.axvline(0, color="0.8", zorder=0)
+    right.locator_params(axis="x", nbins=6)
+    left.set(xlabel="step", title="pass@1, held out: medians", xticks=range(0, STEPS + 1, STEPS // 2))
+    right.set(title="pass@1 at the end less GRPO's: a dot a seed", xlabel="the bar is the median")
+    left.legend(fontsize="small")
+    left.figure.savefig(ROOT / "docs" / "figures" / FIGURES[claim], dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claim", choices=list(CLAIMS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "claims_grpo", help="for the starting policies")
+    parser.add_argument("--draw", action="store_true", help="table and figure from the kept results, no runs")
+    options = parser.parse_args()
+    if not options.draw:
+        measure(CLAIMS[options.claim], options)
+    rows = kept_rows()
+    arms = {name: [row for row in rows if row["arm"] == name] for name in CLAIMS[options.claim]}
+    print_table(arms)
+    draw(options.claim, arms)
+
+
+if __name__ == "__main__":
+    main()
