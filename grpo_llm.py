@@ -114,7 +114,7 @@ class Args:
     format_weight: float = 0.0  # reward of a completion that matches --format-pattern
     format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression for all of it
     length_weight: float = 0.0  # taken from the reward of a completion of T tokens, in proportion from shorter ones
-    reward_model: str | None = None  # Hub id or directory of a sequence classifier with one output, R_φ
+    reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, of prompt\ncompletion
     reward_model_weight: float = 1.0  # of its score
     reward_model_steps: int = 0  # its gradient steps at each refresh of the reference, a tenth of them replay
     reward_model_learning_rate: float = 1e-5  # AdamW's, in those steps
@@ -1066,7 +1066,7 @@ class AdamW8bit:
     within 2.2% over 16 octaves below the block's maximum, m to within 4.4%. bfloat16 weights are rounded
     stochastically.
     Works through a parameter in slices, in place: no float32 copy of a large one ever exists, and on a CPU the passes
-    over a slice stay in its cache, 7 times faster than through memory.
+    over a slice stay in its cache, 4 times faster than through memory.
     """
 
     BLOCK = 256
