@@ -1550,7 +1550,7 @@ def model_on_paper(args):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     model = without_dropout(model).eval()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     if args.quantize != "none":
         quantize(model, "meta")
     if args.lora_rank:
@@ -1886,7 +1886,7 @@ def train(args: Args) -> list[dict]:
         dist.barrier()
     policy, tokenizer, eos_ids = load_model(args, start_dir)
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.activation_checkpointing_enable()
     torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
     if saved:

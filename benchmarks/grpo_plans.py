@@ -123,7 +123,7 @@ def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
         plan = grpo_llm.memory_plan(args)
         model = grpo_llm.load_model(args, model_name)[0]
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable()
         if args.lora_rank:
             torch.manual_seed(0)
             grpo_llm.add_adapter(args, model)

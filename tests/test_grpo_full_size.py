@@ -215,7 +215,7 @@ def adapter_gradients(grpo, args, model):
     torch.manual_seed(5)
     grpo.add_adapter(args, model)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     adapters = {name: x for name, x in model.named_parameters() if x.requires_grad}
     for x in adapters.values():
         x.data.normal_(0.0, 0.1)
@@ -352,7 +352,7 @@ def test_plan_is_what_the_allocator_counts(grpo, tiny_grpo, tiny_lm, options):
         assert state[args.offload] == sum(x.nbytes for own in optimizer.state for x in own) > learned * 0.4
         assert state[not args.offload] == 0
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
 
     Q, T, G, P = 20, args.max_tokens, args.group_size, args.prompts_per_step
     tokens = torch.full((P * G, T), 5)

@@ -283,7 +283,7 @@ def test_gradient_checkpointing_changes_nothing(grpo, lm):
     tokens, _, mask = sampled(grpo, lm)
     whole, _ = packed_logprobs(grpo, model, prompts, tokens, mask, 0.7, 48, 96)
     slope = gradient_of(model, whole)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     model.train()
     calls = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
