@@ -1120,6 +1120,7 @@ class AdamW8bit:
 
     def decode(self, m_codes, v_codes, m_max, v_max):
         m = torch.exp2((m_codes.float().abs_() - 127).div_(8)).mul_(m_max).mul_(m_codes.sign())
+        # √v's code 0 is the smallest value, not 0, or its weight's next step would be divided by nothing
         return m, torch.exp2((v_codes.float() - 255).div_(16)).mul_(v_max)
 
     def encode(self, m, root_v, state):
@@ -1128,8 +1129,7 @@ class AdamW8bit:
             size = x.abs()
             maxima.copy_(size.amax(-1, keepdim=True))
             code = size.div_(maxima.clamp(min=1e-38)).log2_().mul_(octave).add_(top).round_()
-            # the smallest √v is rounded up, or its weight's next step would be divided by nothing
-            codes.copy_(code.clamp_(0 if octave == 8 else 1, top).mul_(x.sign() if octave == 8 else 1))
+            codes.copy_(code.clamp_(0, top).mul_(x.sign() if octave == 8 else 1))
 
     def state_dict(self):
         return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}

@@ -539,7 +539,11 @@ GRPO = [
         "root_v.div_((1 - beta2**self.steps) ** 0.5).add_(self.eps)",
         "root_v.add_(self.eps)",
     ),
-    ("small √v becomes 0", "codes.copy_(code.clamp_(0 if octave == 8 else 1, top)", "codes.copy_(code.clamp_(0, top)"),
+    (
+        "small √v becomes 0",
+        "(v_codes.float() - 255).div_(16)).mul_(v_max)",
+        "(v_codes.float() - 255).div_(16)).mul_(v_max).mul_(v_codes.sign())",
+    ),
     ("8-bit state not loaded", "                mine.copy_(other)\n", "                pass\n"),
     ("dropout left on", "            module.attention_dropout = 0.0\n", "            pass\n"),
     (
