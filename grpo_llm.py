@@ -200,8 +200,8 @@ class Args:
                 f"supervision process is GRPO's own: algorithm {self.algorithm} and scale_by_std {self.scale_by_std} "
                 "must be grpo and True"
             )
-        whole = [self.format_weight, self.length_weight, self.reward_model, self.truncated == "penalise"]
-        if self.supervision == "process" and any(whole):
+        for_all_of_it = self.format_weight, self.length_weight, self.reward_model, self.truncated == "penalise"
+        if self.supervision == "process" and any(for_all_of_it):
             raise ValueError(
                 "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
                 "penalise, which judge a whole completion, would do nothing"
@@ -1129,7 +1129,7 @@ class AdamW8bit:
             size = x.abs()
             maxima.copy_(size.amax(-1, keepdim=True))
             code = size.div_(maxima.clamp(min=1e-38)).log2_().mul_(octave).add_(top).round_()
-            codes.copy_(code.clamp_(0, top).mul_(x.sign() if octave == 8 else 1))
+            codes.copy_(code.clamp_(0, top).mul_(x.sign()))
 
     def state_dict(self):
         return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}
