@@ -141,9 +141,7 @@ class Args:
     # the run
     device: str = "cpu"  # cpu, cuda, cuda:1 …
     torch_threads: int = 1  # CPU threads of torch
-    run_dir: str | None = (
-        None  # where models, logs, checkpoint and plot go; default runs/<task>__<script>__<seed>__<time>
-    )
+    run_dir: str | None = None  # where everything is written; default runs/<task>__<script>__<seed>__<time>
     checkpoint_every: int = 25  # steps between two checkpoints; 0: at the end only
     resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
     plan: int = 0  # print what memory these settings need with prompts of this many tokens; load and train nothing
@@ -1504,7 +1502,8 @@ def draw_curves(metrics, path):
             points = [(row["step"], row[name]) for row in metrics if name in row]
             axes.plot(*zip(*points), label=name, marker="o" if len(points) < 12 else "")
         axes.set(xlabel="step")
-        axes.legend(fontsize="small")
+        if axes.lines:  # there is no ratio in a run that was never taught
+            axes.legend(fontsize="small")
     axes.figure.savefig(path, dpi=100)
 
 

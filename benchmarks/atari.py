@@ -131,7 +131,7 @@ def measure(options):
     with results_file(options).open("w", encoding="utf-8") as file:
         file.write(json.dumps({"machine": machine(options.device), "date": time.strftime("%Y-%m-%d")}) + "\n")
         for round_number in range(1, options.rounds + 1):
-            for program in programs:
+            for program in list(programs):
                 if program in PEERS:
                     result = run_peer(program, options.iterations, options, threads)
                 else:
@@ -140,7 +140,9 @@ def measure(options):
                     run = subprocess.run(command, capture_output=True, text=True)
                     line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
                     if line is None:
-                        sys.exit(f"{program} failed:\n{run.stderr[-2000:]}")
+                        print(f"failed      {program}, left out from here on:\n{run.stderr[-600:]}")
+                        programs.remove(program)
+                        continue
                     result = json.loads(line.removeprefix("RESULT "))
                 line = json.dumps({"program": program, "round": round_number, **result})
                 file.write(line + "\n")

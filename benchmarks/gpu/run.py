@@ -1,7 +1,7 @@
 """Everything that waits for a GPU, in one command that can be stopped and started again.
 
 Run      python benchmarks/gpu/run.py                (needs requirements.txt; peft and trl if they are there)
-         python benchmarks/gpu/run.py --rehearse     (the same on the CPU with tiny shapes, within two minutes)
+         python benchmarks/gpu/run.py --rehearse     (the same with tiny shapes, on a CPU if there is no GPU)
          python benchmarks/gpu/run.py --table        (prints the tables of what is kept)
 Writes   benchmarks/results/gpu/DEVICE.json and DEVICE.md: a part that is in the JSON is not run again
 
@@ -240,12 +240,12 @@ def run_tests(options):
 
 def run_atari(options):
     """On a GPU the whole benchmark, which keeps its own raw results; in rehearsal a few rollouts of ours."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "atari.py")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "atari.py"), "--device", options.device]
     if options.rehearse:
         command += ["--one", "ours", "--iterations", "3"]
     else:
-        programs = ["ours", "ours-compiled", "ours-graphs", "ours-float32"]
-        command += ["--device", "cuda", "--rounds", "2", "--iterations", "24", "--programs", *programs]
+        command += ["--rounds", "2", "--iterations", "24", "--programs"]
+        command += ["ours", "ours-compiled", "ours-graphs", "ours-float32"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
     return {"output": run.stdout[-1500:]} if run.returncode == 0 else {"error": run.stderr[-600:]}
 
@@ -274,13 +274,13 @@ def measure(options, path):
     return kept
 
 
-def table(kept):
+def table(kept, is_rehearsal):
     """Markdown of what is kept."""
     device = kept["machine"].get("gpu") or kept["machine"]["cpu"]
     lines = [f"# {device}, {kept['machine']['date']}", ""]
-    if "gpu" not in kept["machine"]:
+    if is_rehearsal:
         lines += [
-            "A rehearsal on a CPU with tiny shapes: it shows that every part runs, and no number of it means anything.",
+            "A rehearsal with tiny shapes: it shows that every part runs, and no number of it means anything.",
             "",
         ]
     lines += [
@@ -313,20 +313,24 @@ def table(kept):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, and a CPU if there is no GPU")
     parser.add_argument("--table", action="store_true", help="only print what is kept")
     parser.add_argument("--timeout", type=int, default=420, help="seconds for a part")
-    parser.add_argument("--one", choices=["memory", "training", "trl", "decode"], help=argparse.SUPPRESS)
-    parser.add_argument("--row", type=int, default=0, help=argparse.SUPPRESS)
+    one = parser.add_argument_group("one part alone, which prints its result and keeps nothing")
+    one.add_argument("--one", choices=["memory", "training", "trl", "decode"])
+    one.add_argument("--row", type=int, default=0, help="of the plans, for --one memory")
+    one.add_argument("--prompts", type=int, help="a step, in place of the part's own number")
+    one.add_argument("--tokens", type=int, help="a completion, in place of the part's own number")
     options = parser.parse_args()
     import torch
 
-    options.device = "cpu" if options.rehearse else "cuda"
-    if not options.rehearse and not torch.cuda.is_available():
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cpu" and not options.rehearse:
         parser.error("there is no GPU here: --rehearse runs everything on the CPU with tiny shapes")
     shapes = json.loads((ROOT / "benchmarks" / "qwen2.5.json").read_text(encoding="utf-8"))
     shapes = {name: TINY if options.rehearse else shape for name, shape in shapes.items()}
     sizes = TINY_SIZES if options.rehearse else SIZES
+    sizes |= {name: getattr(options, name) for name in ("prompts", "tokens") if getattr(options, name)}
     if options.one:
         torch.set_num_threads(1 if options.rehearse else os.cpu_count())
         part = {"memory": run_memory, "training": run_training, "trl": run_trl, "decode": run_decode}[options.one]
@@ -338,8 +342,8 @@ def main():
     if options.rehearse and not options.table:
         path.unlink(missing_ok=True)
     kept = json.loads(path.read_text(encoding="utf-8")) if options.table else measure(options, path)
-    path.with_suffix(".md").write_text(table(kept) + "\n", encoding="utf-8")
-    print(table(kept))
+    path.with_suffix(".md").write_text(table(kept, options.rehearse) + "\n", encoding="utf-8")
+    print(table(kept, options.rehearse))
 
 
 if __name__ == "__main__":

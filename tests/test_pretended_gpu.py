@@ -1,0 +1,91 @@
+"""What waits for a GPU, on a pretended one: a device "cuda" in host memory (benchmarks/gpu/pretended)."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from contract import ROOT
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has a CUDA of its own"),
+]
+QUICK = {
+    "ppo_cartpole.py": "--total-timesteps 3000 --eval-episodes 3",
+    "ppo_atari.py": "--num-envs 2 --num-steps 16 --total-timesteps 64",
+    "rlhf_gpt2_ppo.py": "--num-texts 200 --sft-steps 2 --reward-steps 2 --ppo-iterations 1",
+    "grpo_llm.py": "--warm-start-steps 2 --steps 2 --eval-problems 16",
+}
+
+
+def on_pretended_gpu(*command, **more):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks" / "gpu" / "pretended"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, **more)
+
+
+@pytest.mark.parametrize(
+    "line, refusal",
+    [
+        ("torch.ones(2, device='cuda') + torch.ones(2)", "on the same device"),
+        ("torch.ones(2, 2, device='cuda') @ torch.ones(2, 2)", "on the same device"),
+        ("torch.ones(4, device='cuda').gather(0, torch.tensor([1]))", "on the same device"),
+        ("torch.ones(4)[torch.tensor([1], device='cuda')]", "indices should be"),
+        ("torch.rand(4, device='cuda', generator=torch.Generator())", "generator"),
+        ("torch.ones(4, device='cuda').numpy()", "to host memory"),
+        ("capture(lambda: int(x.sum()))", "not permitted when stream is capturing"),
+        ("capture(lambda: x.add_(torch.ones(2).cuda()))", "not permitted when stream is capturing"),
+        ("torch.cuda.set_per_process_memory_fraction(1e-4); torch.empty(10**7, device='cuda')", "out of memory"),
+    ],
+)
+def test_it_refuses_what_a_gpu_refuses(line, refusal):
+    setting = """
+import torch
+def capture(function):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        function()
+x = torch.ones(2, device="cuda")
+print("ready")
+"""
+    run = on_pretended_gpu("-c", setting + line)
+    assert run.returncode == 1 and run.stdout == "ready\n", run.stderr
+    assert refusal in run.stderr.splitlines()[-1], run.stderr
+
+
+def test_it_counts_memory_and_replays_graphs():
+    lines = """
+import torch
+before = torch.cuda.memory_allocated()
+x, big = torch.arange(3.0, device="cuda"), torch.empty(1000, device="cuda")
+assert torch.cuda.memory_allocated() - before == 512 + 4096
+del big
+assert torch.cuda.memory_allocated() - before == 512 and torch.cuda.max_memory_allocated() - before == 512 + 4096
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = (x[1:] * 2).exp()
+x.copy_(torch.tensor([0.0, 0.5, 1.0]))
+graph.replay()
+assert torch.equal(y.cpu(), torch.tensor([1.0, 2.0]).exp())
+"""
+    run = on_pretended_gpu("-c", lines)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_gpu_tests():
+    run = on_pretended_gpu("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_grpo_gpu.py", cwd=ROOT)
+    assert run.returncode == 0 and "6 passed" in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("script", QUICK)
+def test_a_run_and_its_resumption(script, tmp_path):
+    """Every tensor where it must be, in training, evaluation, checkpoint and resumption."""
+    arguments = (str(ROOT / script), "--device", "cuda")
+    run = on_pretended_gpu(*arguments, *QUICK[script].split(), "--run-dir", "run", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", map_location="cpu", weights_only=True)
+    assert saved["args"]["device"] == "cuda"
+    resumed = on_pretended_gpu(*arguments, "--resume", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
