@@ -90,16 +90,26 @@ class Slot(int):
 
 
 class Graph:
+    def keep(self, mode):
+        self.outputs, self.tape, later = mode.outputs, [], set()
+        for function, call, made in reversed(mode.tape):
+            slots = {x for x in tree_leaves((call, made)) if isinstance(x, Slot)}
+            self.tape.insert(0, (function, call, made, slots - later))  # the last are not used again: memory is freed
+            later |= slots
+
     def replay(self):
-        made = {}
-        for function, call, slots in self.tape:
-            args, kwargs = tree_map(lambda x: made[int(x)] if isinstance(x, Slot) else x, call)
-            for slot, x in zip(slots, tree_leaves(function(*args, **kwargs))):
+        held = {}
+        for function, call, made, spent in self.tape:
+            args, kwargs = tree_map(lambda x: held[x] if isinstance(x, Slot) else x, call)
+            for slot, x in zip(made, tree_leaves(function(*args, **kwargs))):
                 if isinstance(slot, Slot):
                     first = self.outputs[slot]()  # what was captured and is still held gets the new content
                     if first is not None and first.data_ptr() != x.data_ptr():
                         x = first.copy_(x)
-                    made[int(slot)] = x
+                    held[slot] = x
+            args = kwargs = x = first = None
+            for slot in spent:
+                held.pop(slot, None)
 
 
 class capture:
@@ -113,7 +123,7 @@ class capture:
 
     def __exit__(self, *error):
         self.mode.__exit__(*error)
-        self.graph.tape, self.graph.outputs = self.mode.tape, self.mode.outputs
+        self.graph.keep(self.mode)
 
 
 class Stream:
