@@ -153,6 +153,8 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
+if torch.version.cuda:
+    sys.exit("a pretended GPU needs PyTorch's CPU build: this one has CUDA of its own")
 device = compiled()
 properties = types.SimpleNamespace(name="Pretended GPU", total_memory=TOTAL, major=8, minor=0, multi_processor_count=1)
 nothing = {"_lazy_init", "set_device", "manual_seed", "manual_seed_all", "synchronize", "empty_cache", "check_error"}
