@@ -1193,7 +1193,9 @@ def zeros_on_host(shape, dtype, device):
     which rounds each tensor up to a power of 2."""
     host = torch.zeros(shape, dtype=dtype)
     if torch.device(device).type == "cuda" and host.nbytes >= 1 << 20:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+        cuda, pointer = torch.cuda.cudart(), host.data_ptr()
+        torch.cuda.check_error(cuda.cudaHostRegister(pointer, host.nbytes, 0))
+        weakref.finalize(host.untyped_storage(), cuda.cudaHostUnregister, pointer)  # before others get the address
     return host
 
 

@@ -41,8 +41,10 @@ def test_what_is_offloaded_is_on_the_host(grpo, tiny_grpo, tiny_lm):
     assert all(x.device.type == "cpu" for x in reference.parameters())
     with torch.no_grad():
         assert reference(torch.arange(3, 13, device=DEVICE).view(1, -1)).logits.device.type == DEVICE
-    large = grpo.zeros_on_host((1 << 20,), torch.float32, DEVICE)
-    assert large.is_pinned() == (DEVICE == "cuda")
+    for _ in range(3):  # each where the one before was: what is freed must not stay page-locked
+        large = grpo.zeros_on_host((1 << 24,), torch.float32, DEVICE)
+        assert large.is_pinned() == (DEVICE == "cuda")
+        del large
 
 
 def test_quantized_weights_on_the_device(grpo, tiny_grpo, tiny_lm):

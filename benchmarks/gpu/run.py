@@ -319,8 +319,8 @@ def main():
     one = parser.add_argument_group("one part alone, which prints its result and keeps nothing")
     one.add_argument("--one", choices=["memory", "training", "trl", "decode"])
     one.add_argument("--row", type=int, default=0, help="of the plans, for --one memory")
-    one.add_argument("--prompts", type=int, help="a step, in place of the part's own number")
-    one.add_argument("--tokens", type=int, help="a completion, in place of the part's own number")
+    one.add_argument("--prompts", type=int, help="of a step, in place of the part's own number")
+    one.add_argument("--tokens", type=int, help="of a completion, in place of the part's own number")
     one.add_argument("--steps", type=int, help="of training, in place of the part's own number")
     options = parser.parse_args()
     import torch
@@ -331,7 +331,8 @@ def main():
     shapes = json.loads((ROOT / "benchmarks" / "qwen2.5.json").read_text(encoding="utf-8"))
     shapes = {name: TINY if options.rehearse else shape for name, shape in shapes.items()}
     sizes = TINY_SIZES if options.rehearse else SIZES
-    sizes |= {name: getattr(options, name) for name in ("prompts", "tokens", "steps") if getattr(options, name)}
+    own = {name: getattr(options, name) for name in ("prompts", "tokens", "steps") if getattr(options, name)}
+    sizes = {**sizes, **own}
     if options.one:
         torch.set_num_threads(1 if options.rehearse else os.cpu_count())
         part = {"memory": run_memory, "training": run_training, "trl": run_trl, "decode": run_decode}[options.one]

@@ -249,7 +249,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   *reinterpret_cast<void**>(&own) = *reinterpret_cast<void**>(new Hooks());
   at::globalContext().lazyInitDevice(GPU);
   m.def("calls", [] { return calls; });
-  m.def("pin", [](size_t p) { pinned.insert(reinterpret_cast<const void*>(p)); });
+  m.def("pin", [](size_t p) {
+    TORCH_CHECK(pinned.insert(reinterpret_cast<const void*>(p)).second, "CUDA error: the memory is already mapped");
+  });
+  m.def("unpin", [](size_t p) { pinned.erase(reinterpret_cast<const void*>(p)); });
   m.def("alive", [] { return alive; });
   m.def("peak", [] { return peak; });
   m.def("reset_peak", [] { peak = alive; });

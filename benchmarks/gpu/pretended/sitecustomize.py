@@ -168,7 +168,9 @@ constant = {
     "get_device_name": properties.name,
     "get_device_capability": (8, 0),
     "get_device_properties": properties,
-    "cudart": types.SimpleNamespace(cudaHostRegister=lambda pointer, *_: device.pin(pointer)),
+    "cudart": types.SimpleNamespace(
+        cudaHostRegister=lambda pointer, *_: device.pin(pointer), cudaHostUnregister=device.unpin
+    ),
 }
 for name, answer in {**constant, **dict.fromkeys(nothing)}.items():
     setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
