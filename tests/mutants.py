@@ -363,6 +363,7 @@ RLHF = [
     ("SFT averages over micro-batches", "learned[rows]) / count", "learned[rows]) / learned[rows][:, 1:].sum()"),
     ("prompt learned though masked", "learned[i, : len(prompt) if mask_prompt else 0] = 0", "pass"),
     ("learning rate not annealed", '        group["lr"] = group["initial_lr"] * remaining\n', "        pass\n"),
+    ("no warm-up of the learning rate", "remaining * min(warmed_up, 1)", "remaining"),
     ("Adam's ε left at torch's", "eps=1e-5, ", ""),
     (
         "advantages not whitened",
