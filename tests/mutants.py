@@ -140,7 +140,13 @@ CARTPOLE = [
         '"model.pt", {"args": asdict(args), "agent": agent.state_dict()}',
         '"model.pt", {"args": asdict(args), "agent": Agent(envs, args).state_dict()}',
     ),
-    ("evaluation without a seed", "envs.reset(seed=args.seed + 10**6)", "envs.reset()"),
+    ("evaluation without a seed", "envs.reset(seed=env_seed(args.seed, evaluation=True))", "envs.reset()"),
+    ("evaluation on the episodes of training", "env_seed(args.seed, evaluation=True)", "env_seed(args.seed)"),
+    (
+        "two seeds share environments",
+        "    return int(hashed % 2**30)",
+        "    return seed + global_step + 10**6 * evaluation",
+    ),
     ("log repeated after a resume", 'purge_step=saved["global_step"] + 1 if saved else None', "purge_step=None"),
     ("clock restarted on resume", "time.perf_counter() - seconds\n", "time.perf_counter()\n"),
     ("solved reported late", "solved[0]['global_step']", "solved[-1]['global_step']"),
@@ -246,10 +252,11 @@ ATARI = [
         "running &= ~is_game_over(terminated, truncated, info)",
         "running &= ~terminated",
     ),
+    ("two seeds share games", "    return int(hashed % 2**30)", "    return seed + global_step + 10**6 * evaluation"),
     (
         "every process plays the same games",
-        "envs.reset(seed=args.seed + global_step + rank * N)",
-        "envs.reset(seed=args.seed + global_step)",
+        "envs.reset(seed=env_seed(args.seed, global_step) + rank * N)",
+        "envs.reset(seed=env_seed(args.seed, global_step))",
     ),
 ]
 
