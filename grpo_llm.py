@@ -78,7 +78,7 @@ class Args:
     max_term: int = 9  # the largest of them
     operators: str = "+"  # of arithmetic: "+" or "+-"
     instruction: str | None = None  # for --model: what it is told, {} is the problem; default INSTRUCTIONS[task]
-    num_problems: int = 20_000  # problems that are generated, or read at most
+    num_problems: int = 20_000  # problems that are generated, or drawn at random from the file at most
     seed: int = 1  # of weights, problems and samples
     # the model
     model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
@@ -384,6 +384,8 @@ def load_problems(args):
         problems = [write(rng, args) for _ in range(args.num_problems)]
     else:
         problems = [read_problem(args, row) for row in read_rows(args)]
+        random.Random(args.seed).shuffle(problems)  # a file may be sorted: its first rows would be an unlike test set
+    problems = problems[: args.num_problems]
     problems = list({problem.prompt: problem for problem in problems}.values())  # each prompt once
     held_out = min(args.eval_problems, len(problems) // 2)
     if len(problems) - held_out < args.prompts_per_step or not held_out:
@@ -400,8 +402,7 @@ def read_rows(args):
 
         datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True)
-            return list(rows.take(args.num_problems))
+            return list(datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True))
         except Exception as error:
             raise InputError(f"gsm8k cannot be fetched: {error}. --data takes a file in its form") from error
     try:
@@ -409,7 +410,7 @@ def read_rows(args):
             rows = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise InputError(f"--data {args.data} is no file of JSON lines: {error}") from error
-    return rows[: args.num_problems]
+    return rows
 
 
 def read_problem(args, row):

@@ -371,7 +371,9 @@ def load_rows(args):
             raise ValueError("the file is empty")
         rows = datasets.load_dataset(**source, split="train", streaming=True)
         # many sets are sorted by label: the first rows would be of one class
-        rows = list(rows.shuffle(seed=args.seed, buffer_size=50_000).take(args.num_texts))
+        buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
+        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
+        random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error

@@ -264,6 +264,8 @@ ATARI = [
 MUTANTS = [("ppo_cartpole.py", *mutant) for mutant in CARTPOLE]
 MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
 RLHF = [
+    ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
+    ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
     (
         "temperature forgotten in the score",
         "    logits = logits / temperature\n    return logits.gather",
@@ -644,6 +646,7 @@ GRPO = [
         "return problems[held_out:], problems[:held_out]",
         "return problems, problems[:held_out]",
     ),
+    ("the file's first rows held out", "random.Random(args.seed).shuffle(problems)", "pass"),
     (
         "offloaded gradients stay on the device",
         "        parameter.grad = None\n\n    parameter.host",
