@@ -109,7 +109,7 @@ class Args:
     missing_eos_penalty: float = 1.0  # taken from the score of a response that does not end
     max_grad_norm: float = 1.0  # global norm that each network's gradients are cut to
     target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL to its sampler exceeds this, nats
-    eval_prompts: int = 512  # held-out prompts that the policies before and after answer
+    eval_prompts: int = 1024  # held-out prompts that the policies before and after answer
     device: str = "cpu"  # cpu, cuda, cuda:1 …
     torch_threads: int = 1  # CPU threads of torch
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
