@@ -1459,7 +1459,10 @@ def raw_scores(model, tokenizer, answers):
     Padding is on the right, by a token that none of them holds: by it the head finds each row's last one.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    rows = [reward_ids(tokenizer, *answer)[-context:] for answer in answers]
+    rows = [reward_ids(tokenizer, *answer) for answer in answers]
+    if max(map(len, rows)) > context:
+        warnings.warn(f"of an answer beyond its context the reward model reads the last {context} tokens", stacklevel=2)
+    rows = [row[-context:] for row in rows]
     padding = min(set(range(1 + sum(map(len, rows)))).difference(*rows))
     model.config.get_text_config().pad_token_id = padding
     longest = max(map(len, rows))
