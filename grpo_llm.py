@@ -88,8 +88,9 @@ class Args:
     # the model
     model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 needs --optimizer adamw8bit
-    lora_rank: int = 0  # train adapters of this rank; the reference is the adapter switched off
+    lora_rank: int = 0  # train adapters of this rank; the reference is the model as the run began, at no cost
     quantize: Literal["none", "int8"] = "none"  # with --lora-rank: the frozen weights under the adapters in 8 bits
+    save_merged: bool = False  # with --lora-rank: write the model with the adapter merged into it too, as merged
     warm_start: float = 0.33  # without --model: share of right answers until which it sees worked solutions
     warm_start_steps: int = 2000  # supervised steps on them at most
     warm_start_batch_size: int = 32  # solutions in each
@@ -119,7 +120,7 @@ class Args:
     format_weight: float = 0.0  # reward of a completion that matches --format-pattern
     format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression for all of it
     length_weight: float = 0.0  # taken from the reward of a completion of T tokens, in proportion from shorter ones
-    reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, of prompt\ncompletion
+    reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, e.g. stage 3's reward
     reward_model_weight: float = 1.0  # of its score
     reward_model_steps: int = 0  # its gradient steps at each refresh of the reference, a tenth of them replay
     reward_model_learning_rate: float = 1e-5  # AdamW's, in those steps
@@ -190,6 +191,8 @@ class Args:
             raise ValueError(
                 f"quantize {self.quantize} freezes the weights, and lora_rank 0 adds none that could learn"
             )
+        if self.save_merged and not self.lora_rank:
+            raise ValueError("save_merged merges the adapter of lora_rank, got 0")
         if self.offload and self.optimizer != "adamw8bit":
             raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")
         if self.shard and (self.optimizer != "adamw8bit" or self.offload or self.lora_rank):
@@ -867,13 +870,29 @@ def new_model(tokenizer):
 
 
 def load_model(args, name):
-    """(language model, tokenizer, EOS ids) of a Hub id or a directory, fit to be trained here or refused."""
-    tokenizer = from_disk("AutoTokenizer", name)
-    model = from_disk("AutoModelForCausalLM", name, dtype=getattr(torch, args.dtype))
+    """(language model, tokenizer, EOS ids) of a Hub id or a directory, fit to be trained here or refused.
+
+    A saved adapter is merged into the model that it was trained on; with --lora-rank that model comes without it, and
+    add_adapter() puts it on.
+    """
+    base = base_of_adapter(name)
+    try:
+        model = from_disk("AutoModelForCausalLM", base or name, dtype=getattr(torch, args.dtype))
+    except InputError as error:
+        raise InputError(f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error) from error
+    try:
+        tokenizer = from_disk("AutoTokenizer", name)
+    except InputError:
+        if base is None:
+            raise
+        tokenizer = from_disk("AutoTokenizer", base)
+    if base and not args.lora_rank:
+        model = with_adapter(model, name).merge_and_unload().requires_grad_(True)
     eos_ids = model.generation_config.eos_token_id  # [G9] one, several or none; chat models often have two
     eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
     if tokenizer.eos_token_id is not None:
         eos_ids = sorted({*eos_ids, tokenizer.eos_token_id})
+    eos_ids = [token for token in eos_ids if token < model.get_input_embeddings().num_embeddings]
     if not eos_ids:
         raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
     if args.quantize != "none":
@@ -881,6 +900,37 @@ def load_model(args, name):
     model = without_dropout(model).to(args.device).eval()
     check_forward(model, tokenizer, name)
     return model, tokenizer, eos_ids
+
+
+def base_of_adapter(name):
+    """Name of the model that a saved PEFT adapter was trained on; None if `name` is no adapter."""
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        path = find_adapter_config_file(name)
+    except OSError:  # neither a directory nor a name that the Hub could have
+        path = None
+    if path is None:
+        return None
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{name} is an adapter, and its adapter_config.json does not say of which model")
+    return base
+
+
+def with_adapter(model, name):
+    """The model with a saved LoRA adapter on it, which can be trained further."""
+    from peft import PeftModel
+
+    try:
+        adapter = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"the adapter {name} does not fit {model.name_or_path}: {line}") from error
+    kind = adapter.peft_config["default"].peft_type.value
+    if kind != "LORA":
+        raise InputError(f"{name} is an adapter of the kind {kind}; only LoRA adapters can be trained further")
+    return adapter
 
 
 def without_dropout(model):
@@ -963,13 +1013,21 @@ def check_forward(model, tokenizer, name):
         )
 
 
+def told(args, problem):
+    """The problem in the words that the model is shown."""
+    if args.model is None:
+        return problem.prompt
+    return (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
+
+
 def encode_prompt(args, tokenizer, problem):
     """Token list of what the model is shown: the problem alone, or the instruction in the model's own chat form."""
+    text = told(args, problem)
     if args.model is None:
-        return tokenizer(f"{problem.prompt}\n", add_special_tokens=False)["input_ids"]
-    text = (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
+        return tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
     if not tokenizer.chat_template:
-        return tokenizer(f"{text}\n")["input_ids"]
+        ids = tokenizer(f"{text}\n")["input_ids"]
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # nothing should follow an EOS: some append one
     messages = [{"role": "user", "content": text}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -1155,7 +1213,7 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
     is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
-    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # it is read nowhere
+    pad_id = 0  # it is read nowhere; the tokenizer's own may lie outside the embedding
     with whole(model):
         for start in range(0, len(prompts), at_once):
             part = slice(start, start + at_once)
@@ -1565,7 +1623,7 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model):
     rows = [reward_parts(args, group.problem, *column) for column in columns]
     parts = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
     if reward_model:
-        parts["model"] = args.reward_model_weight * score_texts(*reward_model, group.problem.prompt, group.texts)
+        parts["model"] = args.reward_model_weight * score_texts(*reward_model, answers_of(args, group, is_truncated))
     step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
     step_ids = step_ids_of(tokenizer, group, step_of_line)
     return Rating(torch.stack(list(parts.values())).sum(0), parts, is_truncated, list(step_rewards), step_ids)
@@ -1610,24 +1668,47 @@ def load_reward_model(args):
     if info["missing_keys"] or model.config.num_labels != 1:
         raise InputError(f"{args.reward_model} is no reward model: it has no trained head with one output")
     tokenizer = from_disk("AutoTokenizer", args.reward_model)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{args.reward_model}: its tokenizer has no padding token, so texts cannot be scored together")
+    if tokenizer.cls_token and not tokenizer.chat_template:
+        raise InputError(f"{args.reward_model} is an encoder without a chat template; how it reads pairs is not known")
     return model.to(args.device).eval(), tokenizer
 
 
-def raw_scores(model, tokenizer, texts):
-    """(N,) scores of (prompt, completion) texts, with gradients."""
-    inputs = tokenizer(
-        [f"{prompt}\n{text}" for prompt, text in texts], padding=True, truncation=True, return_tensors="pt"
-    )
-    return model(**{name: x.to(model.device) for name, x in inputs.items() if name != "token_type_ids"}).logits[:, 0]
+def answers_of(args, group, is_truncated):
+    """What a reward model reads of a group: G (prompt, completion, has it ended) in words."""
+    return [(told(args, group.problem), text, not cut) for text, cut in zip(group.texts, is_truncated.tolist())]
+
+
+def reward_ids(tokenizer, prompt, text, has_ended):
+    """Token list of an answer in the form that the reward model was trained on [G30]: its tokenizer's chat template
+    where there is one; else that of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response ended."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    prompt_ids, ids = tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
+    return [*prompt_ids, *ids, *[tokenizer.eos_token_id] * (has_ended and tokenizer.eos_token_id is not None)]
+
+
+def raw_scores(model, tokenizer, answers):
+    """(N,) scores of (prompt, completion, has it ended), with gradients. Of what exceeds the context, the end is read.
+
+    Padding is on the right, by a token that none of them holds: by it the head finds each row's last one.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    rows = [reward_ids(tokenizer, *answer) for answer in answers]
+    if max(map(len, rows)) > context:
+        warnings.warn(f"of an answer beyond its context the reward model reads the last {context} tokens", stacklevel=2)
+    rows = [row[-context:] for row in rows]
+    padding = min(set(range(1 + sum(map(len, rows)))).difference(*rows))
+    model.config.get_text_config().pad_token_id = padding
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=model.device)
+    return model(input_ids=ids, attention_mask=(ids != padding).long()).logits[:, 0]
 
 
 @torch.no_grad()
-def score_texts(model, tokenizer, prompt, texts):
+def score_texts(model, tokenizer, answers):
     """(N,) scores, normalised by what rlhf_gpt2_ppo.py keeps in the config, if it is there."""
-    scores = raw_scores(model, tokenizer, [(prompt, text) for text in texts]).cpu()
+    scores = raw_scores(model, tokenizer, answers).cpu()
     return (scores - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_std", 1.0)
 
 
@@ -1686,7 +1767,12 @@ def start_wandb(args, run_dir):
         import wandb
     except ImportError as error:
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
-    wandb.init(project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
+    try:
+        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
+    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
 
 def evaluate(args, model, tokenizer, eos_ids, problems):
@@ -1782,7 +1868,7 @@ def model_on_paper(args):
     if args.model is None:
         model = new_model(new_tokenizer())
     else:
-        config = from_disk("AutoConfig", args.model)
+        config = from_disk("AutoConfig", base_of_adapter(args.model) or args.model)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     model = without_dropout(model).eval()
     if args.gradient_checkpointing:
@@ -1845,6 +1931,8 @@ def memory_plan(args):
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         optimizer = new_optimizer(replace(args, offload=False), model)
     weights = sum(x.nbytes for x in (*parameters, *model.buffers()))
+    if args.beta and args.lora_rank and args.model and base_of_adapter(args.model):
+        weights += sum(x.nbytes for x in trained)  # the adapter as it began, which is the reference
     gradients, largest = sum(x.nbytes for x in trained), max(x.nbytes for x in trained)
     state = 2 * gradients if args.optimizer == "adamw" else sum(x.nbytes for own in optimizer.state for x in own)
     reference = weights if args.beta and not args.lora_rank else 0
@@ -1962,7 +2050,7 @@ def warm_start(args, model, tokenizer, problems, held_out):
 # what a resumed run may do otherwise than before; everything else would make it another run
 CHANGEABLE = (
     "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
-    "cuda_graph"
+    "cuda_graph save_merged"
 )
 
 
@@ -2008,9 +2096,9 @@ def describe(args, seen):
     return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
 
 
-def pairs_of(group, rating):
-    """(right, wrong) pairs of one group's texts, as the verifier says: what a reward model learns from."""
-    texts = [(group.problem.prompt, text) for text in group.texts]
+def pairs_of(args, group, rating):
+    """(right, wrong) pairs of one group's answers, as the verifier says: what a reward model learns from."""
+    texts = answers_of(args, group, rating.is_truncated)
     is_right = rating.parts["verifier"].bool().tolist()
     right = [text for text, it_is in zip(texts, is_right) if it_is]
     return list(zip(right, [text for text, it_is in zip(texts, is_right) if not it_is]))
@@ -2023,14 +2111,46 @@ def print_samples(group, rating, count=4):
 
 
 def add_adapter(args, model):
-    """LoRA (Hu et al. 2021) on every linear layer of the model, in place; the handle that switches it off [G22]."""
+    """LoRA (Hu et al. 2021) on every linear layer of the model, in place, or the adapter that --model names; PEFT's
+    handle of it. The model's name is saved with it: a directory's in full, so that it loads from any other."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise InputError("--lora-rank needs peft: pip install peft") from error
-    return get_peft_model(
-        model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-    )
+    if args.model and base_of_adapter(args.model):
+        adapter = with_adapter(model, args.model)
+    else:
+        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        adapter = get_peft_model(model, config)
+    config = adapter.peft_config["default"]
+    if config.r != args.lora_rank:
+        raise InputError(
+            f"--model {args.model} is an adapter of rank {config.r}: --lora-rank {config.r} trains it further, "
+            "without --lora-rank it is merged and the whole model trained"
+        )
+    if os.path.isdir(config.base_model_name_or_path):
+        config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
+    without_dropout(model)  # an adapter can bring its own
+    return adapter
+
+
+@contextmanager
+def as_begun(adapter, start):
+    """The policy as the run found it, the reference [G22]: with its new adapter off, or with the weights that the
+    adapter of --model had, `start`."""
+    if not start:
+        with adapter.disable_adapter():
+            yield
+        return
+    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    now = [parameter.data for parameter in trained]
+    for parameter, weights in zip(trained, start):
+        parameter.data = weights
+    try:
+        yield
+    finally:
+        for parameter, weights in zip(trained, now):
+            parameter.data = weights
 
 
 def learning_rate_of(args, step):
@@ -2042,12 +2162,15 @@ def learning_rate_of(args, step):
 
 
 def peak_memory(device):
-    """Bytes: of tensors on a GPU since the start, or of the whole process on a CPU."""
+    """Bytes: of tensors on a GPU since the start, or of the whole process on a CPU; None on Windows, which hides it."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def log(writer, metrics, step, row):
@@ -2109,6 +2232,8 @@ def train(args: Args) -> list[dict]:
         raise InputError(f"--run-dir {run_dir} exists: {hint}")
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
+    if args.track and rank == 0:
+        start_wandb(args, run_dir)  # before the writer, which it watches from its making on
 
     # 2. The policy: from disk, or a small one that has seen worked solutions
     start_dir = args.model or str(run_dir / "start")
@@ -2125,6 +2250,12 @@ def train(args: Args) -> list[dict]:
         policy.activation_checkpointing_enable()
     torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
+    base, start = args.model and base_of_adapter(args.model), None
+    if base and adapter and args.beta:
+        start = [x.detach().clone() for x in policy.parameters() if x.requires_grad]
+    if base and rank == 0:
+        what = "trained further" if adapter else "merged into it, and the whole model is trained"
+        print(f"adapter     {args.model}, of {base}: it is {what}")
     if saved:
         policy.load_state_dict(saved["policy"], strict=False)
     if args.shard:
@@ -2133,7 +2264,7 @@ def train(args: Args) -> list[dict]:
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
 
-    # 3. The reference: a frozen copy, or the policy itself with its adapter switched off; a learned reward
+    # 3. The reference: a frozen copy, or the policy itself with its adapter as it began; a learned reward
     reference = policy if adapter else load_reference(args, start_dir) if args.beta else None
     if saved and saved["reference"]:
         reference.load_state_dict(saved["reference"])
@@ -2154,8 +2285,6 @@ def train(args: Args) -> list[dict]:
     writer = None
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=first + 1 if saved else None)
-        if args.track:
-            start_wandb(args, run_dir)
     if not saved:
         log(writer, metrics, 0, evaluate(args, policy, tokenizer, eos_ids, held_out))
 
@@ -2183,7 +2312,7 @@ def train(args: Args) -> list[dict]:
                 break
         row = describe(args, seen)
         if args.reward_model_steps:
-            pairs += [pair for group, rating in seen for pair in pairs_of(group, rating)]
+            pairs += [pair for group, rating in seen for pair in pairs_of(args, group, rating)]
         if not groups:  # whatever was asked, all answers were alike: a step that takes no step
             groups, ratings = zip(*seen[-P:])
         clock.append(time.perf_counter())
@@ -2217,7 +2346,7 @@ def train(args: Args) -> list[dict]:
         if args.old_logprobs == "recomputed" and args.updates > 1:
             old_logprobs = score(args, policy, sequences, first_epoch)
         if args.beta:
-            with adapter.disable_adapter() if adapter else nullcontext():
+            with as_begun(adapter, start) if adapter else nullcontext():
                 ref_logprobs = score(args, reference, sequences, first_epoch)
 
         # 9. Update
@@ -2306,8 +2435,9 @@ def train(args: Args) -> list[dict]:
             / (clock[1] - clock[0]),
             "time/train_tokens_per_second": float(mask.sum()) * args.num_epochs / (clock[2] - clock[1]),
             "time/step_seconds": clock[2] - clock[0],
-            "memory/peak_gb": peak_memory(args.device) / 1e9,
         }
+        if (peak := peak_memory(args.device)) is not None:
+            row["memory/peak_gb"] = peak / 1e9
         done = step + 1
         is_last = done == args.steps
         if is_last or (args.eval_every and done % args.eval_every == 0):
@@ -2345,6 +2475,9 @@ def train(args: Args) -> list[dict]:
         return metrics
     writer.close()
     save_model(run_dir / "policy", adapter or policy, tokenizer, weights)
+    if args.save_merged:
+        plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
+        save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
     draw_curves(metrics, run_dir / "curves.png")
     before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
@@ -2355,6 +2488,8 @@ def train(args: Args) -> list[dict]:
         print_samples(*seen[0])
     print(f"\ncurves      {run_dir / 'curves.png'}")
     print(f"policy      {run_dir / 'policy'}, for from_pretrained")
+    if args.save_merged:
+        print(f"merged      {run_dir / 'merged'}, the same without PEFT")
     spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
     print(f"seconds     {time.perf_counter() - started:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
     print(f"logs        tensorboard --logdir {run_dir}")

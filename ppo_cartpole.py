@@ -341,7 +341,12 @@ def start_wandb(args, run_dir):
         import wandb
     except ImportError as error:
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
-    wandb.init(project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
+    try:
+        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
+    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
 
 # ---- Training ----

@@ -516,6 +516,8 @@ def start_model(args, name, texts=()):
     else:
         tokenizer = from_disk("AutoTokenizer", name)
         model = from_disk("AutoModelForCausalLM", name, dtype=torch.float32)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(f"{name} is an adapter: merge it into its model first, by PEFT's merge_and_unload()")
         if model.config.model_type != "gpt2":
             raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
         if tokenizer.eos_token_id is None:
@@ -794,7 +796,12 @@ def start_wandb(args, run_dir):
         import wandb
     except ImportError as error:
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
-    wandb.init(project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
+    try:
+        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
+    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
 
 @dataclass

@@ -648,15 +648,16 @@ def reward_model(grpo, tmp_path):
 
 
 def test_a_learned_reward_adds_up(watch, grpo, tiny_grpo, reward_model):
-    """Prompt and completion are read together, normalised by what the config keeps, weighted; it does not move."""
+    """Prompt, completion and its EOS are read together, normalised by what the config keeps, weighted; it does not
+    move."""
     seen = watch(tiny_grpo(reward_model=reward_model, reward_model_weight=0.7))
     model, tokenizer = grpo.load_reward_model(seen.args)
     for call in seen.calls["rate_group"]:
         group, rating = call.arguments[1], call.result
         scores = []
-        for text in group.texts:
-            inputs = tokenizer(f"{group.problem.prompt}\n{text}", return_tensors="pt")
-            scores.append((float(model(inputs["input_ids"]).logits) - 0.5) / 2.0)
+        for text, cut in zip(group.texts, rating.is_truncated.tolist()):
+            ids = tokenizer(group.problem.prompt + text + ("" if cut else "<eos>"), return_tensors="pt")["input_ids"]
+            scores.append((float(model(ids).logits) - 0.5) / 2.0)
         torch.testing.assert_close(rating.parts["model"], 0.7 * torch.tensor(scores), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rating.rewards, sum(rating.parts.values()))
     assert seen.metrics[1]["reward/model"] != 0
@@ -693,7 +694,7 @@ def test_the_reward_model_learns_what_is_right(grpo, tiny_grpo, reward_model):
     """Its loss is −ln σ(right − wrong) and falls."""
     args = tiny_grpo(reward_model=reward_model, reference_every=1, reward_model_steps=60)
     model, tokenizer = grpo.load_reward_model(args)
-    pairs = [((f"{i}+1", f"#{i + 1}"), (f"{i}+1", f"#{i}:")) for i in range(5)]
+    pairs = [((f"{i}+1", f"#{i + 1}", True), (f"{i}+1", f"#{i}:", True)) for i in range(5)]
     texts = [text for pair in pairs for text in pair]
 
     def loss():
