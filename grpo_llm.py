@@ -392,6 +392,8 @@ def load_problems(args):
         problems = [write(rng, args) for _ in range(args.num_problems)]
     else:
         problems = [read_problem(args, row) for row in read_rows(args)]
+        for number, problem in enumerate(problems, start=1):
+            check_answer(problem, f"--data {args.data}, line {number}")
         random.Random(args.seed).shuffle(problems)  # a file may be sorted: its first rows would be an unlike test set
     problems = problems[: args.num_problems]
     problems = list({problem.prompt: problem for problem in problems}.values())  # each prompt once
@@ -429,13 +431,13 @@ def read_problem(args, row):
         raise InputError(f"task {args.task} needs rows with {' and '.join(names)}, found {found}")
     prompt, answer = (str(row[name]).strip() for name in names)
     if args.task == "jsonl":
-        return checked(Problem(prompt, answer))
+        return Problem(prompt, answer)
     worked, marker, final = answer.partition("####")
     if not marker:
         raise InputError(f"task gsm8k needs #### before the answer, found {answer[-60:]!r}")
     final = final.strip()
     values = (*re.findall(r"=([^=<>]*)>>", worked), final)
-    return checked(Problem(prompt, final, values, re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}"))
+    return Problem(prompt, final, values, re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}")
 
 
 def problems_from(problems, positions, seed):
@@ -462,9 +464,12 @@ ONE_WAY = str.maketrans(
     | dict.fromkeys("’‘", "'")
     | dict.fromkeys("“”", '"')
     | dict.fromkeys("\t\u00a0\u2009\u202f\u3000", " ")
-    | {"²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "°": ""}
+    | {"²": "^2", "³": "^3", "°": ""}
 )
-LATEX = [  # (pattern, what it is written as)
+REWRITTEN = [  # (pattern, what it is written as)
+    (r"(-?)½", r" \g<1>1/2"),
+    (r"(-?)¼", r" \g<1>1/4"),
+    (r"(-?)¾", r" \g<1>3/4"),
     (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\^(?:\\circ|\{\\circ\})", ""),
     (r"\\[,;: ]|\\quad|~", " "),
@@ -496,7 +501,7 @@ def one_way(text):
     if text.isascii() and not re.search(r"[\\*{~\t]", text):
         return text
     text = unicodedata.normalize("NFC", text).translate(ONE_WAY)
-    for pattern, replacement in LATEX:
+    for pattern, replacement in REWRITTEN:
         text = re.sub(pattern, replacement, text)
     return re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text)
 
@@ -537,7 +542,7 @@ def as_number(text):
 def last_number(text):
     """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
     match = None
-    for match in NUMBER.finditer(slashed(ending(text))):  # noqa: B007
+    for match in NUMBER.finditer(ending(slashed(ending(text)))):  # noqa: B007
         pass
     return value_of(match) if match else None
 
@@ -613,36 +618,38 @@ def without_lead_in(line):
     return bare(LEAD_IN.sub("", bare(line))) or bare(line)
 
 
-def boxed(text):
-    """What stands in the last \\boxed{…}; None where there is none."""
+def unboxed(text):
+    """What stands in the last \\boxed{…}; all of the text where there is none."""
     starts = [match.end() for match in re.finditer(r"\\boxed ?\{", text)]
     depth = 1
     for position in range(starts[-1], len(text)) if starts else ():
         depth += (text[position] == "{") - (text[position] == "}")
         if not depth:
             return text[starts[-1] : position]
-    return None
+    return text
 
 
 def last_line(text):
-    """What stands in the last \\boxed{…}; without one the last line that says anything."""
-    text = ending(text)
-    lines = (line for line in reversed(text.splitlines()) if bare(line))
-    return boxed(text) or next(lines, "")
+    """The last line that says anything, of the last \\boxed{…} or of all; twenty lines are looked at."""
+    return next((line for line in unboxed(ending(text)).splitlines()[:-21:-1] if bare(line)), "")
+
+
+def number_as_value(match):
+    value = value_of(match)
+    return match[0] if value is None else f" {value} "
 
 
 def key(text):
     """What two equal texts share: no case, numbers by their value, spaces between words and between digits alone."""
-    text = NUMBER.sub(
-        lambda match: f" {match[0] if value_of(match) is None else value_of(match)} ", slashed(text.casefold())
-    )
-    text = re.sub(r"\s+", " ", text).strip()
+    if len(text) > 200:
+        return " ".join(text.casefold().split())
+    text = " ".join(NUMBER.sub(number_as_value, slashed(text.casefold())).split())
     return re.sub(r"(?<![^\W\d_]) (?!\d)|(?<!\d) (?![^\W\d_])", "", text)
 
 
 def wanted_number(problem):
     """The value of an answer that is a number, else None."""
-    return as_number(bare(boxed(problem.answer) or problem.answer))
+    return as_number(bare(unboxed(problem.answer)))
 
 
 def final_answer(problem, completion):
@@ -652,26 +659,27 @@ def final_answer(problem, completion):
         expression = lines[-1].partition("=")[0].strip() if lines else ""
         return countdown_value(expression, problem.numbers)
     if wanted_number(problem) is not None:
-        return last_number(boxed(ending(completion)) or completion)
+        return last_number(unboxed(ending(completion)))
     return key(without_lead_in(last_line(completion))) or None
 
 
 def is_right(problem, completion):
-    """Does the completion answer as the problem wants [G20]? The answer says what is compared:
+    """Does the completion answer as the problem wants [G20]? The wanted answer says what is compared:
 
-    A number (18, 1,000, 1/2, 1e3, −5, $18, 50%): as an exact number with the last one in the completion, or in its last
-    \\boxed{}. What follows a number is its unit and is set aside, % too: 50% is 50, and not 0.5.
-    Anything else: as text with the last \\boxed{} or last line, without a lead-in such as "The answer is", or with the
-    whole completion. Case, outer punctuation, dollars, \\text and the way numbers are written are set aside. The texts
-    must be equal: nothing is searched inside a sentence.
-    Mathematics (x^2+1, (2,3), \\sqrt{2}; is_mathematics says what is): if the texts differ, by math-verify with that
-    last \\boxed{}, or the last formula between dollars in the last line, or the last line.
+    A number (18, 1,000, 1/2, 1e3, −5, $18, 50%): its exact value with the last number of the completion. What follows a
+    number is its unit and is set aside, % too: 50% is 50, and not 0.5.
+    Anything else: its text with the last line of the completion, as it is or without a lead-in ("The answer is"). They
+    must be equal, but for case, outer punctuation, dollars, \\text{} and the way in which a number is written. Nothing
+    is searched inside a sentence. An answer of several lines is compared with the whole completion.
+    Mathematics (x^2+1, (2,3), \\sqrt{2}: is_mathematics), if its text differs: by math-verify with the last formula
+    between dollars in the last line, or with all of that line.
+    Where a completion has a \\boxed{}, only what stands in the last one is read.
     """
     given, value = final_answer(problem, completion), wanted_number(problem)
     if given is None or value is not None:
         return given is not None and given == value
-    wanted, line = boxed(problem.answer) or problem.answer, last_line(completion)
-    if key(bare(wanted)) in (given, key(bare(line)), key(bare(ending(completion)))):
+    wanted, line = unboxed(problem.answer), last_line(completion)
+    if key(bare(wanted)) in (given, key(bare(line))) or ("\n" in wanted and key(bare(wanted)) == key(bare(completion))):
         return True
     if not is_mathematics(wanted):
         return False
@@ -680,16 +688,13 @@ def is_right(problem, completion):
     return same_mathematics(as_latex(wanted), as_latex(line))
 
 
-def checked(problem):
-    """The problem, or an error if no completion could ever match its answer, or what compares it is not installed."""
+def check_answer(problem, where):
+    """Refuse an answer that no completion could ever match, and one that needs math-verify where it is missing."""
     if not is_right(problem, problem.answer):
-        raise InputError(
-            f"no completion could match the answer {problem.answer[:60]!r}: it needs 1 to 2,000 characters beside "
-            "punctuation"
-        )
+        shown = repr(problem.answer[:60])
+        raise InputError(f"{where}: nothing could match the answer {shown}: empty but for punctuation, or too long")
     if wanted_number(problem) is None and is_mathematics(problem.answer):
         math_verifier()
-    return problem
 
 
 # ---- Mathematics, by math-verify in a process of its own ----
@@ -730,10 +735,10 @@ def as_latex(text):
 
 @lru_cache(maxsize=10_000)
 def same_mathematics(wanted, given):
-    """Do two formulas in LaTeX mean the same? Never if one has words or more than 200 characters, or if the brackets of
-    a list differ, or an equation stands for an expression; else math-verify decides, within three seconds."""
+    """Do two formulas in LaTeX mean the same? Never if the given one has words or more than 200 characters, if the
+    brackets of a list differ, or if an equation stands for an expression. Else math-verify decides, in three seconds."""
     given = given if "=" in wanted else re.sub(r"^[A-Za-z](?:\([a-z]\))? ?= ?", "", given)  # y = x^2
-    if not given or len(wanted) > 200 or len(given) > 200 or has_words(given) or ("=" in given) > ("=" in wanted):
+    if not re.fullmatch(r"[ -~Α-ω≤≥≠×÷]{1,200}", given) or has_words(given) or ("=" in given) > ("=" in wanted):
         return False
     ends = [re.sub(r"\\([{}])", r"\1", text) for text in (wanted, given)]
     if re.fullmatch(r"[(\[{].*,.*[)\]}]", ends[0]) and len({text[0] + text[-1] for text in ends}) > 1:
@@ -752,19 +757,24 @@ def same_mathematics(wanted, given):
     return verdict == "True\n"
 
 
-# math-verify's own limits of time are signals, which work in the main thread alone and do not stop a long product of
+# math-verify limits its time by signals, which work in the main thread alone and do not stop a long product of
 # integers. Here a process that took too long ends itself, and the next formula starts another.
 MATH_LOCK = threading.Lock()
 MATH_WORKER = """
 import faulthandler, json, sys
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
+
 config = LatexExtractionConfig(True, -1, NormalizationConfig(True, False, True, False, "none", False))
-print("ready", flush=True)
+
+def is_same(*formulas):
+    parsed = [parse(f"${text}$", [config], "no_fallback", parsing_timeout=None) for text in formulas]
+    return verify(*parsed, float_rounding=12, timeout_seconds=None)
+
+print(is_same("(x+1)^2", "x^2 + 2x + 1"), flush=True)  # what is loaded for the first formula is no formula's time
 for line in sys.stdin:
     faulthandler.dump_traceback_later(3, exit=True)
-    wanted, given = (parse(f"${text}$", [config], "no_fallback", parsing_timeout=None) for text in json.loads(line))
-    verdict = verify(wanted, given, float_rounding=12, timeout_seconds=None)
+    verdict = is_same(*json.loads(line))
     faulthandler.cancel_dump_traceback_later()
     print(verdict, flush=True)
 """
@@ -772,13 +782,13 @@ for line in sys.stdin:
 
 @cache
 def math_verifier():
-    """The process that compares formulas; what it loads is no formula's time."""
+    """The process that compares formulas."""
     if importlib.util.find_spec("math_verify") is None:
         raise InputError("an answer is mathematics: pip install math-verify to compare it")
     command, pipe = [sys.executable, "-c", MATH_WORKER], subprocess.PIPE
     worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-    if not worker.stdout.readline():
-        raise InputError(f"an answer is mathematics, and math-verify does not start in {sys.executable}")
+    if worker.stdout.readline() != "True\n":
+        raise InputError(f"an answer is mathematics, and math-verify does not work in {sys.executable}")
     return worker
 
 
