@@ -66,7 +66,7 @@ class Args:
     max_length: int = 64  # tokens of a text that are used; what is longer is cut
     seed: int = 1  # of weights, data and samples
     sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
-    sft_steps: int = 200  # gradient steps of stage 1
+    sft_steps: int = 300  # gradient steps of stage 1
     sft_batch_size: int = 32  # texts in each
     sft_learning_rate: float | None = None  # default 3e-3 below 10M parameters, else 3e-5
     mask_prompt: bool = False  # stage 1 learns the responses alone
@@ -74,7 +74,7 @@ class Args:
     judge: str | None = None  # Hub id or directory of an instruct model
     judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
     constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 400  # gradient steps of stage 2
+    reward_steps: int = 300  # gradient steps of stage 2
     reward_batch_size: int = 24  # pairs in each
     reward_learning_rate: float | None = None  # default 1e-3 below 10M parameters, else 2e-5
     ensemble: int = 1  # reward models, K
