@@ -467,9 +467,6 @@ ONE_WAY = str.maketrans(
     | {"²": "^2", "³": "^3", "°": ""}
 )
 REWRITTEN = [  # (pattern, what it is written as)
-    (r"(-?)½", r" \g<1>1/2"),
-    (r"(-?)¼", r" \g<1>1/4"),
-    (r"(-?)¾", r" \g<1>3/4"),
     (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\^(?:\\circ|\{\\circ\})", ""),
     (r"\\[,;: ]|\\quad|~", " "),
@@ -507,10 +504,12 @@ def one_way(text):
 
 
 def slashed(text):
-    """\\frac{1}{2} as 1/2, and 1\\frac12 as 1 1/2, which NUMBER can read."""
+    """½ and \\frac{1}{2} as 1/2, and 1\\frac12 as 1 1/2, which NUMBER can read."""
     text = one_way(text)
-    if "\\" not in text:
+    if text.isascii() and "\\frac" not in text:
         return text
+    for sign, fraction in (("½", "1/2"), ("¼", "1/4"), ("¾", "3/4")):
+        text = re.sub(f"(-?){sign}", rf" \g<1>{fraction}", text)
     text = re.sub(r"(?<=[0-9])\\frac", r" \\frac", text)
     return re.sub(r"\\frac(?:\{(-?[0-9]+)\}|([0-9])) ?(?:\{([0-9]+)\}|([0-9]))", r"\1\2/\3\4", text)
 
@@ -736,7 +735,7 @@ def as_latex(text):
 @lru_cache(maxsize=10_000)
 def same_mathematics(wanted, given):
     """Do two formulas in LaTeX mean the same? Never if the given one has words or more than 200 characters, if the
-    brackets of a list differ, or if an equation stands for an expression. Else math-verify decides, in three seconds."""
+    brackets of a list differ, or if an equation stands for an expression. Else math-verify decides, in 3 seconds."""
     given = given if "=" in wanted else re.sub(r"^[A-Za-z](?:\([a-z]\))? ?= ?", "", given)  # y = x^2
     if not re.fullmatch(r"[ -~Α-ω≤≥≠×÷]{1,200}", given) or has_words(given) or ("=" in given) > ("=" in wanted):
         return False
@@ -744,16 +743,18 @@ def same_mathematics(wanted, given):
     if re.fullmatch(r"[(\[{].*,.*[)\]}]", ends[0]) and len({text[0] + text[-1] for text in ends}) > 1:
         return False
     with MATH_LOCK:
-        worker = math_verifier()
+        worker, verdict = math_verifier(), ""
         try:
             worker.stdin.write(json.dumps([wanted, given]) + "\n")
             worker.stdin.flush()
             verdict = worker.stdout.readline()
-        except OSError:
-            verdict = ""
-        if not verdict:  # its time was up
-            worker.communicate()
-            math_verifier.cache_clear()
+        except BrokenPipeError:
+            pass
+        finally:
+            if not verdict:  # its time was up, or ours was interrupted: no late verdict may be read as the next one's
+                worker.kill()
+                worker.communicate()
+                math_verifier.cache_clear()
     return verdict == "True\n"
 
 

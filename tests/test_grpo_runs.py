@@ -404,6 +404,11 @@ def test_gsm8k_as_published(grpo):
         ("jsonl", '{"prompt": "1", "answer": 1}\n' * 50, "1 different problems are too few"),
         ("jsonl", '{"question": "1", "answer": 1}\n', "task jsonl needs rows with prompt and answer, found question"),
         ("gsm8k", '{"question": "1", "answer": 1}\n', "task gsm8k needs #### before the answer, found '1'"),
+        (
+            "jsonl",
+            '{"prompt": "1", "answer": 1}\n{"prompt": "2", "answer": "..."}\n',
+            "line 2: nothing could match the answer '...'",
+        ),
         ("jsonl", "[1]\n", "needs rows with prompt and answer, found [1]"),
         ("jsonl", "{1}\n", "is no file of JSON lines"),
         ("jsonl", b"\xff\xfe\x00", "is no file of JSON lines"),
