@@ -685,17 +685,18 @@ def base_of_adapter(name):
 
 def with_adapter(model, name):
     """The model with a saved LoRA adapter on it, which can be trained further."""
-    from peft import PeftModel
-
     try:
-        adapter = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise InputError(f"{name} is an adapter, which needs peft: pip install peft") from error
+    try:
+        kind = PeftConfig.from_pretrained(name).peft_type
+        if kind != "LORA":
+            raise ValueError(f"it is of the kind {kind.value}, and only LoRA can be trained further")
+        return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"the adapter {name} does not fit {model.name_or_path}: {line}") from error
-    kind = adapter.peft_config["default"].peft_type.value
-    if kind != "LORA":
-        raise InputError(f"{name} is an adapter of the kind {kind}; only LoRA adapters can be trained further")
-    return adapter
 
 
 def without_dropout(model):
@@ -1641,7 +1642,8 @@ def model_on_paper(args):
     if args.quantize != "none":
         quantize(model, "meta")
     if args.lora_rank:
-        add_adapter(args, model)
+        with warnings.catch_warnings(action="ignore"):  # the weights of a saved adapter are not needed
+            add_adapter(args, model)
     return model
 
 
@@ -2021,6 +2023,8 @@ def train(args: Args) -> list[dict]:
     if base and rank == 0:
         what = "trained further" if adapter else "merged into it, and the whole model is trained"
         print(f"adapter     {args.model}, of {base}: it is {what}")
+    if rank == 0 and not tokenizer.chat_template and tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id:
+        print("prompts     the EOS that the tokenizer appends is left out: nothing is sampled after it")
     if saved:
         policy.load_state_dict(saved["policy"], strict=False)
     if args.shard:
