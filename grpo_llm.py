@@ -15,7 +15,7 @@
 # ///
 """GRPO for language models: groups of answers in place of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation, its details tagged [G1]..[G29] where each happens (docs/details.md)
+Teaches  group relative policy optimisation, its details tagged [G1]..[G30] where each happens (docs/details.md)
 Run      python grpo_llm.py
 Read     "Equations", then train() from step 5 to 9, then what they call (docs/4_grpo.md has a way through). What
          belongs to --offload, --shard and --plan, AdamW8bit and fixed_step() make large models fit: they can wait
