@@ -15,7 +15,7 @@
 # ///
 """GRPO for language models: groups of answers in place of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation, its details tagged [G1]..[G29] where each happens (docs/details.md)
+Teaches  group relative policy optimisation, its details tagged [G1]..[G30] where each happens (docs/details.md)
 Run      python grpo_llm.py
 Read     "Equations", then train() from step 5 to 9, then what they call (docs/4_grpo.md has a way through). What
          belongs to --offload, --shard and --plan, AdamW8bit and fixed_step() make large models fit: they can wait
@@ -931,17 +931,18 @@ def base_of_adapter(name):
 
 def with_adapter(model, name):
     """The model with a saved LoRA adapter on it, which can be trained further."""
-    from peft import PeftModel
-
     try:
-        adapter = PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise InputError(f"{name} is an adapter, which needs peft: pip install peft") from error
+    try:
+        kind = PeftConfig.from_pretrained(name).peft_type
+        if kind != "LORA":
+            raise ValueError(f"it is of the kind {kind.value}, and only LoRA can be trained further")
+        return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"the adapter {name} does not fit {model.name_or_path}: {line}") from error
-    kind = adapter.peft_config["default"].peft_type.value
-    if kind != "LORA":
-        raise InputError(f"{name} is an adapter of the kind {kind}; only LoRA adapters can be trained further")
-    return adapter
 
 
 def without_dropout(model):
@@ -1887,7 +1888,8 @@ def model_on_paper(args):
     if args.quantize != "none":
         quantize(model, "meta")
     if args.lora_rank:
-        add_adapter(args, model)
+        with warnings.catch_warnings(action="ignore"):  # the weights of a saved adapter are not needed
+            add_adapter(args, model)
     return model
 
 
@@ -2267,6 +2269,8 @@ def train(args: Args) -> list[dict]:
     if base and rank == 0:
         what = "trained further" if adapter else "merged into it, and the whole model is trained"
         print(f"adapter     {args.model}, of {base}: it is {what}")
+    if rank == 0 and not tokenizer.chat_template and tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id:
+        print("prompts     the EOS that the tokenizer appends is left out: nothing is sampled after it")
     if saved:
         policy.load_state_dict(saved["policy"], strict=False)
     if args.shard:

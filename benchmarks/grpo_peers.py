@@ -217,7 +217,8 @@ def run_one(program, options):
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # kB on Linux
+    unit = 1 << 20 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
     emit(peak_mb=peak_resident_mb() or peak, ru_maxrss_mb=peak, packages=packages)
 
 

@@ -83,8 +83,6 @@ def bytes_of(model):
 
 def run_way(way, directory):
     """One row; torchao's own noise goes to stderr."""
-    import resource
-
     import torch
 
     import grpo_llm
@@ -92,7 +90,7 @@ def run_way(way, directory):
     torch.set_num_threads(1)
     start = time.perf_counter()
     args, model, tokenizer = load(way, directory)
-    seconds, resident = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, resident = time.perf_counter() - start, grpo_llm.peak_memory("cpu")
     row = {"way": way, "weights": bytes_of(model), "load_seconds": seconds, "load_peak_resident": resident}
 
     reference = grpo_llm.from_disk("AutoModelForCausalLM", directory, dtype=torch.float32).eval()

@@ -18,11 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # script → the part of the suite that looks at it, quick tests first
 EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
 SUITES = {
-    "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")],
-    "ppo_atari.py": ["tests/test_atari.py"],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
-    "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs")],
+    "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "track")],
+    "ppo_atari.py": [
+        "tests/test_atari.py",
+        "tests/test_track.py",
+    ],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
+    "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "track")],
     "grpo_llm.py": [
-        f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")
+        *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
+        *("tests/test_grpo_adapters.py", "tests/test_grpo_reward_model.py", "tests/test_track.py"),
     ],
 }
 
@@ -156,6 +160,7 @@ CARTPOLE = [
         "evaluate(agent, args, run_dir).max()",
     ),
     ("evaluation counts later episodes", "returns += rewards * running", "returns += rewards"),
+    ("W&B not told of TensorBoard", "sync_tensorboard=True)", "sync_tensorboard=False)"),
 ]
 
 ATARI = [
@@ -720,6 +725,40 @@ GRPO = [
         '        quantize(model, "meta")\n',
         "        pass\n",
     ),
+    ("W&B never begins", "        start_wandb(args, run_dir)  # before", "        pass  # before"),
+    ("the reward model sees no EOS", "*ids, *[tokenizer.eos_token_id] * (has_ended and", "*ids, *[0] * (False and"),
+    ("a newline before the response", "tokenizer([prompt, text], add", 'tokenizer([f"{prompt}\\n", text], add'),
+    (
+        "the score read before an EOS that is padding",
+        "padding = min(set(range(1 + sum(map(len, rows)))).difference(*rows))",
+        "padding = tokenizer.pad_token_id or 0",
+    ),
+    (
+        "a truncated answer gets the reward model's EOS",
+        "(told(args, group.problem), text, not cut)",
+        "(told(args, group.problem), text, True)",
+    ),
+    ("the first adapter dropped", "if base and not args.lora_rank:\n", "if False:\n"),
+    (
+        "a brought adapter thrown away for a new one",
+        "if args.model and base_of_adapter(args.model):\n        adapter",
+        "if False:\n        adapter",
+    ),
+    ("the reference before the first adapter", "    if not start:\n", "    if True:\n"),
+    ("merged weights stay frozen", ".merge_and_unload().requires_grad_(True)", ".merge_and_unload()"),
+    ("dropout of a brought adapter", "    without_dropout(model)  # an adapter can bring its own\n", ""),
+    (
+        "a relative path in the saved adapter",
+        "os.path.abspath(config.base_model_name_or_path)",
+        "config.base_model_name_or_path",
+    ),
+    ("prompts end in EOS", "ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids", "ids"),
+    (
+        "prompts padded by a token that the embedding lacks",
+        "pad_id = 0  # it",
+        "pad_id = tokenizer.pad_token_id or 0  # it",
+    ),
+    ("bytes taken for kilobytes", '1 if sys.platform == "darwin" else 1024', "1024"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

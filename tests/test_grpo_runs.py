@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,20 @@ def test_tensorboard_scalars(grpo, tiny_grpo, no_picture):
         assert [event.value for event in events.Scalars(tag)] == pytest.approx(returned, rel=1e-5, abs=1e-7)
     assert found - {"eval/pass@2", "eval/maj@2"} <= explained and len(found) > 25
     assert explained - found == {"eval/pass@8", "eval/maj@8", "reward/model", "reward_model/loss"}
+
+
+def test_peak_memory_is_in_bytes_on_every_system(grpo, tiny_grpo, no_picture, monkeypatch):
+    """ru_maxrss counts kilobytes on Linux and bytes on macOS; Windows has no module `resource`, and no such metric."""
+    process = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3_000_000))
+    monkeypatch.setitem(sys.modules, "resource", process)
+    for platform, size in (("linux", 3_000_000 * 1024), ("darwin", 3_000_000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo.sys, "platform", platform)
+            assert grpo.peak_memory("cpu") == size
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert grpo.peak_memory("cpu") is None
+    rows = grpo.train(tiny_grpo(steps=1))
+    assert "memory/peak_gb" not in rows[1] and "time/step_seconds" in rows[1]
 
 
 # ---- Resuming ----
