@@ -512,8 +512,8 @@ GRPO = [
     ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
     (
         "an answer that nothing could match is kept",
-        '            check_answer(problem, f"--data',
-        '            f"{problem}" or (f"--data',
+        "                check_answer(problems[-1])\n",
+        "",
     ),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
     ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
@@ -674,6 +674,24 @@ GRPO = [
         "return problems, problems[:held_out]",
     ),
     ("the file's first rows held out", "random.Random(args.seed).shuffle(problems)", "pass"),
+    ("lines counted from 0", "for number, line in enumerate(lines, start=1):", "for number, line in enumerate(lines):"),
+    ("a byte-order mark refused", 'encoding="utf-8-sig") as file', 'encoding="utf-8") as file'),
+    (
+        "messages shown as their repr",
+        'messages = list(problem.messages) or [{"role"',
+        'messages = [{"role"',
+    ),
+    (
+        "prompts beyond the context kept",
+        "for problem in part if sizes[problem.prompt] <= room]",
+        "for problem in part]",
+    ),
+    (
+        "no room for the completion",
+        "    room = context - args.max_tokens\n",
+        "    room = context\n",
+    ),
+    ("a reward of None or NaN let pass", "            if not is_finite_number(reward):", "            if False:"),
     (
         "offloaded gradients stay on the device",
         "        parameter.grad = None\n\n    parameter.host",
