@@ -1449,7 +1449,11 @@ def reward_ids(tokenizer, prompt, text, has_ended):
     where there is one; else that of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response ended."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-        return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+        try:
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template refuses in its own words what it does not know
+            raise InputError(f"the reward model's chat template refuses the answer {text[:60]!r}: {error}") from error
+        return tokenizer(whole, add_special_tokens=False)["input_ids"]
     prompt_ids, ids = tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
     return [*prompt_ids, *ids, *[tokenizer.eos_token_id] * (has_ended and tokenizer.eos_token_id is not None)]
 
