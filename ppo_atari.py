@@ -204,6 +204,16 @@ def make_envs(args, num_envs, **changes):
         raise InputError(f"--env-id {args.env_id}: its ROM is not to be had: {error}") from error
 
 
+def env_seed(seed, global_step=0, evaluation=False):
+    """The seed of the first environment; environment i is given i more, by Gymnasium.
+
+    Hashed, so that runs share no environment. Given the run's own seed, environments 1 to 7 of seed 1 would be
+    environments 0 to 6 of seed 2, and a comparison over seeds would count the same episodes twice.
+    """
+    hashed = np.random.SeedSequence([seed, global_step, int(evaluation)]).generate_state(1)[0]
+    return int(hashed % 2**30)  # ale-py takes 31 bits
+
+
 def is_game_over(terminated, truncated, info):
     """(N,) bool. With life_loss_info a lost life terminates too, but then lives are left and the game goes on."""
     return truncated | (terminated & (info["lives"] == 0))
@@ -306,7 +316,7 @@ def play(agent, args, episodes, video_dir=None):
 
     The film is shot by a second emulator in colour: same seed, same actions, so the same game.
     """
-    envs, seed = make_envs(args, episodes), args.seed + 10**6  # far from the seeds of training
+    envs, seed = make_envs(args, episodes), env_seed(args.seed, evaluation=True)
     obs, _ = envs.reset(seed=seed)
     if video_dir:
         camera = make_envs(args, episodes, grayscale=False, img_height=210, img_width=160, stack_num=1)
@@ -493,7 +503,7 @@ def train(args: Args) -> list[dict]:
         global_step, seconds, metrics = saved["global_step"], saved["seconds"], saved["metrics"]
         last_100.extend(saved["last_100"])
     torch.manual_seed(args.seed + global_step + 1_000_003 * rank)
-    next_obs, _ = envs.reset(seed=args.seed + global_step + rank * N)
+    next_obs, _ = envs.reset(seed=env_seed(args.seed, global_step) + rank * N)
     obs[T] = torch.as_tensor(next_obs).permute(0, 2, 3, 1)
     start_time = time.perf_counter() - seconds
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)

@@ -193,6 +193,16 @@ def make_envs(args, num_envs, render_mode=None):
     return envs
 
 
+def env_seed(seed, global_step=0, evaluation=False):
+    """The seed of the first environment; environment i is given i more, by Gymnasium.
+
+    Hashed, so that runs share no environment. Given the run's own seed, environments 1 to 7 of seed 1 would be
+    environments 0 to 6 of seed 2, and a comparison over seeds would count the same episodes twice.
+    """
+    hashed = np.random.SeedSequence([seed, global_step, int(evaluation)]).generate_state(1)[0]
+    return int(hashed % 2**30)  # ale-py takes 31 bits
+
+
 def env_state(envs):
     """What CartPole's vector environment holds between two steps, as plain data; None for any other."""
     env = envs.unwrapped
@@ -277,7 +287,7 @@ def play(agent, args, episodes, video_dir=None):
     if video_dir:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames are drawn without a screen
         envs = gym.wrappers.vector.RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: episode == 0)
-    obs, _ = envs.reset(seed=args.seed + 10**6)  # far from the seeds of training
+    obs, _ = envs.reset(seed=env_seed(args.seed, evaluation=True))
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
     while running.any():
         with torch.inference_mode():
@@ -403,7 +413,7 @@ def train(args: Args) -> list[dict]:
     last_100 = deque(maxlen=100)  # returns of the last 100 episodes, undiscounted
     episode_return, episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)  # of the episodes under way
     was_done = np.zeros(N, dtype=bool)  # the episode ended in the step before: the coming step is an autoreset
-    next_obs, _ = envs.reset(seed=args.seed)
+    next_obs, _ = envs.reset(seed=env_seed(args.seed))
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -411,7 +421,7 @@ def train(args: Args) -> list[dict]:
         last_100.extend(saved["last_100"])
         if saved["envs"] is None:
             print("The episodes under way could not be saved with this environment: new ones begin.")
-            next_obs, _ = envs.reset(seed=args.seed + global_step)
+            next_obs, _ = envs.reset(seed=env_seed(args.seed, global_step))
         else:
             restore_envs(envs, saved["envs"])
             next_obs, was_done = saved["next_obs"].numpy(), saved["was_done"].numpy()

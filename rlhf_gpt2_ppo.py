@@ -13,7 +13,7 @@
 # ///
 """Three-stage RLHF with PPO on GPT-2: supervised fine-tuning, a reward model, PPO with four models, in one file.
 
-Teaches  the details of RLHF with PPO, tagged [R1]..[R22] on the line where each happens (docs/details.md)
+Teaches  the details of RLHF with PPO, tagged [R1]..[R23] on the line where each happens (docs/details.md)
 Run      python rlhf_gpt2_ppo.py
 Expect   95 to 98% truly positive reviews (31 to 37% before stage 3) at 2.6 to 2.9 nats of KL a response, distinct-2
          lower by 7 to 16%, in 5 seeds of 5; 86 s on one core of an AMD EPYC (benchmarks/RESULTS.md)
@@ -66,7 +66,7 @@ class Args:
     max_length: int = 64  # tokens of a text that are used; what is longer is cut
     seed: int = 1  # of weights, data and samples
     sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
-    sft_steps: int = 200  # gradient steps of stage 1
+    sft_steps: int = 300  # gradient steps of stage 1
     sft_batch_size: int = 32  # texts in each
     sft_learning_rate: float | None = None  # default 3e-3 below 10M parameters, else 3e-5
     mask_prompt: bool = False  # stage 1 learns the responses alone
@@ -74,7 +74,7 @@ class Args:
     judge: str | None = None  # Hub id or directory of an instruct model
     judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
     constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 200  # gradient steps of stage 2
+    reward_steps: int = 300  # gradient steps of stage 2
     reward_batch_size: int = 24  # pairs in each
     reward_learning_rate: float | None = None  # default 1e-3 below 10M parameters, else 2e-5
     ensemble: int = 1  # reward models, K
@@ -90,6 +90,7 @@ class Args:
     learning_rate: float | None = None  # of stage 3; default 6e-4 below 10M parameters, else 1e-5
     value_learning_rate: float | None = None  # of its value network; default learning_rate
     anneal_lr: bool = True  # learning rates fall to 0 over their stage
+    warmup_iterations: int = 5  # iterations over which stage 3's learning rates rise to their full value; 0: none
     kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
     adaptive_kl: bool = True  # steer β so that the KL of a response comes to kl_target
     kl_target: float = 2.9  # in nats a response
@@ -108,7 +109,7 @@ class Args:
     missing_eos_penalty: float = 1.0  # taken from the score of a response that does not end
     max_grad_norm: float = 1.0  # global norm that each network's gradients are cut to
     target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL to its sampler exceeds this, nats
-    eval_prompts: int = 512  # held-out prompts that the policies before and after answer
+    eval_prompts: int = 1024  # held-out prompts that the policies before and after answer
     device: str = "cpu"  # cpu, cuda, cuda:1 …
     torch_threads: int = 1  # CPU threads of torch
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
@@ -132,7 +133,7 @@ class Args:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         from_zero = "seed checkpoint_every ensemble_std kl_coef vf_coef ent_coef ptx_coef length_penalty"
-        for name in (*from_zero.split(), "missing_eos_penalty"):
+        for name in (*from_zero.split(), "missing_eos_penalty", "warmup_iterations"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
@@ -370,7 +371,9 @@ def load_rows(args):
             raise ValueError("the file is empty")
         rows = datasets.load_dataset(**source, split="train", streaming=True)
         # many sets are sorted by label: the first rows would be of one class
-        rows = list(rows.shuffle(seed=args.seed, buffer_size=50_000).take(args.num_texts))
+        buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
+        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
+        random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
@@ -873,7 +876,7 @@ def new_optimizer(*groups):
 
 
 def anneal(optimizer, remaining):
-    """[R5] Every rate falls linearly to 0 over its stage."""
+    """Set every rate to a share of its initial value [R5]. Over a stage the share falls linearly to 0."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * remaining
 
@@ -1110,7 +1113,7 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
 
     for iteration in bar:
         clock = [time.perf_counter()]
-        anneal(optimizer, 1 - iteration / args.ppo_iterations if args.anneal_lr else 1)
+        remaining = 1 - iteration / args.ppo_iterations if args.anneal_lr else 1
 
         # 2. Rollout: the policy answers B queries
         rollout = roll_out(args, policy, tokenizer, [prompts[i] for i in order[iteration]])
@@ -1138,6 +1141,8 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
         epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
         for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
             mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
+            warmed_up = (iteration * updates + update + 1) / max(args.warmup_iterations * updates, 1)
+            anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] Adam's first steps would be its largest
             optimizer.zero_grad()
             stats = torch.zeros(6, device=args.device)
             parts = zip(in_parts(mb, args.micro_batch_size), in_parts(mb_advantages, args.micro_batch_size))

@@ -63,7 +63,8 @@ def broken(args):
     sft = ["--model", args.work / "sft" / "sft"]
     rows += run("reward", ["--stage", "reward", *sft], args.work)
     ppo = ["--stage", "ppo", *sft, "--reward-model", args.work / "reward" / "reward"]
-    rows += run("learning rate 1e-2", [*ppo, "--learning-rate", 1e-2, "--ppo-iterations", 12], args.work)
+    fast = ["--learning-rate", 1e-2, "--warmup-iterations", 0, "--ppo-iterations", 12]
+    rows += run("learning rate 1e-2", [*ppo, *fast], args.work)
     short = ["--missing-eos-penalty", 0, "--length-penalty", 0.3]
     return rows + run("a token costs 0.3, a missing EOS nothing", [*ppo, *short], args.work)
 
@@ -94,6 +95,7 @@ def sentences(args):
     rewards = ["--train-gold", "--ensemble", 3]
     ppo = ["--ppo-iterations", 25, "--batch-size", 32, "--num-epochs", 1, "--learning-rate", 3e-4]
     ppo += ["--no-adaptive-kl", "--missing-eos-penalty", 0, "--ent-coef", 0, "--no-anneal-lr", "--eval-prompts", 96]
+    ppo += ["--warmup-iterations", 0]
     rows = run("sft", ["--stage", "sft", *real, *sizes], args.work)
     stage = [*real[2:], "--model", args.work / "sft" / "sft"]
     rows += run("rewards", ["--stage", "reward", *stage, *sizes, *rewards, "--eval-prompts", 96], args.work)

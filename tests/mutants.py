@@ -144,7 +144,13 @@ CARTPOLE = [
         '"model.pt", {"args": asdict(args), "agent": agent.state_dict()}',
         '"model.pt", {"args": asdict(args), "agent": Agent(envs, args).state_dict()}',
     ),
-    ("evaluation without a seed", "envs.reset(seed=args.seed + 10**6)", "envs.reset()"),
+    ("evaluation without a seed", "envs.reset(seed=env_seed(args.seed, evaluation=True))", "envs.reset()"),
+    ("evaluation on the episodes of training", "env_seed(args.seed, evaluation=True)", "env_seed(args.seed)"),
+    (
+        "two seeds share environments",
+        "    return int(hashed % 2**30)",
+        "    return seed + global_step + 10**6 * evaluation",
+    ),
     ("log repeated after a resume", 'purge_step=saved["global_step"] + 1 if saved else None', "purge_step=None"),
     ("clock restarted on resume", "time.perf_counter() - seconds\n", "time.perf_counter()\n"),
     ("solved reported late", "solved[0]['global_step']", "solved[-1]['global_step']"),
@@ -251,10 +257,11 @@ ATARI = [
         "running &= ~is_game_over(terminated, truncated, info)",
         "running &= ~terminated",
     ),
+    ("two seeds share games", "    return int(hashed % 2**30)", "    return seed + global_step + 10**6 * evaluation"),
     (
         "every process plays the same games",
-        "envs.reset(seed=args.seed + global_step + rank * N)",
-        "envs.reset(seed=args.seed + global_step)",
+        "envs.reset(seed=env_seed(args.seed, global_step) + rank * N)",
+        "envs.reset(seed=env_seed(args.seed, global_step))",
     ),
 ]
 
@@ -262,6 +269,8 @@ ATARI = [
 MUTANTS = [("ppo_cartpole.py", *mutant) for mutant in CARTPOLE]
 MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
 RLHF = [
+    ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
+    ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
     (
         "temperature forgotten in the score",
         "    logits = logits / temperature\n    return logits.gather",
@@ -368,6 +377,7 @@ RLHF = [
     ("SFT averages over micro-batches", "learned[rows]) / count", "learned[rows]) / learned[rows][:, 1:].sum()"),
     ("prompt learned though masked", "learned[i, : len(prompt) if mask_prompt else 0] = 0", "pass"),
     ("learning rate not annealed", '        group["lr"] = group["initial_lr"] * remaining\n', "        pass\n"),
+    ("no warm-up of the learning rate", "remaining * min(warmed_up, 1)", "remaining"),
     ("Adam's ε left at torch's", "eps=1e-5, ", ""),
     (
         "advantages not whitened",
@@ -480,9 +490,31 @@ GRPO = [
         "1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)",
         "1.0 - (1 - num_right / num_samples) ** k",
     ),
-    ("the first number counts", "return as_number(found[-1])", "return as_number(found[0])"),
-    ("signs ignored", '.replace("−", "-")\n    return Fraction', '.replace("−", "-").lstrip("-")\n    return Fraction'),
-    ("thousands cut off", "[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+", "[0-9]+"),
+    ("the first number counts", "  # noqa: B007\n        pass", "  # noqa: B007\n        break"),
+    ("signs ignored", 'return -value if match["minus"] else value', "return value"),
+    ("thousands cut off", "[0-9]{1,3}(?:[,'][0-9]{3})+(?![0-9])|", ""),
+    ("the 2 of cm2 is a number", "(?<![0-9A-Za-z_^])(?<![_^][-{])", "(?<![0-9])"),
+    ("the 2 of √2 is a number", 'or match["root"] or match["unread"]', ""),
+    (
+        "a sentence that has the answer is right",
+        "if key(bare(wanted)) in (given, key(bare(line)))",
+        "if key(bare(wanted)) in given",
+    ),
+    ("a lead-in anywhere", 'r"^(?:(?:so|thus', 'r"(?:(?:so|thus'),
+    ("words judged as mathematics", "    if not is_mathematics(wanted):\n        return False\n", ""),
+    (
+        "a box that is not closed is an answer",
+        "        if not depth:\n            return text[starts[-1]",
+        "        if not depth or position == len(text) - 1:\n            return text[starts[-1]",
+    ),
+    ("the brackets of a list forgotten", "len({text[0] + text[-1] for text in ends}) > 1", "False"),
+    ("an equation for an expression", ' or ("=" in given) > ("=" in wanted)', ""),
+    ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
+    (
+        "an answer that nothing could match is kept",
+        '            check_answer(problem, f"--data',
+        '            f"{problem}" or (f"--data',
+    ),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
     ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
     (
@@ -641,6 +673,7 @@ GRPO = [
         "return problems[held_out:], problems[:held_out]",
         "return problems, problems[:held_out]",
     ),
+    ("the file's first rows held out", "random.Random(args.seed).shuffle(problems)", "pass"),
     (
         "offloaded gradients stay on the device",
         "        parameter.grad = None\n\n    parameter.host",

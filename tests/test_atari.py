@@ -341,6 +341,26 @@ def test_target_kl_stops_the_epochs(watch, small):
     assert 1 <= len(seen.optimizer) == len(kls) - 1 < 40
 
 
+def test_runs_share_no_game(atari, small, monkeypatch):
+    """The seeds of the emulators, game i's being i more than the first's: of two runs' training and evaluation."""
+    seeds = []
+
+    def make_envs(*arguments, make=atari.make_envs, **options):
+        envs = make(*arguments, **options)
+        reset = envs.reset
+        envs.reset = lambda seed: (seeds.extend(range(seed, seed + envs.num_envs)), reset(seed=seed))[1]
+        return envs
+
+    monkeypatch.setattr(atari, "make_envs", make_envs)
+    for seed in (1, 2):
+        args = small(f"seed{seed}", seed=seed, total_timesteps=1)
+        atari.train(args)
+        with monkeypatch.context() as patch:
+            patch.setattr(atari, "is_game_over", lambda terminated, *_: np.ones(len(terminated), dtype=bool))
+            atari.play(atari.Agent(make_envs(args, 1), args), args, 4)
+    assert len(seeds) == 2 * (4 + 4) == len(set(seeds))
+
+
 def test_same_seed_same_weights(atari, small):
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

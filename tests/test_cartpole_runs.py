@@ -61,6 +61,23 @@ def test_same_seed_same_weights(cartpole, small):
     assert not torch.equal(one["actor.0.weight"], other["actor.0.weight"])
 
 
+def test_runs_share_no_environment(cartpole, small, monkeypatch):
+    """Eight Acrobots, seeds 1 to 3, in training and in evaluation: no two begin in the same state."""
+    states = []
+
+    def make_envs(*arguments, make=cartpole.make_envs, **options):
+        envs = make(*arguments, **options)
+        reset = envs.reset
+        envs.reset = lambda **seed: (result := reset(**seed), states.extend(map(tuple, result[0].tolist())))[0]
+        return envs
+
+    monkeypatch.setattr(cartpole, "make_envs", make_envs)
+    sizes = {"env_id": "Acrobot-v1", "num_envs": 8, "num_steps": 8, "total_timesteps": 1, "eval_episodes": 8}
+    for seed in (1, 2, 3):
+        cartpole.train(small(f"seed{seed}", seed=seed, **sizes))
+    assert len(states) == 3 * (8 + 8) == len(set(states))
+
+
 def test_training_changes_the_weights(cartpole, small):
     cartpole.train(small())
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""grpo_llm on a GPU: what a CPU cannot show. Without one: benchmarks/gpu/pretended, or GRPO_TEST_DEVICE=cpu."""
+"""grpo_llm on a GPU: what a CPU cannot show. Without one: tests/mock_cuda, or GRPO_TEST_DEVICE=cpu."""
 
 import os
 from dataclasses import replace

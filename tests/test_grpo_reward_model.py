@@ -65,7 +65,6 @@ def test_stage_4_is_paid_as_stage_3_is(rlhf, grpo, tiny_grpo, stage_3, no_pictur
         return rated[-1][1]
 
     monkeypatch.setattr(grpo, "rate_group", rate_group)
-    monkeypatch.setattr(grpo, "is_right", lambda *_: False)
     models = {"model": str(stage_3 / "sft"), "reward_model": str(stage_3 / "reward"), "reward_model_weight": 0.7}
     grpo.train(tiny_grpo(task="jsonl", data=str(tmp_path / "prompts.jsonl"), instruction=None, steps=1, **models))
     tokenizer = AutoTokenizer.from_pretrained(stage_3 / "reward")

@@ -373,9 +373,27 @@ def test_a_run_on_a_file(grpo, tiny_grpo, no_picture, tmp_path, task):
     supervision = {"supervision": "process", "length_weight": 0.0} if task == "gsm8k" else {}
     args = tiny_grpo(task=task, data=data, num_problems=15, **supervision)
     learned, held_out = grpo.load_problems(args)
-    assert len(learned) == 11 and len(held_out) == 4 and learned[0].answer == "5"
+    assert len(learned) == 11 and len(held_out) == 4
+    assert all(eval(problem.prompt) == int(problem.answer) for problem in learned + held_out)
     metrics = grpo.train(args)
     assert metrics[-1]["step"] == 2 and metrics[-1]["completion/length"] > 1
+
+
+@pytest.mark.parametrize(("task", "question"), [("jsonl", "prompt"), ("gsm8k", "question")])
+def test_a_sorted_file_is_shuffled_before_problems_are_held_out(grpo, tiny_grpo, tmp_path, task, question):
+    """Of 400 rows in order, both parts have problems from each quarter, even where --num-problems reads 200 of them."""
+    data = write_rows(tmp_path / "d.jsonl", [{question: f"{i}+0", "answer": f"#### {i}"} for i in range(400)])
+    parts = [
+        grpo.load_problems(tiny_grpo(task=task, data=data, num_problems=count, eval_problems=40, seed=seed))
+        for count, seed in ((400, 1), (200, 1), (400, 1), (400, 2))
+    ]
+    for (learned, held_out), count in zip(parts, (400, 200)):
+        assert len(held_out) == 40 and len(learned) == count - 40
+        for part in (learned, held_out):
+            quarters = [int(problem.prompt.removesuffix("+0")) // 100 for problem in part]
+            assert min(quarters.count(i) for i in range(4)) >= len(part) / 10
+    first, _, again, other = (held_out for _, held_out in parts)
+    assert first == again and len(set(first) & set(other)) < 20
 
 
 def test_a_problem_stands_in_the_data_twice(grpo, tiny_grpo, tmp_path):
@@ -401,6 +419,11 @@ def test_gsm8k_as_published(grpo):
         ("jsonl", '{"prompt": "1", "answer": 1}\n' * 50, "1 different problems are too few"),
         ("jsonl", '{"question": "1", "answer": 1}\n', "task jsonl needs rows with prompt and answer, found question"),
         ("gsm8k", '{"question": "1", "answer": 1}\n', "task gsm8k needs #### before the answer, found '1'"),
+        (
+            "jsonl",
+            '{"prompt": "1", "answer": 1}\n{"prompt": "2", "answer": "..."}\n',
+            "line 2: nothing could match the answer '...'",
+        ),
         ("jsonl", "[1]\n", "needs rows with prompt and answer, found [1]"),
         ("jsonl", "{1}\n", "is no file of JSON lines"),
         ("jsonl", b"\xff\xfe\x00", "is no file of JSON lines"),

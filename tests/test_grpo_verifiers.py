@@ -1,8 +1,10 @@
 """Verifiers, rewards of steps and the scores of an evaluation: exact, safe and quick whatever a model writes."""
 
+import csv
 import json
 import re
 import sys
+import threading
 import time
 from fractions import Fraction
 from itertools import combinations
@@ -13,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"  # real material, of which nothing is in the project
+SOLUTIONS = GSM8K.with_name("example_model_solutions.jsonl")
+with (ROOT / "tests" / "answers.tsv").open(encoding="utf-8", newline="") as file:
+    ANSWERS = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))  # ⏎ stands for the end of a line
 
 
 @pytest.fixture
@@ -42,8 +47,17 @@ def countdown(grpo):
         ("007", 7),
         ("", None),
         ("1,2", None),
-        ("1e5", None),
-        ("1/2", None),
+        ("1e5", 100_000),
+        ("1.5 × 10^{-3}", Fraction(3, 2000)),
+        ("2^10", 1024),
+        ("1/2", Fraction(1, 2)),
+        ("-1\\frac{1}{2}", Fraction(-3, 2)),
+        ("1{,}000", 1000),
+        ("1 000", 1000),
+        ("50%", 50),
+        ("1/0", None),
+        ("0^-1", None),
+        ("10:30", None),
         ("3 ", None),
         ("٣", None),
         ("²", None),
@@ -172,21 +186,82 @@ def test_generated_problems_have_right_solutions(grpo):
                 assert not grpo.is_right(problem, f"#{int(problem.answer) + 1}")
 
 
-def test_expressions_by_math_verify(grpo):
+# ---- The table of answers ----
+
+
+def test_the_table_is_large_and_has_both_verdicts_of_every_kind():
+    assert len(ANSWERS) >= 400 and {row["right"] for row in ANSWERS} == {"yes", "no"}
+    kinds = {row["kind"] for row in ANSWERS}
+    assert len(kinds) >= 20
+    for kind in kinds - {"empty", "hedges", "negations"}:
+        assert {row["right"] for row in ANSWERS if row["kind"] == kind} == {"yes", "no"}, kind
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in ANSWERS}))
+def test_answers_are_judged_as_the_table_says(grpo, kind):
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install math-verify")
-    problem = grpo.Problem("?", "x^2 + 2x + 1")
-    assert grpo.is_right(problem, "$(x+1)^2$")
-    assert grpo.is_right(problem, "so \\boxed{1 + 2x + x^2}") and not grpo.is_right(problem, "1")
-    assert (
-        not grpo.is_right(problem, "$x^2$") and not grpo.is_right(problem, "") and not grpo.is_right(problem, "\\frac{")
-    )
+    wrong = []
+    for row in ANSWERS:
+        if row["kind"] == kind:
+            problem = grpo.Problem("?", row["answer"])
+            grpo.check_answer(problem, "the table")
+            if grpo.is_right(problem, row["completion"].replace("⏎", "\n")) is not (row["right"] == "yes"):
+                wrong.append(row)
+    assert not wrong
+
+
+@pytest.mark.parametrize("answer", ["", " ", "...", "$$", "**", "\\boxed{}", '""', "a" * 2001])
+def test_an_answer_that_nothing_could_match_is_refused(grpo, answer):
+    with pytest.raises(grpo.InputError, match="line 7: nothing could match the answer"):
+        grpo.check_answer(grpo.Problem("?", answer), "line 7")
+
+
+@pytest.mark.parametrize("answer", ["Two lines\nof a poem", "The answer is", "it's", "18", "1e16", "?!x", "a" * 2000])
+def test_an_answer_matches_itself(grpo, answer):
+    grpo.check_answer(grpo.Problem("?", answer), "line 7")
+    assert not grpo.is_right(grpo.Problem("?", answer), "another")
+
+
+def test_equal_answers_are_one_vote(grpo):
+    number, word = grpo.Problem("?", "18"), grpo.Problem("?", "Paris")
+    assert len({grpo.final_answer(number, text) for text in ("18", "It is $18.00.", "\\boxed{18}", "36/2")}) == 1
+    assert len({grpo.final_answer(word, text) for text in ("Paris", "It is Paris.", "**paris**")}) == 1
+    assert grpo.final_answer(word, "London") not in (None, grpo.final_answer(word, "Paris"))
+    assert grpo.final_answer(word, "...") is None and grpo.final_answer(number, "none") is None
 
 
 def test_expressions_without_math_verify(grpo, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     grpo.math_verifier.cache_clear()
+    problem = grpo.Problem("?", "x + 1")
     with pytest.raises(grpo.InputError, match="pip install math-verify"):
-        grpo.is_right(grpo.Problem("?", "x + 1"), "$x$")
+        grpo.check_answer(problem, "line 7")
+    grpo.check_answer(grpo.Problem("?", "Paris"), "line 7")
+    assert grpo.is_right(problem, "$x+1$")  # equal texts need no library
+
+
+def test_mathematics_in_a_thread(grpo):
+    """Limits of time by signals work in the main thread alone."""
+    pytest.importorskip("math_verify", reason="math-verify is not installed: pip install math-verify")
+    verdicts = []
+    thread = threading.Thread(target=lambda: verdicts.append(grpo.is_right(grpo.Problem("?", "a^2-b^2"), "(a+b)(a-b)")))
+    thread.start()
+    thread.join(60)
+    assert verdicts == [True]
+
+
+def test_mathematics_is_bounded_in_time_and_length(grpo):
+    """A tower of powers is one product of integers that no signal stops. After it the next formula is judged."""
+    pytest.importorskip("math_verify", reason="math-verify is not installed: pip install math-verify")
+    problem = grpo.Problem("?", "x^2-1")
+    assert grpo.is_right(problem, "(x-1)(x+1)")
+    started = time.perf_counter()
+    assert not grpo.is_right(problem, "x+9^{9^{9^{9}}}")
+    assert time.perf_counter() - started < 20  # 3 seconds, on a machine that may be busy
+    assert grpo.is_right(problem, "(1+x)(x-1)")
+    started = time.process_time()
+    assert not grpo.is_right(problem, "(x-1)(x+1)" + "+0" * 50_000)
+    assert time.process_time() - started < 0.1
 
 
 # ---- Steps ----
@@ -266,6 +341,17 @@ HOSTILE = {
     "separators": "\u2028\x85\x0b" * 6_000,
     "surrogate": "\ud800 3",
     "import": "__import__('os').system('true')",
+    "halves": "²½" * 10_000,
+    "boxes": "\\boxed{" * 3_000,
+    "dots": ". " * 10_000,
+    "quotes": "'" * 20_000,
+    "exclamations": "!" * 20_000,
+    "lead-ins": "so the answer is " * 1_000,
+    "fractions": "1 1/2 " * 4_000,
+    "fractions of LaTeX": "\\frac{1}{2}" * 2_000,
+    "texts of LaTeX": "\\text{" * 3_000,
+    "exponents": "9^99" * 5_000,
+    "exponents of ten": "9e999 " * 3_000,
 }
 
 
@@ -274,21 +360,22 @@ def rate(grpo, problems, text):
     args = grpo.Args(max_tokens=10, format_weight=1.0, length_weight=1.0)
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         for problem in problems:
             grpo.reward_parts(args, problem, text, 10, True)
             grpo.final_answer(problem, text)
             grpo.step_rewards_of(problem, text)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return min(seconds)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_completions(grpo, sum_problem, countdown, name):
     """No exception, a few milliseconds, and never right."""
-    text = HOSTILE[name]
+    text, word = HOSTILE[name], grpo.Problem("?", "Paris")
     assert rate(grpo, [sum_problem, countdown], text) < 0.02
-    for problem in (sum_problem, countdown):
+    assert rate(grpo, [word], text) < 0.02
+    for problem in (sum_problem, countdown, word):
         assert not grpo.is_right(problem, text)
         assert not any(grpo.step_rewards_of(problem, text)[0])
 
@@ -298,22 +385,39 @@ def test_ten_thousand_lines(grpo, sum_problem):
     assert rate(grpo, [sum_problem], "1\n" * 10_000) < 0.2
 
 
+PIECES = r"""
+\frac{ } { ( ) [ ] ^ _ $ \boxed{ \text{ \sqrt{ √ 9 1 , 000 .5 / 1/2 e9 ×10^ ^{9 - − ** ` # = ½ ² % ' ” ! ? .. x \pi ∞
+\left \\ \int_0^1 9**9 ^9^9^9 \binom{ é 答案是 Paris not or 18 10:30 {,} ~ \( \] if
+"""
+PIECES = [*PIECES.split(), " ", "\n", "\x00", "\ud800", "The answer is "]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.one_of(
         st.text(max_size=200),
         st.text(alphabet="0123456789+-*/()., =#$\n−×÷e", max_size=300),
+        st.lists(st.sampled_from(PIECES), max_size=60).map("".join),
         st.tuples(st.text(max_size=4), st.integers(1, 20_000)).map(lambda pair: (pair[0] * pair[1])[:20_000]),
     )
 )
 def test_no_text_raises(grpo, text):
     problems = [grpo.Problem("q", "28080", ("28080",)), grpo.Problem("q", "18", (), "", (3, 4, 6))]
+    problems.append(grpo.Problem("q", "Paris"))
     assert rate(grpo, problems, text) < 0.3
     for problem in problems:
         assert grpo.is_right(problem, text) in (True, False)
     rewards, lines = grpo.step_rewards_of(problems[0], text)
     assert len(lines) == len(text.split("\n")) and set(rewards) <= {0.0, 1.0} and sum(rewards) <= 1
     assert [line for line in lines if line >= 0] == list(range(len(rewards)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([piece for piece in PIECES if "9^9" not in piece]), max_size=20).map("".join))
+def test_no_formula_raises(grpo, text):
+    pytest.importorskip("math_verify", reason="math-verify is not installed: pip install math-verify")
+    for answer in ("x^2+1", "(2,3)", "\\sqrt{2}", "x=5"):
+        assert grpo.is_right(grpo.Problem("q", answer), text) in (True, False)
 
 
 # ---- Problems from files ----
@@ -354,3 +458,17 @@ def test_gsm8k_solutions(grpo):
             whole += 1
             assert all(rewards), row
     assert whole > 2000 and earned / lines > 0.89
+
+
+@pytest.mark.skipif(not SOLUTIONS.exists(), reason=f"no {SOLUTIONS}: github.com/openai/grade-school-math publishes it")
+def test_published_solutions_are_judged_as_labelled(grpo):
+    """5,276 solutions by four models, each labelled right or wrong by its publisher."""
+    judged = []
+    for line in SOLUTIONS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        problem = grpo.Problem(row["question"], row["ground_truth"].rpartition("A: ")[2].strip())
+        for solution in row.values():
+            if isinstance(solution, dict):
+                judged.append((solution["is_correct"], grpo.is_right(problem, solution["solution"])))
+    assert len(judged) == 5276 and {label for label, _ in judged} == {True, False}
+    assert all(label is verdict for label, verdict in judged)

@@ -460,15 +460,25 @@ def test_dropout_is_off(rlhf, tiny, tiny_gpt2):
 
 def test_learning_rates_fall_linearly(watch, tiny):
     """[R5] In each stage, to 0 after its last step; [D3] Adam's ε."""
-    seen = watch(tiny(num_epochs=1, num_minibatches=1, value_learning_rate=3e-2))
+    seen = watch(tiny(num_epochs=1, num_minibatches=1, value_learning_rate=3e-2, warmup_iterations=0))
     rates = [step.rates for step in seen.steps]
     expected = [[1e-2 * x] for x in (1, 2 / 3, 1 / 3)] * 2 + [[1e-2, 3e-2], [0.5e-2, 1.5e-2]]
     assert len(rates) == len(expected)
     for found, wanted in zip(rates, expected):
         assert found == pytest.approx(wanted)
     assert [options["eps"] for options in seen.adam] == [1e-5] * 3
-    constant = watch(tiny("constant", anneal_lr=False, num_epochs=1, num_minibatches=1))
+    constant = watch(tiny("constant", anneal_lr=False, num_epochs=1, num_minibatches=1, warmup_iterations=0))
     assert {rate for step in constant.steps for rate in step.rates} == {1e-2}
+
+
+def test_learning_rates_of_stage_3_rise_first(watch, tiny):
+    """[R23] Step by step over warmup_iterations, then they stay or fall; stages 1 and 2 begin at their full rates."""
+    seen = watch(tiny(num_epochs=1, num_minibatches=2, warmup_iterations=2, ppo_iterations=3, anneal_lr=False))
+    rates = [step.rates[0] for step in seen.steps]
+    assert rates[:6] == [1e-2] * 6
+    assert rates[6:] == pytest.approx([1e-2 * x for x in (1 / 4, 2 / 4, 3 / 4, 1, 1, 1)])
+    falling = watch(tiny("falling", num_epochs=1, num_minibatches=2, warmup_iterations=1))
+    assert [step.rates[0] for step in falling.steps[6:]] == pytest.approx([1e-2 * x for x in (1 / 2, 1, 1 / 2, 1 / 2)])
 
 
 def test_default_learning_rates_go_by_size(rlhf):

@@ -146,6 +146,19 @@ def test_sorted_data_are_shuffled(rlhf, tmp_path):
     assert len(labels) == 20 and 3 < sum(labels) < 17
 
 
+@pytest.mark.parametrize(("from_file", "count"), [(True, 6000), (False, 60_000)])
+def test_neither_rows_nor_held_out_ones_are_a_slice_of_sorted_data(rlhf, tmp_path, from_file, count):
+    """Of 60,000 rows in order: those read from a file, and the tenth held out of all, have a share of each quarter."""
+    path = write_rows(tmp_path / "d.jsonl", [{"text": str(i), "label": 0} for i in range(60_000)])
+    rows = rlhf.load_rows(rlhf.Args(dataset=path if from_file else str(tmp_path), num_texts=count))
+    quarters = [int(row["text"]) // 15_000 for row in rows[:6000]]
+    assert len(rows) == count and all(abs(quarters.count(i) - 1500) < 200 for i in range(4))
+
+
+def test_the_grammars_held_out_tenth_has_both_labels(rlhf):
+    assert sum(row["label"] for row in rlhf.load_rows(rlhf.Args(num_texts=200))[:20]) == 10
+
+
 DIALOGUE = "\n\nHuman: Is it {0}?\n\nAssistant: Yes.\n\nHuman: Sure?\n\nAssistant:"
 
 

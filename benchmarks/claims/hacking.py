@@ -7,9 +7,9 @@ Writes   benchmarks/results/claims_hacking.jsonl (a line a run; a stopped series
 
 The grammar of rlhf_gpt2_ppo.py knows which review is truly positive. For each seed: stage 1; four weak reward models,
 trained on the same 180 pairs; a good one, trained on 7,200. Then stage 3 from the same models in each arm: 25
-iterations of 96 responses, no annealing, no entropy bonus, β fixed, so that what holds the policy back is what the arm
-names. The ensemble's score is the mean of the four less one standard deviation; the length penalty takes 0.02 a token;
-the smaller learning rate is 2e-4. 256 held-out prompts are answered before and after.
+iterations of 96 responses, no warm-up, no annealing, no entropy bonus, β fixed, so that what holds the policy back is
+what the arm names. The ensemble's score is the mean of the four less one standard deviation; the length penalty takes
+0.02 a token; the smaller learning rate is 2e-4. 256 held-out prompts are answered before and after.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import rlhf_gpt2_ppo as rlhf  # noqa: E402
 FILE = RESULTS / "claims_hacking.jsonl"
 COMMON = {"reward_batch_size": 32, "eval_prompts": 256, "checkpoint_every": 0}
 PPO = {"num_texts": 4000, "ppo_iterations": 25, "anneal_lr": False, "ent_coef": 0.0, "adaptive_kl": False}
+PPO["warmup_iterations"] = 0
 WEAK = {"num_texts": 400, "reward_steps": 60, "ensemble": 4}
 LENGTH = {"length_penalty": 0.02}
 ARMS = {  # name → reward models, flags of stage 3

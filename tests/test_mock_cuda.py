@@ -1,4 +1,4 @@
-"""What waits for a GPU, on a pretended one: a device "cuda" in host memory (benchmarks/gpu/pretended)."""
+"""What waits for a GPU, on a mock one: a device "cuda" in host memory (tests/mock_cuda)."""
 
 import os
 import shutil
@@ -22,8 +22,8 @@ QUICK = {
 }
 
 
-def on_pretended_gpu(*command, **more):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks" / "gpu" / "pretended"), "OMP_NUM_THREADS": "1"}
+def on_mock_cuda(*command, **more):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "mock_cuda"), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, **more)
 
 
@@ -50,7 +50,7 @@ def capture(function):
 x = torch.ones(2, device="cuda")
 print("ready")
 """
-    run = on_pretended_gpu("-c", setting + line)
+    run = on_mock_cuda("-c", setting + line)
     assert run.returncode == 1 and run.stdout == "ready\n", run.stderr
     assert refusal in run.stderr.splitlines()[-1], run.stderr
 
@@ -70,12 +70,12 @@ x.copy_(torch.tensor([0.0, 0.5, 1.0]))
 graph.replay()
 assert torch.equal(y.cpu(), torch.tensor([1.0, 2.0]).exp())
 """
-    run = on_pretended_gpu("-c", lines)
+    run = on_mock_cuda("-c", lines)
     assert run.returncode == 0, run.stderr
 
 
 def test_the_gpu_tests():
-    run = on_pretended_gpu("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_grpo_gpu.py", cwd=ROOT)
+    run = on_mock_cuda("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_grpo_gpu.py", cwd=ROOT)
     assert run.returncode == 0 and "6 passed" in run.stdout, run.stdout
 
 
@@ -83,11 +83,11 @@ def test_the_gpu_tests():
 def test_a_run_and_its_resumption(script, tmp_path):
     """Every tensor where it must be, in training, evaluation, checkpoint and resumption."""
     arguments = (str(ROOT / script), "--device", "cuda")
-    run = on_pretended_gpu(*arguments, *QUICK[script].split(), "--run-dir", "run", cwd=tmp_path)
+    run = on_mock_cuda(*arguments, *QUICK[script].split(), "--run-dir", "run", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     places = set()
     path = tmp_path / "run" / "checkpoint.pt"
     torch.load(path, map_location=lambda storage, place: places.add(place) or storage, weights_only=True)
     assert "cuda:0" in places  # what was trained was there
-    resumed = on_pretended_gpu(*arguments, "--resume", "run", cwd=tmp_path)
+    resumed = on_mock_cuda(*arguments, "--resume", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

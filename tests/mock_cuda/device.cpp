@@ -1,4 +1,4 @@
-// A pretended GPU for PyTorch's CPU build: see sitecustomize.py beside this file.
+// A mock CUDA device for PyTorch's CPU build: see sitecustomize.py beside this file.
 //
 // A tensor of device "cuda" is a tensor of that type whose bytes lie in host memory. An operator that gets one is looked
 // at here: do all its tensors lie on the device, as a GPU demands? Then it is computed by the CPU's kernel on the same
@@ -36,7 +36,7 @@ struct CountedMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     const size_t size = (std::max<size_t>(bytes, 1) + 511) / 512 * 512;
     if (limit && alive + size > limit) {
-      const auto message = c10::str("CUDA out of memory, pretended: ", size, " bytes more than ", alive, " of ", limit);
+      const auto message = c10::str("CUDA out of memory, on the mock device: ", size, " bytes more than ", alive, " of ", limit);
       throw c10::OutOfMemoryError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, message);
     }
     auto* head = static_cast<size_t*>(c10::alloc_cpu(size + 64));

@@ -1,8 +1,8 @@
-"""A pretended GPU: what waits for a GPU, rehearsed on a machine without one.
+"""A mock CUDA device: a test double for a GPU, on a machine that has none.
 
-Run      PYTHONPATH=benchmarks/gpu/pretended python benchmarks/gpu/run.py --rehearse
-         PYTHONPATH=benchmarks/gpu/pretended python -m pytest tests/test_grpo_gpu.py
-         PYTHONPATH=benchmarks/gpu/pretended python ppo_cartpole.py --device cuda          (any script, any command)
+Run      PYTHONPATH=tests/mock_cuda python benchmarks/gpu/run.py --rehearse
+         PYTHONPATH=tests/mock_cuda python -m pytest tests/test_grpo_gpu.py
+         PYTHONPATH=tests/mock_cuda python ppo_cartpole.py --device cuda          (any script, any command)
 Needs    g++ and PyTorch's CPU build; the first use compiles device.cpp, for about a minute
 
 Python imports this file at its start. Then there is a device "cuda", 80 GB, whose tensors lie in host memory and are
@@ -45,13 +45,13 @@ def compiled():
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-w", "-DTORCH_EXTENSION_NAME=pretended_gpu"]
+            flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-w", "-DTORCH_EXTENSION_NAME=mock_cuda"]
             folders = [f"-I{folder}" for folder in (*include_paths(), sysconfig.get_path("include"))]
             libraries = [*(f"-L{folder}" for folder in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch_python"]
             partial = library.with_suffix(".tmp")
             subprocess.run(["g++", *flags, *folders, str(SOURCE), *libraries, "-o", str(partial)], check=True)
             partial.rename(library)
-    spec = importlib.util.spec_from_file_location("pretended_gpu", library)
+    spec = importlib.util.spec_from_file_location("mock_cuda", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -154,9 +154,9 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 
 if torch.version.cuda:
-    sys.exit("a pretended GPU needs PyTorch's CPU build: this one has CUDA of its own")
+    sys.exit("the mock CUDA device needs PyTorch's CPU build: this one has CUDA of its own")
 device = compiled()
-properties = types.SimpleNamespace(name="Pretended GPU", total_memory=TOTAL, major=8, minor=0, multi_processor_count=1)
+properties = types.SimpleNamespace(name="Mock CUDA", total_memory=TOTAL, major=8, minor=0, multi_processor_count=1)
 nothing = {"_lazy_init", "set_device", "manual_seed", "manual_seed_all", "synchronize", "empty_cache", "check_error"}
 constant = {
     "is_available": True,
