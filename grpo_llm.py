@@ -1819,8 +1819,11 @@ def reward_ids(tokenizer, prompt, text, has_ended):
     where there is one; else that of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response ended."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [*messages, {"role": "assistant", "content": text}]
-        return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+        try:
+            whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+        except Exception as error:  # a template refuses in its own words what it does not know
+            raise InputError(f"the reward model's chat template refuses the answer {text[:60]!r}: {error}") from error
+        return tokenizer(whole, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str):
         raise InputError("the reward model has no chat template for prompts that are lists of messages: bring texts")
     prompt_ids, ids = tokenizer([prompt, text], add_special_tokens=False)["input_ids"]

@@ -109,6 +109,13 @@ def test_a_chat_template_is_what_the_reward_model_reads(grpo, tiny_grpo, with_te
         assert float(score) == pytest.approx(float(own), rel=1e-4, abs=1e-4)
 
 
+def test_a_template_that_refuses_is_one_sentence(grpo, with_template):
+    tokenizer = AutoTokenizer.from_pretrained(with_template)
+    tokenizer.chat_template = "{{ raise_exception('No answers here') }}"
+    with pytest.raises(grpo.InputError, match="chat template refuses the answer 'Paris': No answers here"):
+        grpo.reward_ids(tokenizer, "Where?", "Paris", True)
+
+
 def test_the_reward_model_is_told_what_the_policy_is(grpo, tiny_grpo, with_template):
     """The instruction belongs to the user's turn."""
     group = grpo.Group(grpo.Problem("1+1", "2"), [], None, None, None, ["2", "3"])
