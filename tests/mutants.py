@@ -259,6 +259,8 @@ MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
 RLHF = [
     ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
     ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
+    ("words of a short text cut in two", r"(?:\s*\S+(?!\S))", r"(?:\s*\S+)"),
+    ("rows counted from 0", "ROW: i + 1}", "ROW: i}"),
     (
         "temperature forgotten in the score",
         "    logits = logits / temperature\n    return logits.gather",
