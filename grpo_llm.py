@@ -83,7 +83,7 @@ class Args:
     max_term: int = 9  # the largest of them
     operators: str = "+"  # of arithmetic: "+" or "+-"
     instruction: str | None = None  # for --model: what it is told, {} is the problem; default INSTRUCTIONS[task]
-    num_problems: int = 20_000  # problems that are generated, or read at most
+    num_problems: int = 20_000  # problems that are generated, or drawn at random from the file at most
     seed: int = 1  # of weights, problems and samples
     # the model
     model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
@@ -196,12 +196,20 @@ class Args:
             raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
         if self.task in ("gsm8k", "jsonl") and self.model is None:
             raise ValueError(f"task {self.task} needs a model that can read, got none")
+        if self.data and self.task not in ("gsm8k", "jsonl"):
+            raise ValueError(f"data is read for task gsm8k and jsonl; task {self.task} writes its own problems")
+        if self.instruction is not None and "{}" not in self.instruction:
+            raise ValueError(f"instruction needs {{}} where the problem is to stand, got {self.instruction!r}")
         if self.task == "jsonl" and self.data is None:
             raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
         if self.supervision == "process" and (self.algorithm != "grpo" or not self.scale_by_std):
             raise ValueError(
                 f"supervision process is GRPO's own: algorithm {self.algorithm} and scale_by_std {self.scale_by_std} "
                 "must be grpo and True"
+            )
+        if self.supervision == "process" and self.task in ("countdown", "jsonl"):
+            raise ValueError(
+                f"supervision process needs the values of a solution's steps, which task {self.task} does not have"
             )
         for_all_of_it = self.format_weight, self.length_weight, self.reward_model, self.truncated == "penalise"
         if self.supervision == "process" and any(for_all_of_it):
@@ -335,11 +343,12 @@ def pass_at_k(num_samples, num_right, k):
 
 
 class Problem(NamedTuple):
-    prompt: str
+    prompt: str  # of a chat, its messages in one text
     answer: str  # a number, an expression, or for countdown the target
     values: tuple = ()  # what a right solution's steps come to, for process supervision
     solution: str = ""  # worked out, for the warm start
     numbers: tuple = ()  # countdown's
+    messages: tuple = ()  # of a chat: {"role", "content"} each, as the file has them
 
 
 INSTRUCTIONS = {
@@ -388,52 +397,110 @@ def load_problems(args):
         write = write_sum if args.task == "arithmetic" else write_countdown
         problems = [write(rng, args) for _ in range(args.num_problems)]
     else:
-        problems = [read_problem(args, row) for row in read_rows(args)]
-        for number, problem in enumerate(problems, start=1):
-            check_answer(problem, f"--data {args.data}, line {number}")
-    problems = list({problem.prompt: problem for problem in problems}.values())  # each prompt once
+        problems = []
+        for where, row in read_rows(args):
+            try:
+                problems.append(read_problem(args, row))
+                check_answer(problems[-1])
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+        random.Random(args.seed).shuffle(problems)  # a file may be sorted: its first rows would be an unlike test set
+    num_read = len(problems)
+    drawn = problems[: args.num_problems]
+    problems = list({problem.prompt: problem for problem in drawn}.values())  # each prompt once
     held_out = min(args.eval_problems, len(problems) // 2)
     if len(problems) - held_out < args.prompts_per_step or not held_out:
         raise InputError(
             f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside the "
             f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
         )
+    left_out = {
+        f"are left out by --num-problems {args.num_problems}": num_read - len(drawn),
+        "are left out because another has the same prompt": len(drawn) - len(problems),
+        "of these have another answer than it": len({(x.prompt, x.answer) for x in drawn}) - len(problems),
+    }
+    say(f"problems    {len(problems) - held_out:,} to learn from, {held_out:,} held out")
+    for why, count in left_out.items():
+        if count:
+            say(f"            {count:,} {why}")
     return problems[held_out:], problems[:held_out]
 
 
+def say(line):
+    """Print a line, in one process of several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def read_rows(args):
+    """(where it stands, row) of each row of the file, or of gsm8k from the Hub."""
     if args.data is None:
         import datasets
 
         datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True)
-            return list(rows.take(args.num_problems))
+            rows = list(datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True))
         except Exception as error:
             raise InputError(f"gsm8k cannot be fetched: {error}. --data takes a file in its form") from error
+        return [(f"gsm8k, row {number}", row) for number, row in enumerate(rows, start=1)]
+    rows, form = [], f"--data {args.data} is no file of JSON lines"
     try:
-        with open(args.data, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise InputError(f"--data {args.data} is no file of JSON lines: {error}") from error
-    return rows[: args.num_problems]
+        with open(args.data, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
+            lines = list(file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
+    if "".join(lines[:10]).lstrip().startswith("["):
+        raise InputError(f"{form} but a JSON array: write each of its rows on a line of its own")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"--data {args.data}, line {number}", json.loads(line)))
+            json.dumps(rows[-1], ensure_ascii=False).encode()  # fails at half an emoji, which no tokenizer reads
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+            raise InputError(f"{form}: line {number} cannot be read: {reason}") from error
+    return rows
 
 
 def read_problem(args, row):
     """A row {"question", "answer"} in gsm8k's form, "… <<48/2=24>>24 … #### 72"; or {"prompt", "answer"}."""
     names = ("question", "answer") if args.task == "gsm8k" else ("prompt", "answer")
     if not isinstance(row, dict) or not set(names) <= row.keys():
-        found = ", ".join(row) if isinstance(row, dict) else repr(row)
+        found = ", ".join(row) if isinstance(row, dict) else shortened(row)
         raise InputError(f"task {args.task} needs rows with {' and '.join(names)}, found {found}")
-    prompt, answer = (str(row[name]).strip() for name in names)
+    prompt, answer = (row[name] for name in names)
+    messages = ()
+    if args.task == "jsonl" and isinstance(prompt, list):
+        messages = tuple(prompt)
+        are_whole = all(isinstance(x, dict) and None not in (x.get("role"), x.get("content")) for x in messages)
+        if not messages or not are_whole or not messages[-1]["content"]:
+            raise InputError(f"each message needs role and content, found {shortened(prompt)}")
+        if messages[-1]["role"] == "assistant":
+            raise InputError("the last message must not be the assistant's, which the model is to write")
+        if args.instruction is not None:
+            raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    if not isinstance(prompt, str) or not prompt.strip():
+        kinds = "a text" if args.task == "gsm8k" else "a text or a list of messages"
+        raise InputError(f"{names[0]} must be {kinds}, found {shortened(prompt)}")
+    if not (isinstance(answer, (str, int)) or is_finite_number(answer)) or not str(answer).strip():
+        raise InputError(f"answer must be a text or a number, found {shortened(answer)}")
+    prompt, answer = prompt.strip(), str(answer).strip()
     if args.task == "jsonl":
-        return Problem(prompt, answer)
-    worked, marker, final = answer.partition("####")
-    if not marker:
-        raise InputError(f"task gsm8k needs #### before the answer, found {answer[-60:]!r}")
+        return Problem(prompt, answer, messages=messages)
+    worked, _, final = answer.partition("####")
     final = final.strip()
+    if not final:
+        raise InputError(f"task gsm8k needs #### before the answer, found {answer[-60:]!r}")
     values = (*re.findall(r"=([^=<>]*)>>", worked), final)
     return Problem(prompt, final, values, re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}")
+
+
+def shortened(value, length=60):
+    """As Python writes it, on one line and cut to a length."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def problems_from(problems, positions, seed):
@@ -683,11 +750,11 @@ def is_right(problem, completion):
     return same_mathematics(as_latex(wanted), as_latex(line))
 
 
-def check_answer(problem, where):
+def check_answer(problem):
     """Refuse an answer that no completion could ever match, and one that needs math-verify where it is missing."""
     if not is_right(problem, problem.answer):
         shown = repr(problem.answer[:60])
-        raise InputError(f"{where}: nothing could match the answer {shown}: empty but for punctuation, or too long")
+        raise InputError(f"nothing could match the answer {shown}: empty but for punctuation, or too long")
     if wanted_number(problem) is None and is_mathematics(problem.answer):
         math_verifier()
 
@@ -979,10 +1046,47 @@ def encode_prompt(args, tokenizer, problem):
         return tokenizer(f"{problem.prompt}\n", add_special_tokens=False)["input_ids"]
     text = (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
     if not tokenizer.chat_template:
+        if problem.messages:
+            raise InputError(f"{args.model} has no chat template for prompts that are lists of messages: bring texts")
         return tokenizer(f"{text}\n")["input_ids"]
-    messages = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages = list(problem.messages) or [{"role": "user", "content": text}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template refuses what it does not know, such as a system role, in its own words
+        prompt = shortened(problem.prompt)
+        raise InputError(f"the chat template of {args.model} refuses the prompt {prompt}: {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def context_of(model):
+    """Tokens that a model has positions for; inf where its configuration knows no limit."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "max_seq_len")]
+    return max(found) if max(found) > 0 else math.inf
+
+
+def those_that_fit(args, model, tokenizer, problems, held_out):
+    """(problems, held_out) without those that leave no room for max_tokens in the model's context; it says how many.
+
+    Beyond their context models with learned positions fail, and those with rotary ones write what nobody taught them.
+    """
+    context, sizes = context_of(model), {}
+    for problem in problems + held_out:  # the small model has a token a character: no need to encode thousands
+        ids = encode_prompt(args, tokenizer, problem) if args.model else f"{problem.prompt}\n"
+        sizes[problem.prompt] = len(ids)
+    room = context - args.max_tokens
+    fitting = [[problem for problem in part if sizes[problem.prompt] <= room] for part in (problems, held_out)]
+    num_over = len(problems + held_out) - sum(map(len, fitting))
+    if not num_over:
+        return fitting
+    over = (
+        f"{num_over:,} of {len(sizes):,} prompts, up to {max(sizes.values()):,} tokens long, and --max-tokens "
+        f"{args.max_tokens} exceed the model's context of {context:,}"
+    )
+    if len(fitting[0]) < args.prompts_per_step or len(fitting[1]) < int(os.environ.get("WORLD_SIZE", 1)):
+        raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
+    say(f"            {over}: they are left out, {len(fitting[0]):,} and {len(fitting[1]):,} are left")
+    return fitting
 
 
 # ---- Generation ----
@@ -1568,17 +1672,37 @@ class Rating(NamedTuple):
     step_ids: torch.Tensor  # (G, T) step of each token, −1 for none
 
 
-def rate_group(args, group, tokenizer, eos_ids, reward_model):
-    """What a group's completions earned, whole and step by step."""
+def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
+    """What a group's completions earned, whole and step by step; step is named where a reward is no finite number."""
     is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
     columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
     rows = [reward_parts(args, group.problem, *column) for column in columns]
-    parts = {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
+    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
+        raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
+    parts = {name: [row[name] for row in rows] for name in rows[0]}
     if reward_model:
-        parts["model"] = args.reward_model_weight * score_texts(*reward_model, group.problem.prompt, group.texts)
+        scores = score_texts(*reward_model, group.problem.prompt, group.texts)
+        parts["model"] = (args.reward_model_weight * scores).tolist()
+    for name, rewards in parts.items():
+        for reward, text in zip(rewards, group.texts):
+            if not is_finite_number(reward):
+                raise InputError(
+                    f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
+                    f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
+                )
+    parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
     step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
     step_ids = step_ids_of(tokenizer, group, step_of_line)
     return Rating(torch.stack(list(parts.values())).sum(0), parts, is_truncated, list(step_rewards), step_ids)
+
+
+def is_finite_number(x):
+    """Whether x is a number, of Python, numpy or torch, that float32 can hold; neither NaN nor a text."""
+    try:
+        return not isinstance(x, (str, bytes)) and abs(float(x)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
 
 
 def has_variance(args, rating):
@@ -2126,11 +2250,16 @@ def train(args: Args) -> list[dict]:
         torch.manual_seed(args.seed)
         tokenizer = new_tokenizer()
         policy = new_model(tokenizer).to(args.device)
+        problems, held_out = those_that_fit(args, policy, tokenizer, problems, held_out)
+        num_long = sum(len(problem.solution) >= T for problem in problems)  # a token a character, and EOS
+        if num_long:
+            say(f"            {num_long:,} of {len(problems):,} worked solutions do not end within --max-tokens {T}")
         warm_start(args, policy, tokenizer, problems, held_out[:128])
         save_model(Path(start_dir), policy, tokenizer)
     if world_size > 1:
         dist.barrier()
     policy, tokenizer, eos_ids = load_model(args, start_dir)
+    problems, held_out = those_that_fit(args, policy, tokenizer, problems, held_out)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
@@ -2183,7 +2312,7 @@ def train(args: Args) -> list[dict]:
             chosen = problems_from(problems, positions, args.seed)
             sampled = sample_groups(args, policy, tokenizer, eos_ids, chosen, G, args.temperature, names)
             for group in sampled:
-                rating = rate_group(args, group, tokenizer, eos_ids, reward_model)
+                rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
                 seen.append((group, rating))
                 if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
                     groups.append(group)
@@ -2369,7 +2498,8 @@ def train(args: Args) -> list[dict]:
     print(f"seconds     {time.perf_counter() - started:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
     print(f"logs        tensorboard --logdir {run_dir}")
     if args.model is None:
-        print(f"next        python grpo_llm.py --task {args.task} --supervision process --seed {args.seed}")
+        other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"
+        print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
     return metrics
 
 

@@ -257,6 +257,10 @@ ATARI = [
 MUTANTS = [("ppo_cartpole.py", *mutant) for mutant in CARTPOLE]
 MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
 RLHF = [
+    ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
+    ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
+    ("words of a short text cut in two", r"(?:\s*\S+(?!\S))", r"(?:\s*\S+)"),
+    ("rows counted from 0", "ROW: i + 1}", "ROW: i}"),
     (
         "temperature forgotten in the score",
         "    logits = logits / temperature\n    return logits.gather",
@@ -489,17 +493,13 @@ GRPO = [
     ("words judged as mathematics", "    if not is_mathematics(wanted):\n        return False\n", ""),
     (
         "a box that is not closed is an answer",
-        "        if not depth:\n            return text[starts[-1]",
-        "        if not depth or position == len(text) - 1:\n            return text[starts[-1]",
+        "            return text[starts[-1] : position]\n    return text\n",
+        "            return text[starts[-1] : position]\n    return text[starts[-1] :] if starts else text\n",
     ),
     ("the brackets of a list forgotten", "len({text[0] + text[-1] for text in ends}) > 1", "False"),
     ("an equation for an expression", ' or ("=" in given) > ("=" in wanted)', ""),
     ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
-    (
-        "an answer that nothing could match is kept",
-        '            check_answer(problem, f"--data',
-        '            f"{problem}" or (f"--data',
-    ),
+    ("an answer that nothing could match is kept", "                check_answer(problems[-1])\n", ""),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
     ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
     (
@@ -658,6 +658,25 @@ GRPO = [
         "return problems[held_out:], problems[:held_out]",
         "return problems, problems[:held_out]",
     ),
+    ("the file's first rows held out", "random.Random(args.seed).shuffle(problems)", "pass"),
+    ("lines counted from 0", "for number, line in enumerate(lines, start=1):", "for number, line in enumerate(lines):"),
+    ("a byte-order mark refused", 'encoding="utf-8-sig") as file', 'encoding="utf-8") as file'),
+    (
+        "messages shown as their repr",
+        'messages = list(problem.messages) or [{"role"',
+        'messages = [{"role"',
+    ),
+    (
+        "prompts beyond the context kept",
+        "for problem in part if sizes[problem.prompt] <= room]",
+        "for problem in part]",
+    ),
+    (
+        "no room for the completion",
+        "    room = context - args.max_tokens\n",
+        "    room = context\n",
+    ),
+    ("a reward of None or NaN let pass", "            if not is_finite_number(reward):", "            if False:"),
     (
         "offloaded gradients stay on the device",
         "        parameter.grad = None\n\n    parameter.host",

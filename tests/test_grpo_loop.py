@@ -517,7 +517,7 @@ def test_step_of_each_token(grpo, tiny_grpo):
     """[G3] A newline and the EOS belong to the line that they end; a blank line to no step; nothing off the mask."""
     tokenizer = grpo.new_tokenizer()
     group = group_of(grpo, tokenizer, ["3\n\n#6", "3", "\n"], 7)
-    rating = grpo.rate_group(tiny_grpo(), group, tokenizer, [1], None)
+    rating = grpo.rate_group(tiny_grpo(), group, tokenizer, [1], None, 0)
     assert rating.step_rewards == [[1.0, 1.0], [1.0], []]
     assert rating.step_ids.tolist() == [[0, 0, -1, 1, 1, 1, -1], [0, 0, *[-1] * 5], [-1] * 7]
     assert rating.is_truncated.tolist() == [False] * 3 and rating.rewards[0] == 1 - 0.5 * 0.6

@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from contract import ROOT
@@ -358,9 +362,27 @@ def test_a_run_on_a_file(grpo, tiny_grpo, no_picture, tmp_path, task):
     supervision = {"supervision": "process", "length_weight": 0.0} if task == "gsm8k" else {}
     args = tiny_grpo(task=task, data=data, num_problems=15, **supervision)
     learned, held_out = grpo.load_problems(args)
-    assert len(learned) == 11 and len(held_out) == 4 and learned[0].answer == "5"
+    assert len(learned) == 11 and len(held_out) == 4
+    assert all(eval(problem.prompt) == int(problem.answer) for problem in learned + held_out)
     metrics = grpo.train(args)
     assert metrics[-1]["step"] == 2 and metrics[-1]["completion/length"] > 1
+
+
+@pytest.mark.parametrize(("task", "question"), [("jsonl", "prompt"), ("gsm8k", "question")])
+def test_a_sorted_file_is_shuffled_before_problems_are_held_out(grpo, tiny_grpo, tmp_path, task, question):
+    """Of 400 rows in order, both parts have problems from each quarter, even where --num-problems reads 200 of them."""
+    data = write_rows(tmp_path / "d.jsonl", [{question: f"{i}+0", "answer": f"#### {i}"} for i in range(400)])
+    parts = [
+        grpo.load_problems(tiny_grpo(task=task, data=data, num_problems=count, eval_problems=40, seed=seed))
+        for count, seed in ((400, 1), (200, 1), (400, 1), (400, 2))
+    ]
+    for (learned, held_out), count in zip(parts, (400, 200)):
+        assert len(held_out) == 40 and len(learned) == count - 40
+        for part in (learned, held_out):
+            quarters = [int(problem.prompt.removesuffix("+0")) // 100 for problem in part]
+            assert min(quarters.count(i) for i in range(4)) >= len(part) / 10
+    first, _, again, other = (held_out for _, held_out in parts)
+    assert first == again and len(set(first) & set(other)) < 20
 
 
 def test_a_problem_stands_in_the_data_twice(grpo, tiny_grpo, tmp_path):
@@ -379,31 +401,286 @@ def test_gsm8k_as_published(grpo):
     assert all(grpo.as_number(p.answer) is not None and p.values[-1] == p.answer for p in learned)
 
 
+ROWS = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(100)]
+LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS)
+
+
 @pytest.mark.parametrize(
     ("task", "text", "message"),
     [
         ("jsonl", "", "0 different problems are too few for steps of 3"),
         ("jsonl", '{"prompt": "1", "answer": 1}\n' * 50, "1 different problems are too few"),
         ("jsonl", '{"question": "1", "answer": 1}\n', "task jsonl needs rows with prompt and answer, found question"),
-        ("gsm8k", '{"question": "1", "answer": 1}\n', "task gsm8k needs #### before the answer, found '1'"),
-        (
-            "jsonl",
-            '{"prompt": "1", "answer": 1}\n{"prompt": "2", "answer": "..."}\n',
-            "line 2: nothing could match the answer '...'",
-        ),
-        ("jsonl", "[1]\n", "needs rows with prompt and answer, found [1]"),
+        ("gsm8k", '{"question": "1", "answer": 1}\n', "line 1: task gsm8k needs #### before the answer, found '1'"),
+        ("gsm8k", '{"question": "1", "answer": "1 ####"}\n', "line 1: task gsm8k needs #### before the answer"),
+        ("gsm8k", '{"question": [{}], "answer": "#### 1"}\n', "line 1: question must be a text, found [{}]"),
+        ("jsonl", LINES + "[1]\n", "line 101: task jsonl needs rows with prompt and answer, found [1]"),
+        ("jsonl", LINES + '{"prompt": "2", "answer": "..."}', "line 101: nothing could match the answer '...'"),
         ("jsonl", "{1}\n", "is no file of JSON lines"),
-        ("jsonl", b"\xff\xfe\x00", "is no file of JSON lines"),
+        ("jsonl", b"\xff\xfe\x00", "is no file of JSON lines in UTF-8"),
         ("jsonl", None, "No such file"),
+        ("jsonl", LINES[:-5], "line 100 cannot be read: Unterminated string"),
+        ("jsonl", "\n\r\n" + LINES[:-5], "line 102 cannot be read: Unterminated string"),
+        ("jsonl", LINES + '{"prompt": "\\ud83d", "answer": "1"}', "line 101 cannot be read: 'utf-8' codec"),
+        ("jsonl", json.dumps(ROWS), "is no file of JSON lines but a JSON array"),
+        ("jsonl", "\ufeff\n" + json.dumps(ROWS, indent=1), "is no file of JSON lines but a JSON array"),
     ],
 )
 def test_bad_data(grpo, tiny_grpo, command, tmp_path, task, text, message):
     path = tmp_path / "d.jsonl"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    status, _, error = command(*flags(grpo, tiny_grpo(task=task, data=str(path))))
+    status, out, error = command(*flags(grpo, tiny_grpo(task=task, data=str(path))))
     assert status == 2 and message in error and "Traceback" not in error and error.count("\n") == 1
-    assert not Path(tiny_grpo().run_dir).exists()
+    assert len(error) < 250 and out == "" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "?", "answer": None}, "answer must be a text or a number, found None"),
+        ({"prompt": "?", "answer": " "}, "answer must be a text or a number, found ' '"),
+        ({"prompt": "?", "answer": ["4"]}, "answer must be a text or a number, found ['4']"),
+        ({"prompt": "?", "answer": float("nan")}, "answer must be a text or a number, found nan"),
+        ({"prompt": "", "answer": "4"}, "prompt must be a text or a list of messages, found ''"),
+        ({"prompt": None, "answer": "4"}, "prompt must be a text or a list of messages, found None"),
+        ({"prompt": [], "answer": "4"}, "each message needs role and content, found []"),
+        ({"prompt": ["?"], "answer": "4"}, "each message needs role and content, found ['?']"),
+        ({"prompt": [{"role": "user", "content": None}], "answer": "4"}, "each message needs role and content"),
+        ({"prompt": [{"role": "user", "content": ""}], "answer": "4"}, "each message needs role and content"),
+        (
+            {"prompt": [{"role": "assistant", "content": "4"}], "answer": "4"},
+            "the last message must not be the assistant's",
+        ),
+        ({"prompt": [{"role": "user", "content": "?"}], "answer": "4"}, "--instruction is for prompts that are texts"),
+    ],
+)
+def test_a_row_without_a_prompt_or_an_answer(grpo, tiny_grpo, command, tmp_path, row, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(f"\n{LINES}{json.dumps(row)}\n", encoding="utf-8")
+    status, _, error = command(*flags(grpo, tiny_grpo(task="jsonl", data=str(path))))
+    assert status == 2 and f"{path}, line 102: {message}" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["\ufeff" + LINES, LINES.replace("\n", "\r\n"), LINES.replace("+", "\u2028")])
+def test_a_byte_order_mark_and_other_ends_of_lines_are_read(grpo, tiny_grpo, tmp_path, text):
+    (tmp_path / "d.jsonl").write_bytes(text.encode())
+    learned, held_out = grpo.load_problems(tiny_grpo(task="jsonl", data=str(tmp_path / "d.jsonl"), num_problems=200))
+    assert {(x.prompt.replace("\u2028", "+"), x.answer) for x in learned + held_out} == {
+        tuple(row.values()) for row in ROWS
+    }
+
+
+def test_what_is_not_learned_from_is_said(grpo, tiny_grpo, tmp_path, capsys):
+    """Rows beyond --num-problems, prompts that stand there twice, and those with two answers."""
+    data = write_rows(tmp_path / "d.jsonl", [*ROWS, *ROWS[:5], {"prompt": "7+1", "answer": "9"}])
+    grpo.load_problems(tiny_grpo(task="jsonl", data=data, num_problems=1000))
+    assert capsys.readouterr().out.splitlines() == [
+        "problems    96 to learn from, 4 held out",
+        "            6 are left out because another has the same prompt",
+        "            1 of these have another answer than it",
+    ]
+    grpo.load_problems(tiny_grpo(task="jsonl", data=write_rows(tmp_path / "d.jsonl", ROWS), num_problems=70))
+    assert "66 to learn from" in (out := capsys.readouterr().out) and "30 are left out by --num-problems 70\n" in out
+
+
+# ---- Prompts that are chats ----
+
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "({{ m['content'] }}){% endfor %}="
+)
+
+
+@pytest.fixture
+def tiny_chat(grpo, tiny_lm, tmp_path):
+    """The tiny model with a chat template."""
+
+    def make(template):
+        shutil.copytree(tiny_lm, tmp_path / "chat")
+        tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "chat")
+        return str(tmp_path / "chat")
+
+    return make
+
+
+def chats(*roles):
+    return [
+        {"prompt": [{"role": role, "content": f"{i}{j}"} for j, role in enumerate(roles)], "answer": i}
+        for i in range(20)
+    ]
+
+
+def test_messages_go_to_the_chat_template(grpo, tiny_grpo, tiny_chat, no_picture, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "d.jsonl", chats("user", "assistant", "user"))
+    args = tiny_grpo(task="jsonl", data=data, model=tiny_chat(CHAT), instruction=None)
+    shown, generate = [], grpo.generate
+    monkeypatch.setattr(
+        grpo, "generate", lambda model, prompts, *more: shown.extend(prompts) or generate(model, prompts, *more)
+    )
+    metrics = grpo.train(args)
+    texts = set(AutoTokenizer.from_pretrained(args.model).batch_decode(shown))
+    assert len(texts) >= 8 and texts <= {f"({i}0)({i}1)({i}2)=" for i in range(20)}
+    assert metrics[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHAT, "refuses the prompt 'system: "),
+        (None, "has no chat template for prompts that are lists of messages"),
+    ],
+)
+def test_messages_that_a_model_does_not_take(grpo, tiny_grpo, tiny_chat, command, tmp_path, template, message):
+    args = tiny_grpo(
+        task="jsonl",
+        data=write_rows(tmp_path / "d.jsonl", chats("system", "user")),
+        model=tiny_chat(template),
+        instruction=None,
+    )
+    status, _, error = command(*flags(grpo, args))
+    assert status == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert ("no system role" in error) == (template is not None)
+
+
+# ---- Prompts beyond the context ----
+
+
+def lm_with_context(kind, context, tokenizer, directory):
+    """A tiny model of learned (gpt2) or rotary positions (qwen3), saved."""
+    from transformers import GPT2Config, Qwen3Config
+
+    if kind == "gpt2":
+        config = GPT2Config(n_positions=context, n_embd=16, n_layer=1, n_head=2, vocab_size=len(tokenizer))
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer)}
+        config = Qwen3Config(**sizes, max_position_embeddings=context)
+    config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_prompts_beyond_the_context_are_left_out(grpo, tiny_grpo, no_picture, tmp_path, capsys, monkeypatch, kind):
+    """Three prompts of twenty leave no room for 10 tokens in 30: it is said, and nobody learns or is tested on them."""
+    model = lm_with_context(kind, 30, grpo.new_tokenizer(), tmp_path / "lm")
+    rows = [{"prompt": f"{'1+' * (10 if i < 3 else 1)}{i:02}", "answer": i} for i in range(20)]  # and a newline
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    shown, generate = [], grpo.generate
+    monkeypatch.setattr(
+        grpo, "generate", lambda model, prompts, *more: shown.extend(prompts) or generate(model, prompts, *more)
+    )
+    args = tiny_grpo(task="jsonl", data=data, model=model, eval_problems=10, steps=4)
+    _, held_out = grpo.load_problems(args)
+    assert any(len(x.prompt) > 20 for x in held_out), "of the held-out problems too"
+    grpo.train(args)
+    assert {len(prompt) for prompt in shown} == {5}
+    out = capsys.readouterr().out
+    assert (
+        "3 of 20 prompts, up to 23 tokens long, and --max-tokens 10 exceed the model's context of 30: they are left"
+        in out
+    )
+
+
+def test_a_prompt_that_just_fits_is_kept(grpo, tiny_grpo, tmp_path, capsys):
+    tokenizer = grpo.new_tokenizer()
+    problems = [grpo.Problem("1" * n, "1") for n in (3, 4, 18, 19, 20)]
+    for kind in ("gpt2", "qwen3"):
+        model = AutoModelForCausalLM.from_pretrained(lm_with_context(kind, 30, tokenizer, tmp_path / kind))
+        learned, held_out = grpo.those_that_fit(tiny_grpo(), model, tokenizer, problems[1:], problems[:1])
+        assert (learned, held_out) == (problems[1:4], problems[:1])
+    assert capsys.readouterr().out.count("1 of 5 prompts") == 2
+
+
+@pytest.mark.parametrize("max_tokens", [27, 30, 500])
+def test_no_prompt_fits(grpo, tiny_grpo, command, tmp_path, max_tokens):
+    model = lm_with_context("qwen3", 30, grpo.new_tokenizer(), tmp_path / "lm")
+    status, _, error = command(*flags(grpo, tiny_grpo(model=model, max_tokens=max_tokens)))
+    assert status == 2 and f"and --max-tokens {max_tokens} exceed the model's context of 30: too few are left" in error
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"max_seq_len": 32}, 32),
+        ({"max_position_embeddings": -1}, math.inf),
+        ({"max_position_embeddings": None}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_names_of_the_context(grpo, config, context):
+    text = SimpleNamespace(**config)
+    assert grpo.context_of(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))) == context
+
+
+def test_worked_solutions_that_cannot_end_are_said(grpo, tiny_grpo, no_picture, tmp_path, capsys):
+    """A solution of 2 terms, 5+9=14 and #14, has up to 10 tokens, and EOS."""
+    changes = {"model": None, "warm_start_steps": 2, "max_tokens": 10, "num_problems": 400}
+    args = tiny_grpo(**changes)
+    learned, _ = grpo.load_problems(args)
+    count = sum(len(f"{problem.solution}") + 1 > 10 for problem in learned)
+    grpo.train(args)
+    assert 0 < count < len(learned)
+    assert f"{count} of {len(learned)} worked solutions do not end within --max-tokens 10\n" in capsys.readouterr().out
+
+
+# ---- Rewards that are no numbers ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, float("inf"), 1e300, "1", [1.0], torch.zeros(2)])
+def test_a_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, monkeypatch, value):
+    """The second step's: it is named with the step, the problem and the completion; exit status 2."""
+    calls, reward_parts = [], grpo.reward_parts
+
+    def with_own(*arguments):
+        calls.append(arguments)
+        return reward_parts(*arguments) | {"my own": value if len(calls) == 14 else 1}
+
+    monkeypatch.setattr(grpo, "reward_parts", with_own)
+    status, _, error = command(*flags(grpo, tiny_grpo()))
+    assert status == 2 and "Traceback" not in error and len(calls) == 16
+    line = error.splitlines()[-1]
+    assert f"reward my own is {value!r} in step 1, where a finite number is needed" in line
+    assert f"problem {calls[13][1].prompt!r}" in line and f"completion {calls[13][2]!r}" in line
+
+
+@pytest.mark.parametrize("value", [True, 2, 0.5, torch.tensor(0.25), numpy.float32(0.5), numpy.bool_(True)])
+def test_rewards_that_are_numbers(grpo, value):
+    assert grpo.is_finite_number(value)
+
+
+def test_long_texts_are_cut_in_messages(grpo):
+    assert grpo.shortened("a" * 1000) == f"'{'a' * 59}…" and grpo.shortened("a") == "'a'"
+
+
+@pytest.mark.parametrize(
+    ("found", "message"), [(None, "it gave None and ["), ({"a": 1.0}, "it gave ['a'] and ['verifier', 'length']")]
+)
+def test_completions_with_different_rewards(grpo, tiny_grpo, command, monkeypatch, found, message):
+    calls, reward_parts = [], grpo.reward_parts
+
+    def some(*arguments):
+        calls.append(arguments)
+        return found if len(calls) == 3 else reward_parts(*arguments)
+
+    monkeypatch.setattr(grpo, "reward_parts", some)
+    status, _, error = command(*flags(grpo, tiny_grpo()))
+    assert status == 2 and message in error and "in step 0" in error and "Traceback" not in error
+
+
+def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "load_reward_model", lambda args: ("model", "tokenizer"))
+    monkeypatch.setattr(grpo, "score_texts", lambda *arguments: torch.tensor([0.0, float("nan"), 0.0, 0.0]))
+    status, _, error = command(*flags(grpo, tiny_grpo(reward_model="rm")))
+    assert status == 2 and "reward model is nan in step 0" in error and "Traceback" not in error
 
 
 # ---- Errors ----
@@ -430,6 +707,9 @@ def test_bad_data(grpo, tiny_grpo, command, tmp_path, task, text, message):
         (["--supervision", "process", "--algorithm", "rloo"], "supervision process is GRPO's own"),
         (["--supervision", "process", "--no-scale-by-std"], "scale_by_std False must be grpo and True"),
         (["--supervision", "process", "--length-weight", "1"], "which judge a whole completion, would do nothing"),
+        (["--supervision", "process", "--task", "countdown"], "which task countdown does not have"),
+        (["--data", "d.jsonl"], "data is read for task gsm8k and jsonl; task arithmetic writes its own problems"),
+        (["--instruction", "Add."], "instruction needs {} where the problem is to stand, got 'Add.'"),
         (["--model", ""], "need a name or a path, got an empty one"),
         (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
         (["--reduction", "mean"], "invalid choice"),

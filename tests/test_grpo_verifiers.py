@@ -204,7 +204,7 @@ def test_answers_are_judged_as_the_table_says(grpo, kind):
     for row in ANSWERS:
         if row["kind"] == kind:
             problem = grpo.Problem("?", row["answer"])
-            grpo.check_answer(problem, "the table")
+            grpo.check_answer(problem)
             if grpo.is_right(problem, row["completion"].replace("⏎", "\n")) is not (row["right"] == "yes"):
                 wrong.append(row)
     assert not wrong
@@ -212,13 +212,13 @@ def test_answers_are_judged_as_the_table_says(grpo, kind):
 
 @pytest.mark.parametrize("answer", ["", " ", "...", "$$", "**", "\\boxed{}", '""', "a" * 2001])
 def test_an_answer_that_nothing_could_match_is_refused(grpo, answer):
-    with pytest.raises(grpo.InputError, match="line 7: nothing could match the answer"):
-        grpo.check_answer(grpo.Problem("?", answer), "line 7")
+    with pytest.raises(grpo.InputError, match="nothing could match the answer"):
+        grpo.check_answer(grpo.Problem("?", answer))
 
 
 @pytest.mark.parametrize("answer", ["Two lines\nof a poem", "The answer is", "it's", "18", "1e16", "?!x", "a" * 2000])
 def test_an_answer_matches_itself(grpo, answer):
-    grpo.check_answer(grpo.Problem("?", answer), "line 7")
+    grpo.check_answer(grpo.Problem("?", answer))
     assert not grpo.is_right(grpo.Problem("?", answer), "another")
 
 
@@ -235,8 +235,8 @@ def test_expressions_without_math_verify(grpo, monkeypatch):
     grpo.math_verifier.cache_clear()
     problem = grpo.Problem("?", "x + 1")
     with pytest.raises(grpo.InputError, match="pip install math-verify"):
-        grpo.check_answer(problem, "line 7")
-    grpo.check_answer(grpo.Problem("?", "Paris"), "line 7")
+        grpo.check_answer(problem)
+    grpo.check_answer(grpo.Problem("?", "Paris"))
     assert grpo.is_right(problem, "$x+1$")  # equal texts need no library
 
 

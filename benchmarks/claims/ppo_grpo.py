@@ -93,7 +93,7 @@ def run_grpo(job):
         return tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
-    def rate_group(args, group, tokenizer, eos_ids, reward_model):
+    def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
         is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
         gold = torch.tensor([float(rlhf.true_sentiment(group.problem.prompt + text) > 0) for text in group.texts])
         score = (group.tokens % 2).float().mean(-1)  # a rule on which even random weights differ
