@@ -347,7 +347,7 @@ def pass_at_k(num_samples, num_right, k):
 
 class Problem(NamedTuple):
     prompt: str  # of a chat, its messages in one text
-    answer: str  # a number, an expression, or for countdown the target
+    answer: str  # a number, a text or a formula (is_right), or for countdown the target
     values: tuple = ()  # what a right solution's steps come to, for process supervision
     solution: str = ""  # worked out, for the warm start
     numbers: tuple = ()  # countdown's

@@ -354,6 +354,9 @@ def true_sentiment(text):
     return total / max(len(sentences), 1)
 
 
+ROW = "number of the row"  # a column that load_rows adds to a data set, for what it says of a row
+
+
 def load_rows(args):
     """num_texts rows of the data set, or of the grammar in the same form: dicts with text and label."""
     if args.dataset is None:
@@ -363,6 +366,7 @@ def load_rows(args):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say of a file is said below
     path = Path(args.dataset)
     form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
     source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
@@ -370,34 +374,63 @@ def load_rows(args):
         if path.is_file() and not path.stat().st_size:
             raise ValueError("the file is empty")
         rows = datasets.load_dataset(**source, split="train", streaming=True)
+        rows = rows.map(lambda row, i: {**row, ROW: i + 1}, with_indices=True)
         # many sets are sorted by label: the first rows would be of one class
         buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
         rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
         random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = broken_line(path) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
     if len(rows) < 10:
         raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
     labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
-    if not any(set(columns) <= rows[0].keys() for columns in (labelled, paired)):
+    columns = [name for name in rows[0] if name != ROW]
+    if not any(set(needed) <= set(columns) for needed in (labelled, paired)):
         raise InputError(
-            f"--dataset {args.dataset} has the columns {', '.join(rows[0])}; needed are {' and '.join(labelled)} "
+            f"--dataset {args.dataset} has the columns {', '.join(columns)}; needed are {' and '.join(labelled)} "
             f"(--text-column, --label-column), or {' and '.join(paired)}"
         )
-    texts = [args.text_column] if set(labelled) <= rows[0].keys() else [*paired, *{"prompt"} & rows[0].keys()]
+    is_labelled = set(labelled) <= set(columns)
+    texts = [args.text_column] if is_labelled else [*paired, *{"prompt"} & set(columns)]
     for row in rows:
+        where = f"--dataset {args.dataset}, row {row[ROW]}"
         for name in texts:
-            if not isinstance(row[name], str):
-                raise InputError(f"--dataset {args.dataset}: {name} must hold texts, found {row[name]!r}")
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise InputError(f"{where}: {name} must hold texts, found {row[name]!r}")
+        if is_labelled and row[args.label_column] not in (0, 1):
+            raise InputError(f"{where}: labels must be 0 and 1, found {row[args.label_column]!r}")
+        if not is_labelled and "prompt" not in columns and not all(DIALOGUE.fullmatch(row[name]) for name in paired):
+            raise InputError(f"{where}: neither a column prompt nor 'Assistant:' in each text")
     return rows
 
 
-def texts_and_pairs(rows, args):
+def broken_line(path):
+    """What is wrong with the first line that is no JSON in a file of JSON lines; None for any other file.
+
+    datasets counts rows from 0, in the part of the file that it reads at once.
+    """
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1 and line.startswith("["):
+                return None  # one array
+            try:
+                json.loads(line.strip() or "0")
+            except ValueError as error:
+                return f"line {number} is no JSON: {str(error).partition(': line')[0]}"
+
+
+DIALOGUE = re.compile(r"(.*\bAssistant:)(.*)", re.DOTALL)  # of hh-rlhf: what comes before the last answer, and it
+
+
+def texts_and_pairs(rows, args, part="data"):
     """Texts to imitate, (prompt, response) each, and pairs (chosen, rejected) of such texts.
 
     A labelled text is split after prompt_words words; pairs are a positive and a negative one. A row with chosen and
-    rejected is a pair, split at the last "Assistant:" as in hh-rlhf, or by its column prompt.
+    rejected is a pair, split at the last "Assistant:" as in hh-rlhf, or by its column prompt. part: what a message
+    calls these rows.
     """
     if args.label_column not in rows[0]:
         pairs = []
@@ -405,24 +438,20 @@ def texts_and_pairs(rows, args):
             if "prompt" in row:
                 pair = [(row["prompt"], row[key]) for key in ("chosen", "rejected")]
             else:
-                pair = [re.fullmatch(r"(.*\bAssistant:)(.*)", row[key], re.DOTALL) for key in ("chosen", "rejected")]
-                if None in pair:
-                    raise InputError(f"--dataset {args.dataset}: neither a column prompt nor 'Assistant:' in each text")
-                pair = [match.groups() for match in pair]
+                pair = [DIALOGUE.fullmatch(row[key]).groups() for key in ("chosen", "rejected")]
             pairs.append(tuple(pair))
         return [chosen for chosen, _ in pairs], pairs
     by_label, texts = {0: [], 1: []}, []
     for row in rows:
-        words = re.match(rf"(?:\s*\S+){{{args.prompt_words}}}(?=\s)", row[args.text_column])
-        if row[args.label_column] not in by_label:
-            raise InputError(f"--dataset {args.dataset}: labels must be 0 and 1, found {row[args.label_column]!r}")
+        words = re.match(rf"(?:\s*\S+(?!\S)){{{args.prompt_words}}}(?=\s+\S)", row[args.text_column])
         if words:  # a text with no word after its prompt has no response
             texts.append((words.group(), row[args.text_column][words.end() :]))
             by_label[row[args.label_column]].append(texts[-1])
     if not all(by_label.values()):
         counts = f"{len(by_label[1])} positive and {len(by_label[0])} negative"
         raise InputError(
-            f"--dataset {args.dataset} has {counts} texts of more than {args.prompt_words} words; both kinds are needed"
+            f"--dataset {args.dataset} has {counts} texts of more than {args.prompt_words} words among the {len(rows)} "
+            f"rows of its {part}; both kinds are needed"
         )
     return texts, list(zip(by_label[1], by_label[0]))
 
@@ -1276,8 +1305,11 @@ def train(args: Args) -> list[dict]:
     # 2. Texts and pairs; a tenth of the rows is held out
     rows = load_rows(args)
     tenth = -(-len(rows) // 10)
-    texts, pairs = texts_and_pairs(rows[tenth:], args)
-    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args)
+    texts, pairs = texts_and_pairs(rows[tenth:], args, "nine tenths to learn from")
+    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args, "tenth that is held out")
+    num_short = len(rows) - len(texts) - len(held_out_texts)
+    if num_short:
+        print(f"data        {num_short:,} of {len(rows):,} texts have no more than {args.prompt_words} words: left out")
 
     # 3. The model to begin with
     torch.manual_seed(args.seed)

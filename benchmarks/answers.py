@@ -22,8 +22,8 @@ from grpo_llm import Problem, is_mathematics, is_right
 
 PIECES = r"""
 \frac{ } { ( ) [ ] ^ _ $ $$ \boxed{ \boxed \text{ \sqrt{ √ \sqrt[ 9 1 , 000 .5 / 1/2 e9 E+ ×10^ ^{9 - − – ** ` # = ½ ²
-% ' ” ! ? ... x y pi sin \pi \infty ∞ \left \right \\ \begin{pmatrix} & \int_0^1 \sum_{i=1}^{9} 9**9 ^9^9^9 10^{10^{10}}
-\binom{ é 答案是 Paris not or 18 10:30 <think> {,} \, ~ \( \) \[ \] if import
+% ' ” ! ? ... x y pi sin \pi \infty ∞ \left \right \\ \begin{pmatrix} & \int_0^1 \sum_{i=1}^{9} 9**9 ^9^9^9
+10^{10^{10}} \binom{ é 答案是 Paris not or 18 10:30 <think> {,} \, ~ \( \) \[ \] if import
 """
 PIECES = [*PIECES.split(), " ", "\n", "\t", "\x00", "\ud800", "\u2028", "The answer is ", "1 ", "= "]
 ANSWERS = {"texts and numbers": ("18", "0.5", "Paris", "10:30"), "mathematics": ("x^2+1", "(2,3)", r"\sqrt{2}", "x=5")}

@@ -271,6 +271,8 @@ MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
 RLHF = [
     ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
     ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
+    ("words of a short text cut in two", r"(?:\s*\S+(?!\S))", r"(?:\s*\S+)"),
+    ("rows counted from 0", "ROW: i + 1}", "ROW: i}"),
     (
         "temperature forgotten in the score",
         "    logits = logits / temperature\n    return logits.gather",
@@ -504,17 +506,13 @@ GRPO = [
     ("words judged as mathematics", "    if not is_mathematics(wanted):\n        return False\n", ""),
     (
         "a box that is not closed is an answer",
-        "        if not depth:\n            return text[starts[-1]",
-        "        if not depth or position == len(text) - 1:\n            return text[starts[-1]",
+        "            return text[starts[-1] : position]\n    return text\n",
+        "            return text[starts[-1] : position]\n    return text[starts[-1] :] if starts else text\n",
     ),
     ("the brackets of a list forgotten", "len({text[0] + text[-1] for text in ends}) > 1", "False"),
     ("an equation for an expression", ' or ("=" in given) > ("=" in wanted)', ""),
     ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
-    (
-        "an answer that nothing could match is kept",
-        "                check_answer(problems[-1])\n",
-        "",
-    ),
+    ("an answer that nothing could match is kept", "                check_answer(problems[-1])\n", ""),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
     ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
     (

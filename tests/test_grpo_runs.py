@@ -429,11 +429,7 @@ LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS)
         ("gsm8k", '{"question": "1", "answer": "1 ####"}\n', "line 1: task gsm8k needs #### before the answer"),
         ("gsm8k", '{"question": [{}], "answer": "#### 1"}\n', "line 1: question must be a text, found [{}]"),
         ("jsonl", LINES + "[1]\n", "line 101: task jsonl needs rows with prompt and answer, found [1]"),
-        (
-            "jsonl",
-            '{"prompt": "1", "answer": 1}\n{"prompt": "2", "answer": "..."}\n',
-            "line 2: nothing could match the answer '...'",
-        ),
+        ("jsonl", LINES + '{"prompt": "2", "answer": "..."}', "line 101: nothing could match the answer '...'"),
         ("jsonl", "{1}\n", "is no file of JSON lines"),
         ("jsonl", b"\xff\xfe\x00", "is no file of JSON lines in UTF-8"),
         ("jsonl", None, "No such file"),

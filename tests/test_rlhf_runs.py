@@ -181,6 +181,9 @@ def test_a_run_on_pairs(rlhf, tiny, tmp_path):
     assert [row["reward/held_out_accuracy"] for row in metrics if "reward/held_out_accuracy" in row] == [1.0]
 
 
+PAIRS = [{"prompt": f"The plot {i}", "chosen": " was superb.", "rejected": " was dull."} for i in range(20)]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -189,8 +192,12 @@ def test_a_run_on_pairs(rlhf, tiny, tmp_path):
         ([{"sentence": "a b", "label": 1}] * 20, "has the columns sentence, label; needed are text and label"),
         ([{"chosen": "a b"}] * 20, "has the columns chosen; needed are"),
         ([row for row in LABELLED if row["label"]], "27 positive and 0 negative"),
-        ([{"text": "a b c d e f g", "label": 2}] * 20, "labels must be 0 and 1, found 2"),
-        ([{"text": None, "label": 1}] * 20, "text must hold texts, found None"),
+        ([*LABELLED, {"text": "a b c d e f g", "label": 2}], "row 61: labels must be 0 and 1, found 2"),
+        ([*LABELLED, {"text": "a b c d e f g"}], "row 61: labels must be 0 and 1, found None"),
+        ([*LABELLED, {"text": None, "label": 1}], "row 61: text must hold texts, found None"),
+        ([*LABELLED[:30], {"text": " ", "label": 1}, *LABELLED], "row 31: text must hold texts, found ' '"),
+        ([*PAIRS, {"prompt": "a", "chosen": "b", "rejected": ""}], "row 21: rejected must hold texts, found ''"),
+        ([*PAIRS, {"prompt": None, "chosen": "b", "rejected": "c"}], "row 21: prompt must hold texts, found None"),
         ([{"chosen": "a b", "rejected": "a c"}] * 20, "neither a column prompt nor 'Assistant:'"),
     ],
 )
@@ -206,6 +213,64 @@ def test_unreadable_data_set(command, tmp_path):
     for name in (tmp_path / "d.jsonl", tmp_path / "nothing" / "here"):
         status, _, error = command("--dataset", name, "--run-dir", tmp_path / "run")
         assert status == 2 and f"--dataset {name} cannot be read" in error and "Traceback" not in error
+
+
+def test_which_rows_a_missing_label_was_looked_for_in(rlhf, tiny, command, tmp_path):
+    """One label alone: the nine tenths are named. Two of 60 are positive: the held-out tenth is, which has neither."""
+    words = "of this film nobody ever spoke"
+    for count, rows, message in (
+        (0, 54, "0 positive and 54 negative texts of more than 5 words among the 54 rows of its nine tenths to learn"),
+        (2, 6, "0 positive and 6 negative texts of more than 5 words among the 6 rows of its tenth that is held out"),
+    ):
+        path = write_rows(tmp_path / "d.jsonl", [{"text": f"{words} {i}", "label": int(i < count)} for i in range(60)])
+        status, _, error = command("--dataset", path, "--run-dir", tmp_path / "run")
+        assert status == 2 and message in error and error.count("\n") == 1, rows
+
+
+def test_texts_of_few_words_are_left_out_and_said(rlhf, tiny, tmp_path, capsys):
+    """A text of as many words as the prompt has no response; its words are not cut to make one."""
+    short = [
+        {"text": text, "label": i % 2} for i, text in enumerate(["this is bad", "a b c d e", "a b c d e \n", "good"])
+    ]
+    args = tiny(dataset=write_rows(tmp_path / "d.jsonl", LABELLED + short), stage="sft")
+    texts, _ = rlhf.texts_and_pairs(rlhf.load_rows(args), args)
+    assert len(texts) == 60 and {len(prompt.split()) for prompt, _ in texts} == {5}
+    assert all(response.strip() for _, response in texts)
+    capsys.readouterr()
+    rlhf.train(args)
+    assert "4 of 64 texts have no more than 5 words: left out" in capsys.readouterr().out
+
+
+def lines_of(rows):
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lines_of(LABELLED)[:-20], "cannot be read: line 60 is no JSON: "),
+        (b"\n\n" + lines_of(LABELLED)[:-20], "cannot be read: line 62 is no JSON: "),
+        (lines_of(LABELLED).decode().encode("utf-16"), "cannot be read: line 1 is no JSON: "),
+        (json.dumps(LABELLED)[:-20].encode(), "cannot be read: "),
+    ],
+)
+def test_a_line_that_is_no_json_has_its_own_number(tmp_path, content, message):
+    """In a process of its own: nothing else is printed, by the libraries neither."""
+    (tmp_path / "d.jsonl").write_bytes(content)
+    line = [sys.executable, str(ROOT / "rlhf_gpt2_ppo.py"), "--dataset", "d.jsonl", "--run-dir", "run"]
+    run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1 and not run.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
+def test_data_of_other_editors(rlhf, tmp_path, name):
+    """A byte-order mark and CRLF are read; so is one JSON array."""
+    text = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in LABELLED)
+    content = {"d.jsonl": lines_of(LABELLED), "d.json": json.dumps(LABELLED).encode(), "d.csv": text.encode()}[name]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    rows = rlhf.load_rows(rlhf.Args(dataset=str(tmp_path / name)))
+    assert {(row["text"], row["label"]) for row in rows} == {tuple(row.values()) for row in LABELLED}
 
 
 # ---- Real sentences, GPT-2's own BPE ----
