@@ -1338,6 +1338,12 @@ def train(args: Args) -> list[dict]:
     pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
     room = policy.config.max_position_embeddings - args.response_length
     prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
+    responses, num_fitting = [response for _, response in text_ids + held_out_ids], len(prompts + eval_prompts)
+    if num_cut := sum(response[-1:] != [tokenizer.eos_token_id] for response in responses):
+        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
+        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
+    if num_over := len(responses) - num_fitting:
+        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
     eval_prompts = eval_prompts[: args.eval_prompts]
     if not prompts or not eval_prompts:
         raise InputError(

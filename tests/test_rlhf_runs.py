@@ -181,7 +181,7 @@ def test_a_run_on_pairs(rlhf, tiny, tmp_path):
     assert [row["reward/held_out_accuracy"] for row in metrics if "reward/held_out_accuracy" in row] == [1.0]
 
 
-PAIRS = [{"prompt": f"The plot {i}", "chosen": " was superb.", "rejected": " was dull."} for i in range(20)]
+PAIRED = [{"prompt": f"The plot {i}", "chosen": " was superb.", "rejected": " was dull."} for i in range(20)]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ PAIRS = [{"prompt": f"The plot {i}", "chosen": " was superb.", "rejected": " was
         ([*LABELLED, {"text": "a b c d e f g"}], "row 61: labels must be 0 and 1, found None"),
         ([*LABELLED, {"text": None, "label": 1}], "row 61: text must hold texts, found None"),
         ([*LABELLED[:30], {"text": " ", "label": 1}, *LABELLED], "row 31: text must hold texts, found ' '"),
-        ([*PAIRS, {"prompt": "a", "chosen": "b", "rejected": ""}], "row 21: rejected must hold texts, found ''"),
-        ([*PAIRS, {"prompt": None, "chosen": "b", "rejected": "c"}], "row 21: prompt must hold texts, found None"),
+        ([*PAIRED, {"prompt": "a", "chosen": "b", "rejected": ""}], "row 21: rejected must hold texts, found ''"),
+        ([*PAIRED, {"prompt": None, "chosen": "b", "rejected": "c"}], "row 21: prompt must hold texts, found None"),
         ([{"chosen": "a b", "rejected": "a c"}] * 20, "neither a column prompt nor 'Assistant:'"),
     ],
 )
@@ -216,7 +216,7 @@ def test_unreadable_data_set(command, tmp_path):
 
 
 def test_which_rows_a_missing_label_was_looked_for_in(rlhf, tiny, command, tmp_path):
-    """One label alone: the nine tenths are named. Two of 60 are positive: the held-out tenth is, which has neither."""
+    """One label alone: the nine tenths are named. Two of 60 are positive: the held-out tenth is, which has none."""
     words = "of this film nobody ever spoke"
     for count, rows, message in (
         (0, 54, "0 positive and 54 negative texts of more than 5 words among the 54 rows of its nine tenths to learn"),
@@ -239,6 +239,20 @@ def test_texts_of_few_words_are_left_out_and_said(rlhf, tiny, tmp_path, capsys):
     capsys.readouterr()
     rlhf.train(args)
     assert "4 of 64 texts have no more than 5 words: left out" in capsys.readouterr().out
+
+
+def test_what_is_cut_at_max_length_is_said(rlhf, tiny, tmp_path, capsys):
+    """Pairs of a long prompt lose their responses, so nothing tells chosen from rejected: the run says how many."""
+    long = [{"prompt": "word " * 60, "chosen": " was superb.", "rejected": " was dull."}] * 3
+    dataset = write_rows(tmp_path / "d.jsonl", [*PAIRED, *long])
+    args = tiny(dataset=dataset, stage="sft", sft_steps=1, max_length=60, response_length=8)
+    rlhf.train(args)
+    out = capsys.readouterr().out
+    assert "3 of 23 responses are cut at --max-length 60, 3 of them whole\n" in out
+    assert "3 prompts are longer than 56 tokens: stage 3 leaves them out\n" in out
+    capsys.readouterr()
+    rlhf.train(tiny("other", dataset=write_rows(tmp_path / "short.jsonl", PAIRED), stage="sft", sft_steps=1))
+    assert "data  " not in capsys.readouterr().out
 
 
 def lines_of(rows):
