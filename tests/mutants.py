@@ -25,7 +25,10 @@ SUITES = {
     ],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
     "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "track")],
     "grpo_llm.py": [
-        *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
+        *(
+            f"tests/test_grpo_{name}.py"
+            for name in ("equations", "verifiers", "model", "families", "loop", "runs", "full_size")
+        ),
         *("tests/test_grpo_adapters.py", "tests/test_grpo_reward_model.py", "tests/test_track.py"),
     ],
 }
@@ -537,17 +540,25 @@ GRPO = [
         "tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1\n        going &= ~torch.isin(token, eos)",
         "tokens[on, t], logprobs[on, t], was = token[going], logprob[going], going\n        going = going & ~torch.isin(token, eos)\n        mask[on, t] = going[was].long()",
     ),
-    ("tokens after EOS go on", "going &= ~torch.isin(token, eos)", "pass"),
-    ("one EOS of several", "going &= ~torch.isin(token, eos)", "going &= token != eos[0]"),
+    (
+        "tokens after EOS go on",
+        "going &= ~torch.isin(token, eos)\n        live",
+        "pass\n        live",
+    ),
+    (
+        "one EOS of several",
+        "going &= ~torch.isin(token, eos)\n        live",
+        "going &= token != eos[0]\n        live",
+    ),
     (
         "positions of the sampler count padding",
-        "position_ids=(lengths[rows] + t)[:, None]",
-        "position_ids=torch.full_like(token, Q + t)[:, None]",
+        "columns[None, Q + t : Q + t + 1], lengths[rows] + t",
+        "columns[None, Q + t : Q + t + 1], torch.full_like(token, Q + t)",
     ),
     (
         "the sampler sees padding",
-        "attention_mask=seen[rows, None, None, : Q + t + 1]",
-        "attention_mask=torch.ones_like(seen[rows, None, None, : Q + t + 1])",
+        "attention_masks(model, seen[rows, None, None, : Q + t + 1], column",
+        "attention_masks(model, torch.ones_like(seen[rows, None, None, : Q + t + 1]), column",
     ),
     ("rows that leave mix up the cache", "room[holes, :, :used] = room[movers, :, :used]", "pass"),
     (
@@ -562,7 +573,7 @@ GRPO = [
     ),
     ("prompts see each other", "visible = same_prompt & (", "visible = ("),
     ("the prompt's last state missed", "                last = end - 1\n", "                last = end - 2\n"),
-    ("rows above their capacity", "            if needed > room:", "            if needed > room + 5:"),
+    ("rows above their capacity", "            if needed > room or not", "            if needed > room + 5 or not"),
     (
         "rounded to the nearest",
         "    return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)",
@@ -580,7 +591,7 @@ GRPO = [
         "(v_codes.float() - 255).div_(16)).mul_(v_max).mul_(v_codes.sign())",
     ),
     ("8-bit state not loaded", "                mine.copy_(other)\n", "                pass\n"),
-    ("dropout left on", "            module.attention_dropout = 0.0\n", "            pass\n"),
+    ("dropout left on", "                setattr(owner, name, 0.0)\n", "                pass\n"),
     (
         "reference never refreshed",
         "                reference.load_state_dict(policy.state_dict())\n",
@@ -588,7 +599,7 @@ GRPO = [
     ),
     (
         "reference learns too",
-        "load_reference(args, start_dir) if args.beta else None",
+        "load_reference(args, start_dir, policy.plain_because) if args.beta else None",
         "policy if args.beta else None",
     ),
     (
@@ -717,7 +728,50 @@ GRPO = [
     ("the plan forgets gradients", "held = largest if away else gradients", "held = 0"),
     ("the plan learns from nothing", "for _ in rows[:2]:", "for _ in rows[:0]:"),
     ("fixed shapes see what was never written", "seen[rows] & (columns <= Q + t)", "seen[rows]"),
-    ("fixed shapes write one column late", "columns[Q + t : Q + t + 1]", "columns[Q + t - 1 : Q + t]"),
+    (
+        "fixed shapes write one column late",
+        "now = token, position, column[0], masks",
+        "now = token, position, column[0] - 1, masks",
+    ),
+    ("windows ignored", 'if kind == "sliding_attention" and window:', "if False:"),
+    ("a window one token too wide", "keys[:, None, None, :] < window)", "keys[:, None, None, :] <= window)"),
+    ("the paths are compared within the window alone", "for length in sorted({20, beyond}):", "for length in (20,):"),
+    (
+        "the paths are compared in evaluation mode",
+        "policy_logprobs(path, model.train(), prompts",
+        "policy_logprobs(path, model, prompts",
+    ),
+    ("capped logits taken as the head makes them", "if odd_logits and not reason:", "if False:"),
+    (
+        "the tokens of a tool are scored",
+        "scored = mask[i, : lengths[i]].nonzero()[:, 0].tolist()",
+        "scored = list(range(lengths[i]))",
+    ),
+    (
+        "a sequence ends with its first 0",
+        "(mask.bool() * torch.arange(1,",
+        "(mask.bool().cumprod(-1) * torch.arange(1,",
+    ),
+    (
+        "plain positions count padding",
+        "positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]",
+        "positions = torch.arange(attention_mask.shape[1], device=device).expand(B, -1)[:, -ids.shape[1] :]",
+    ),
+    (
+        "plain scores one token late",
+        "logits_to_keep=kept).logits[:, -kept:-1]",
+        "logits_to_keep=kept).logits[:, -kept + 1 :]",
+    ),
+    (
+        "plain tokens after EOS go on",
+        "        going &= ~torch.isin(token, eos)\n        if not going.any():",
+        "        if not going.any():",
+    ),
+    (
+        "the reference scored by the other path",
+        "    model.plain_because = plain_because  # what was found out about the policy\n",
+        "",
+    ),
     (
         "unpacked weights kept for the backward pass",
         "Int8Linear.apply(x, module.weight, module.scale)",
