@@ -751,8 +751,8 @@ GRPO = [
     ),
     (
         "a truncated answer gets the reward model's EOS",
-        "(told(args, group.problem), text, not cut)",
-        "(told(args, group.problem), text, True)",
+        "(prompt, text, not cut)",
+        "(prompt, text, True)",
     ),
     ("the first adapter dropped", "if base and not args.lora_rank:\n", "if False:\n"),
     (
