@@ -62,10 +62,12 @@ import warnings
 import weakref
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from fractions import Fraction
 from functools import cache, lru_cache, partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -1872,11 +1874,26 @@ def continue_reward_model(args, model, tokenizer, optimizer, pairs, replay, step
 # ---- Files, evaluation ----
 
 
-def save(path, content):
-    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load(path, *keys):
@@ -1896,23 +1913,25 @@ def load(path, *keys):
 
 def save_model(directory, model, tokenizer, weights=None):
     """A normal transformers directory, written aside and renamed. weights: in place of the model's own."""
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    with written_aside(directory) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
 
 
 def start_wandb(args, run_dir):
     try:
         import wandb
     except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
     options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
     try:
         wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
     except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
@@ -1969,7 +1988,8 @@ def draw_curves(metrics, path):
         axes.set(xlabel="step")
         if axes.lines:  # there is no ratio in a run that was never taught
             axes.legend(fontsize="small")
-    axes.figure.savefig(path, dpi=100)
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=100, format="png")
 
 
 # ---- What memory a run needs, on paper (--plan) ----
@@ -2197,8 +2217,18 @@ CHANGEABLE = (
 )
 
 
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
+
+
 def new_run_dir(args):
-    return f"runs/{args.task}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{args.task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def resumed_args(run_dir):
@@ -2370,9 +2400,7 @@ def train(args: Args) -> list[dict]:
         dist.broadcast_object_list(run_dir)  # its name holds the time
     run_dir = Path(run_dir[0])
     if rank == 0 and run_dir.exists() and not saved:
-        can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-        raise InputError(f"--run-dir {run_dir} exists: {hint}")
+        make_run_dir(run_dir)  # it is refused now, not after minutes
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     if args.track and rank == 0:
@@ -2381,6 +2409,7 @@ def train(args: Args) -> list[dict]:
     # 2. The policy: from disk, or a small one that has seen worked solutions
     start_dir = args.model or str(run_dir / "start")
     if args.model is None and not saved and rank == 0:
+        make_run_dir(run_dir)
         torch.manual_seed(args.seed)
         tokenizer = new_tokenizer()
         policy = new_model(tokenizer).to(args.device)
@@ -2434,6 +2463,8 @@ def train(args: Args) -> list[dict]:
             reward_optimizer.load_state_dict(saved["reward_optimizer"])
     writer = None
     if rank == 0:
+        if args.model and not saved:
+            make_run_dir(run_dir)
         writer = SummaryWriter(run_dir, purge_step=first + 1 if saved else None)
     if not saved:
         log(writer, metrics, 0, evaluate(args, policy, tokenizer, eos_ids, held_out))
@@ -2628,7 +2659,8 @@ def train(args: Args) -> list[dict]:
     if args.save_merged:
         plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
         save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
-    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
+    with written_aside(run_dir / "metrics.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
     draw_curves(metrics, run_dir / "curves.png")
     before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
     print(f"\n{len(held_out)} held-out problems   before    after")
@@ -2659,8 +2691,27 @@ def parse_args():
     return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
 
 
+def guard_output():
+    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+
+    def guarded(stream, method):
+        def call(*arguments):
+            try:
+                return method(*arguments)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what else is printed goes nowhere
+
+        return call
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            stream.write, stream.flush = guarded(stream, stream.write), guarded(stream, stream.flush)
+
+
 def main():
     """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    guard_output()
     run_dir = None
     try:
         args = parse_args()

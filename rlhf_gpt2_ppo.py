@@ -39,7 +39,10 @@ import shutil
 import sys
 import time
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -771,10 +774,9 @@ def revise_by_judge(args, texts):
 def kept_in(path, ask, *arguments):
     """What ask(*arguments) returns, read from the file if it was asked before: the judge is slow, and a run resumes."""
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(ask(*arguments), ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        content = json.dumps(ask(*arguments), ensure_ascii=False, indent=1)
+        with written_aside(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -788,11 +790,26 @@ def check_device(device):
         raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
-def save(path, content):
-    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load(path, *keys):
@@ -812,23 +829,25 @@ def load(path, *keys):
 
 def save_model(directory, model, tokenizer):
     """A normal transformers directory, written aside and renamed."""
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    with written_aside(directory) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def start_wandb(args, run_dir):
     try:
         import wandb
     except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
     options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
     try:
         wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
     except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
@@ -842,11 +861,18 @@ class Run:
     saved: dict | None
     metrics: list
     seconds: dict  # of each phase
+    is_made: bool = False  # its directory, which is made with the first file that is written
+
+    def claim(self):
+        if not self.saved and not self.is_made:
+            make_run_dir(self.dir)
+        self.is_made = True
 
     def begin(self, stage, modules, optimizer):
         """Seed the stage and open its log; returns the step to begin with, 0 unless the checkpoint is of this stage."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self.claim()
         torch.manual_seed(stage_seed(self.args, stage))
         resumed = self.saved is not None and self.saved["stage"] == stage
         first = self.saved["step"] if resumed else 0
@@ -861,8 +887,8 @@ class Run:
         return first
 
     def log(self, stage, step, row):
-        for name, number in row.items():
-            self.writer.add_scalar(name, number, step)
+        for name, number in row.items():  # an evaluation is none of the rollouts' points
+            self.writer.add_scalar(f"eval/{name}" if stage == "eval" else name, number, step)
         self.metrics.append({"stage": stage, "step": step, **row})
 
     def checkpoint(self, stage, step, steps, modules, optimizer, **more):
@@ -1244,7 +1270,8 @@ def draw_curves(metrics, path):
             axes.plot([step for step, _ in points], [number for _, number in points], label=name)
         axes.set(xlabel="iteration")
         axes.legend()
-    axes.figure.savefig(path, dpi=120)
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=120, format="png")
 
 
 def print_comparison(metrics, before, after):
@@ -1268,9 +1295,19 @@ CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
 DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
 
 
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
+
+
 def new_run_dir(args):
     name = Path(args.dataset or "grammar").stem
-    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def resumed_args(run_dir):
@@ -1318,18 +1355,18 @@ def train(args: Args) -> list[dict]:
     # 4. Run directory, logs
     run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
     if run_dir.exists() and not saved:
-        can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-        raise InputError(f"--run-dir {run_dir} exists: {hint}")
+        make_run_dir(run_dir)  # it is refused now, not after a judge's work
     if args.track:
         start_wandb(args, run_dir)
     run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
 
     # 5. A judge in place of the labels
     if args.preferences == "ai" and "reward" in args.stages:
+        run.claim()
         pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
         print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
     if args.sft_data == "critique" and "sft" in args.stages:
+        run.claim()
         texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
         print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
 
@@ -1388,7 +1425,8 @@ def train(args: Args) -> list[dict]:
 
     # 9. Summary
     run.writer.close()
-    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
+    with written_aside(run_dir / "metrics.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
     for row in run.metrics:
         for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
             if name in row:
@@ -1420,8 +1458,27 @@ def parse_args():
     return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
 
 
+def guard_output():
+    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+
+    def guarded(stream, method):
+        def call(*arguments):
+            try:
+                return method(*arguments)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what else is printed goes nowhere
+
+        return call
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            stream.write, stream.flush = guarded(stream, stream.write), guarded(stream, stream.flush)
+
+
 def main():
     """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    guard_output()
     run_dir = None
     try:
         args = parse_args()
