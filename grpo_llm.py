@@ -258,9 +258,9 @@ def group_advantages(rewards, group_size, scale_by_std=True):
     """(Rᵢ − mean) / std within each group [G2] (DeepSeekMath §4.1.2). rewards (B,), groups consecutive → (B,).
 
     The standard deviation is the paper's, over G (biased). scale_by_std=False is Dr. GRPO's. A group whose rewards are
-    all equal gives exactly 0, not 0/0. Raises ValueError if B is no multiple of group_size.
+    all equal gives exactly 0, not 0/0. Raises ValueError where the rewards are no whole groups of 1 or more.
     """
-    if len(rewards) % group_size:
+    if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are no whole groups of {group_size}")
     groups = rewards.view(-1, group_size)
     advantages = groups - groups.mean(-1, keepdim=True)
@@ -274,9 +274,9 @@ def process_advantages(step_rewards, step_ids, group_size):
     """Σ of the normalised rewards of a token's own step and the later ones [G3] (DeepSeekMath §4.1.3) → (B, T).
 
     step_rewards: B lists of floats; step_ids (B, T): the step of each token, −1 for none, which gets 0. All step
-    rewards of a group are normalised together, in float64. Raises ValueError if B is no multiple of group_size.
+    rewards of a group are normalised together, in float64. Raises ValueError where B is no whole groups of 1 or more.
     """
-    if len(step_rewards) % group_size:
+    if group_size < 1 or len(step_rewards) % group_size:
         raise ValueError(f"{len(step_rewards)} sequences are no whole groups of {group_size}")
     rows = []
     for start in range(0, len(step_rewards), group_size):
@@ -323,7 +323,8 @@ def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens
 
     The totals are those of the whole optimiser step, so that the losses of micro-batches add up to its loss.
     """
-    loss = torch.where(mask.bool(), loss, 0.0)
+    mask = mask.bool()
+    loss = torch.where(mask, loss, 0.0)
     if reduction == "sequence":
         return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / total_sequences
     if reduction == "token":
@@ -335,7 +336,8 @@ def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens
 
 def sequence_logprob(logprob, old_logprob, mask):
     """ln π_old + mean over the sequence of ln π/π_old, (B, T) [G15]: every token's ratio is GSPO's (Eq. 7) then."""
-    log_ratio = torch.where(mask.bool(), logprob - old_logprob, 0.0)
+    mask = mask.bool()
+    log_ratio = torch.where(mask, logprob - old_logprob, 0.0)
     return old_logprob + log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -130,10 +130,11 @@ class InputError(ValueError):
 def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambda):
     """Generalized advantage estimation [D5]: Âₜ = δₜ + γλ (1 − doneₜ) Âₜ₊₁ (GAE Eq. 16, PPO Eq. 11–12).
 
-    All (T, N), the last two bool; returns (T, N). next_values[t] is V of the observation that step t returned, the
-    final one where an episode ended: a truncated episode would have gone on, so its V counts; a terminated one has
-    no future. done = terminated | truncated: advantages never flow from one episode into another.
+    All (T, N), the last two bool or 0 and 1; returns (T, N). next_values[t] is V of the observation that step t
+    returned, the final one where an episode ended: a truncated episode would have gone on, so its V counts; a
+    terminated one has no future. done = terminated | truncated: advantages never flow from one episode into another.
     """
+    terminated, done = terminated.bool(), done.bool()
     deltas = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
     advantages = torch.zeros_like(rewards)
     last = torch.zeros_like(rewards[0])

@@ -208,10 +208,11 @@ def masked_whiten(x, mask, shift_mean=True):
 
     The variance is biased, as in lm-human-preferences, with its 1e-8 under the root.
     """
+    mask = mask.bool()
     mean = masked_mean(x, mask)
-    centred = torch.where(mask.bool(), x - mean, 0.0)
+    centred = torch.where(mask, x - mean, 0.0)
     whitened = centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
-    return whitened if shift_mean else torch.where(mask.bool(), whitened + mean, 0.0)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
 
 
 def last_real(mask):
@@ -221,8 +222,9 @@ def last_real(mask):
 
 def kl_penalized_rewards(score, logprob, ref_logprob, mask, kl_coef):
     """rₜ = −β (ln π − ln π_ref) on each token [R13], and score on the last real one. score (B,), the rest (B, T)."""
-    rewards = torch.where(mask.bool(), -kl_coef * (logprob - ref_logprob), 0.0)
-    is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask.bool()
+    mask = mask.bool()
+    rewards = torch.where(mask, -kl_coef * (logprob - ref_logprob), 0.0)
+    is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask
     return rewards + torch.where(is_last, score.unsqueeze(-1), 0.0)
 
 
@@ -245,7 +247,8 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 
 def clipped_policy_loss(logprob, old_logprob, advantage, mask, clip_coef):
     """−E[min(ρ Â, clip(ρ, 1−ε, 1+ε) Â)] over the mask (PPO Eq. 7). All (B, T); a scalar to minimise."""
-    ratio = torch.where(mask.bool(), logprob - old_logprob, 0.0).exp()
+    mask = mask.bool()
+    ratio = torch.where(mask, logprob - old_logprob, 0.0).exp()
     return -masked_mean(torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage), mask)
 
 
@@ -254,7 +257,8 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef):
 
     clip_coef=None is the plain ½ E[(V − R)²]. A scalar to minimise.
     """
-    value = torch.where(mask.bool(), value, 0.0)  # so that a NaN in the padding stays out of the gradient too
+    mask = mask.bool()
+    value = torch.where(mask, value, 0.0)  # so that a NaN in the padding stays out of the gradient too
     loss = (value - returns) ** 2
     if clip_coef is not None:
         clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)

@@ -6,6 +6,8 @@ python tests/mutants.py --write N FILE [SCRIPT]   writes SCRIPT, by default ppo_
 python -m pytest -m mutants        the same as a test: every one must be caught
 """
 
+import argparse
+import difflib
 import re
 import shutil
 import subprocess
@@ -161,6 +163,7 @@ CARTPOLE = [
     ),
     ("evaluation counts later episodes", "returns += rewards * running", "returns += rewards"),
     ("W&B not told of TensorBoard", "sync_tensorboard=True)", "sync_tensorboard=False)"),
+    ("dones of 0 and 1 not taken", "    terminated, done = terminated.bool(), done.bool()\n", ""),
 ]
 
 ATARI = [
@@ -291,15 +294,15 @@ RLHF = [
     ("mask multiplied, NaN leaks", "return torch.where(mask, x, 0.0).sum() / mask", "return (x * mask).sum() / mask"),
     (
         "whitening loses the mean that it should keep",
-        "return whitened if shift_mean else torch.where(mask.bool(), whitened + mean, 0.0)",
+        "return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)",
         "return whitened",
     ),
     (
         "score on the last column",
-        "is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask.bool()",
+        "is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask",
         "is_last = nn.functional.one_hot(torch.full_like(last_real(mask), mask.shape[1] - 1), mask.shape[1]).bool()",
     ),
-    ("score on every token", "torch.where(is_last, score", "torch.where(mask.bool(), score"),
+    ("score on every token", "torch.where(is_last, score", "torch.where(mask, score"),
     ("KL penalty of the wrong sign", "-kl_coef * (logprob - ref_logprob)", "kl_coef * (logprob - ref_logprob)"),
     ("GAE reads the values of padding", "    values = torch.where(mask, values, 0.0)\n", ""),
     ("λ forgotten", "delta + gamma * gae_lambda * last", "delta + gamma * last"),
@@ -434,6 +437,11 @@ RLHF = [
         "own_pairs = pair_ids",
     ),
     ("after rated with other random numbers", '    torch.manual_seed(stage_seed(args, "rate"))\n', ""),
+    (
+        "masks of 0 and 1 not taken",
+        "    mask = mask.bool()\n    return torch.where(mask, x, 0.0).sum()",
+        "    return torch.where(mask, x, 0.0).sum()",
+    ),
 ]
 
 # (script, what is wrong, the right text, the wrong text)
@@ -470,7 +478,7 @@ GRPO = [
     ("loss maximised", "loss = -torch.min(ratio", "loss = torch.min(ratio"),
     ("β ignored", "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss + kl_k3(logprob, ref_logprob)\n\n"),
     ("KL rewarded", "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss - beta * kl_k3(logprob, ref_logprob)\n\n"),
-    ("mask ignored", "    loss = torch.where(mask.bool(), loss, 0.0)\n", ""),
+    ("mask ignored", "    loss = torch.where(mask, loss, 0.0)\n", ""),
     (
         "sequences divided by the width of the batch",
         "(loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / total_sequences",
@@ -775,6 +783,21 @@ GRPO = [
         "pad_id = tokenizer.pad_token_id or 0  # it",
     ),
     ("bytes taken for kilobytes", '1 if sys.platform == "darwin" else 1024', "1024"),
+    (
+        "groups of none divide by zero",
+        "if group_size < 1 or len(rewards) % group_size:",
+        "if len(rewards) % group_size:",
+    ),
+    (
+        "sequences in groups of none",
+        "if group_size < 1 or len(step_rewards) % group_size:",
+        "if len(step_rewards) % group_size:",
+    ),
+    (
+        "masks of 0 and 1 not taken",
+        "    mask = mask.bool()\n    loss = torch.where(mask",
+        "    loss = torch.where(mask",
+    ),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 
@@ -825,13 +848,21 @@ def catch(mutant, folder):
     return caught_by or killer(path)
 
 
-def write(number="", file="", script="ppo_cartpole.py"):
+def no_such_script(name):
+    """The sentence for a name that is none of the scripts'; it names the one that was probably meant."""
+    meant = difflib.get_close_matches(Path(name).name, SUITES, 1)
+    return f"{name} is none of {', '.join(SUITES)}{f': did you mean {meant[0]}?' if meant else ''}"
+
+
+def write(number="", file="", script="ppo_cartpole.py", *rest):
     """The exercise: script with its number-th bug, as file. Returns what went wrong, or None."""
     own = [mutant for mutant in MUTANTS if mutant[0] == script]
     if not own:
-        return f"{script} is none of {', '.join(SUITES)}"
+        return no_such_script(script)
     if not number.isdecimal() or not 1 <= int(number) <= len(own) or not file:
         return f"--write takes a number from 1 to {len(own)}, so many bugs {script} has here, and a file to write"
+    if rest:
+        return f"--write takes a number, a file and a script, got {' '.join(rest)} too"
     if not Path(file).resolve().parent.is_dir():
         return f"{file}: there is no such directory, mkdir it first"
     with tempfile.TemporaryDirectory() as folder:
@@ -839,18 +870,27 @@ def write(number="", file="", script="ppo_cartpole.py"):
     print(f"{file} is {script} with one wrong line")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--write"]:
-        if wrong := write(*sys.argv[2:5]):
-            print(f"error: {wrong}", file=sys.stderr)
-            sys.exit(2)
-        sys.exit()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", nargs="*", help=f"plant the bugs of these scripts alone: {', '.join(SUITES)}")
+    parser.add_argument("--write", nargs="+", metavar=("N", "FILE"), help="write one script with its N-th bug to FILE")
+    args = parser.parse_args()
+    if args.write:
+        if wrong := write(*args.write, *args.script):
+            parser.error(wrong)
+        return 0
+    if unknown := [name for name in args.script if name not in SUITES]:
+        parser.error(no_such_script(unknown[0]))
     survivors = 0
-    wanted = [mutant for mutant in MUTANTS if mutant[0] in (sys.argv[1:] or SUITES)]
+    wanted = [mutant for mutant in MUTANTS if mutant[0] in (args.script or SUITES)]
     for number, mutant in enumerate(wanted, start=1):
         with tempfile.TemporaryDirectory() as folder:
             caught_by = catch(mutant, folder)
         survivors += caught_by is None
         print(f"{number:3d}  {mutant[0]:16}  {mutant[1]:50}  {caught_by or 'SURVIVED'}", flush=True)
     print(f"{len(wanted)} mutants, {len(wanted) - survivors} caught")
-    sys.exit(1 if survivors else 0)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -175,6 +175,14 @@ def test_grpo_objective_by_hand(reduction, objective, kl):
     assert two_outputs(0.04, reduction) == pytest.approx(objective - 0.04 * (1 - math.log(2)) * kl, abs=1e-12)
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_ends_may_be_0_and_1(kind):
+    """terminated and done as 0 and 1, whole numbers or floats, mean what False and True do."""
+    numbers = {**EXAMPLE, **{name: [kind(end) for end in EXAMPLE[name]] for name in ("terminated", "done")}}
+    for form in (gae_double_sum, gae_n_step_average):
+        assert form(**numbers, gamma=0.9, gae_lambda=0.95) == form(**EXAMPLE, gamma=0.9, gae_lambda=0.95)
+
+
 def test_unknown_reduction():
     with pytest.raises(ValueError, match="mean"):
         two_outputs(0.0, "mean")
