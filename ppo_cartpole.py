@@ -351,9 +351,7 @@ def play(agent, args, episodes, video_dir=None):
         running &= ~(terminated | truncated)
     envs.close()
     if running.any():
-        print(
-            f"evaluation  {running.sum()} of {episodes} episodes did not end in --eval-max-steps {steps}: they were cut"
-        )
+        print(f"evaluation  {running.sum()} of {episodes} episodes were cut after {steps} steps, --eval-max-steps")
     return returns
 
 
@@ -418,7 +416,10 @@ def start_wandb(args, run_dir):
 # ---- Training ----
 
 # what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every eval_episodes eval_max_steps save_model capture_video track wandb_project"
+CHANGEABLE = (
+    "resume device torch_threads checkpoint_every eval_episodes eval_max_steps save_model capture_video track "
+    "wandb_project"
+)
 
 
 def make_run_dir(run_dir):
@@ -583,8 +584,8 @@ def train(args: Args) -> list[dict]:
         with torch.inference_mode():
             if not agent.actor(obs[T]).isfinite().all():
                 raise InputError(
-                    f"the policy is no longer finite at step {global_step}: lower --learning-rate, or scale the rewards "
-                    f"(the largest is {float(rewards.abs().max()):g})"
+                    f"the policy is no longer finite at step {global_step}: lower --learning-rate, or scale the "
+                    f"rewards (the largest is {float(rewards.abs().max()):g})"
                 )
 
         # 11. Metrics: the losses are means over every minibatch

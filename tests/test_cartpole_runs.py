@@ -263,7 +263,7 @@ def test_default_command_line(command, tmp_path, monkeypatch):
     status, out, _ = command(*QUICK, "--save-model")
     assert status == 0
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"CartPole-v1__ppo_cartpole__1__\d{8}-\d{6}", run_dir.name)
+    assert re.fullmatch(r"CartPole-v1__ppo_cartpole__1__\d{8}-\d{6}-\d{6}", run_dir.name)
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "not solved" in out and "4 greedy episodes" in out and "tensorboard --logdir runs" in out
     for path in re.findall(r"runs/\S+", out):
