@@ -312,10 +312,11 @@ def written_aside(path):
             shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(f"{path} could not be written: {reason}") from error
+            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
         raise
 
 
