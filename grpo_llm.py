@@ -133,8 +133,8 @@ class Args:
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # global norm that the gradient is cut to
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or 2 bytes of state a parameter
-    micro_batch_tokens: int = 8192  # tokens in one forward pass of training; changes memory, never the gradient
-    row_tokens: int = 256  # completions of a prompt share a row, and the prompt, up to this many tokens
+    micro_batch_tokens: int = 0  # tokens in a forward pass of training, never its gradient; 0: 2048, on a GPU 8192
+    fast: bool = True  # shared-prompt cache and packed rows, where they are right for the model; else the plain path
     logprob_tokens: int = 1024  # tokens whose logits exist at once
     offload: bool = False  # gradients, 8-bit state and reference in host memory; the device holds the weights alone
     shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
@@ -161,7 +161,7 @@ class Args:
         positive = (
             "terms max_term num_problems warm_start warm_start_steps warm_start_batch_size warm_start_learning_rate "
             "steps prompts_per_step max_tokens temperature num_epochs num_minibatches clip_high learning_rate "
-            "max_grad_norm micro_batch_tokens row_tokens logprob_tokens generate_rows eval_problems eval_samples "
+            "max_grad_norm logprob_tokens generate_rows eval_problems eval_samples "
             "eval_k torch_threads"
         )
         for name in positive.split():
@@ -169,8 +169,8 @@ class Args:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         from_zero = (
             "seed lora_rank clip_low beta reference_every dynamic_sampling truncation_penalty format_weight "
-            "length_weight reward_model_steps reward_model_learning_rate warmup_steps weight_decay eval_every "
-            "checkpoint_every plan gpu_memory"
+            "length_weight reward_model_steps reward_model_learning_rate warmup_steps weight_decay micro_batch_tokens "
+            "eval_every checkpoint_every plan gpu_memory"
         )
         for name in from_zero.split():
             if not getattr(self, name) >= 0:
@@ -950,7 +950,7 @@ def new_model(tokenizer):
     return Qwen3ForCausalLM(config)
 
 
-def load_model(args, name):
+def load_model(args, name, is_compared=True):
     """(language model, tokenizer, EOS ids) of a Hub id or a directory, fit to be trained here or refused.
 
     A saved adapter is merged into the model that it was trained on; with --lora-rank that model comes without it, and
@@ -979,7 +979,7 @@ def load_model(args, name):
     if args.quantize != "none":
         quantize(model, args.device)
     model = without_dropout(model).to(args.device).eval()
-    check_forward(model, tokenizer, name)
+    model.plain_because = why_plain(args, model, tokenizer, name) if is_compared else ""
     return model, tokenizer, eos_ids
 
 
@@ -1016,14 +1016,14 @@ def with_adapter(model, name):
 
 
 def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # [G14] under dropout the ratio compares two different networks
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    for option in ("attention_dropout", "attn_pdrop"):
-        if hasattr(model.config, option):
-            setattr(model.config, option, 0.0)
+    """No dropout and no jitter, in modules and configs [G14]: with it, the ratio would compare two networks."""
+    modules = list(model.modules())
+    for owner in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
+        if isinstance(owner, torch.nn.modules.dropout._DropoutNd):
+            owner.p = 0.0
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(owner, name, 0.0)
     return model
 
 
@@ -1068,31 +1068,74 @@ def quantize(model, device):
         layer.forward = partial(int8_linear, layer)
 
 
-def load_reference(args, name):
+def load_reference(args, name, plain_because=""):
     """A frozen copy of the model that the policy begins as: on the device, or waiting on the host."""
-    if not args.offload:
-        return load_model(args, name)[0].requires_grad_(False)
-    return stream_weights(load_model(replace(args, device="cpu"), name)[0].requires_grad_(False), args.device)
+    device = "cpu" if args.offload else args.device
+    model = load_model(replace(args, device=device), name, is_compared=False)[0].requires_grad_(False)
+    model.plain_because = plain_because  # what was found out about the policy
+    return stream_weights(model, args.device) if args.offload else model
+
+
+COMPARED_TOKENS, COMPARED_COMPLETION = 8192, 12  # of the longest prompt and of the completions that are compared
+
+
+def why_plain(args, model, tokenizer, name):
+    """Why the fast path is not taken with this model; "" if it is, because it gives what the plain path gives.
+
+    They are compared after short prompts, then after one that is longer than any window of attention. A model that the
+    plain path gets wrong is refused.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    windows = [x for key, x in config.to_dict().items() if type(x) is int and ("window" in key or "chunk" in key)]
+    beyond = max([x for x in windows if x < context], default=0) + 20
+    text = "".join(f"{i}+{i * i}={i + i * i}, " for i in range(min(beyond, COMPARED_TOKENS)))
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    reason = "" if args.fast else "--no-fast"
+    if beyond > COMPARED_TOKENS:
+        reason = reason or f"a window of attention is longer than the {COMPARED_TOKENS} tokens of a comparison"
+    for length in sorted({20, beyond}):  # the first is quick and finds most faults
+        prompts = [tokens[:5], tokens[: min(length, context - COMPARED_COMPLETION, COMPARED_TOKENS)]]
+        if wrong := difference_of_paths(args, model, prompts, is_fast=False):
+            raise InputError(f"{name} cannot be trained here: {wrong}")
+        reason = reason or difference_of_paths(args, model, prompts, is_fast=True)
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    logits = [key for key, x in config.to_dict().items() if "logit" in key and isinstance(x, float) and x != 1]
+    if reason and args.fast and (kinds or logits):
+        reason += f" (its config has {', '.join(sorted(kinds) + logits)})"
+    return reason
 
 
 @torch.no_grad()
-def check_forward(model, tokenizer, name):
-    """Refuse a model whose log-probabilities packed rows would get wrong: ALiBi, scaled or capped logits."""
-    tokens = tokenizer("12+34=46, 5+6=11.", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    prompt, completion = tokens[0, :5].tolist(), tokens[:, 5:]
-    logits = model(tokens.to(model.device)).logits[:, 4:-1].float()
-    whole = token_logprobs(logits, completion.to(model.device), 1.0)[0]
-    twice = completion.repeat(2, 1)
-    batch = pack_rows([prompt], twice, torch.ones_like(twice), [[0, 1]], 2, model.device)
+def difference_of_paths(args, model, prompts, is_fast):
+    """What a path gives otherwise than one forward pass a sequence, without padding, in evaluation mode; or "".
+
+    The sampler, with rows that end early, and the log-probabilities of its tokens in training mode. Rounding makes
+    0.0000 nats a token in float32, up to 0.007 in bfloat16 and 0.022 in 8 bits; a wrong mask or position 0.05 and more.
+    """
+    bound = 1e-3 if model.dtype == torch.float32 else 0.03
+    path = replace(args, fast=is_fast, temperature=1.0)
+    noise = torch.rand(2 * len(prompts), COMPARED_COMPLETION, generator=torch.Generator().manual_seed(0))
+    eos_ids = list(range(0, model.get_input_embeddings().num_embeddings, 8))  # each eighth token ends a row
     try:
-        packed = completion_logprobs(model, batch, completion.shape[1], 1.0, 1024)
+        tokens, sampled, mask = sample(path, model, prompts, noise, 1.0, eos_ids, 0)
+        trained = policy_logprobs(path, model.train(), prompts, tokens, mask)
+        model.eval()
+        rows = [(prompts[i // 2 : i // 2 + 1], tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
+        right = torch.cat([plain_logprobs(model, *row, 1.0) for row in rows])
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        raise InputError(f"{name}: its forward pass takes no packed rows: {error}") from error
-    difference = float((packed - whole).abs().mean())
-    if not difference < 0.5:
-        raise InputError(
-            f"{name}: packed rows and the model's own forward pass differ by {difference:.2f} nats a token"
-        )
+        what = "the shared cache or packed rows do not fit it" if is_fast else "it cannot sample with a cache"
+        return f"{what}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    finally:
+        model.eval()
+    names = ("the shared cache", "packed rows") if is_fast else ("sampling with a cache", "a forward pass in training")
+    for what, logprobs in zip(names, (sampled, trained)):
+        difference = float((logprobs - right).abs().sum() / mask.sum())
+        if not difference < bound:
+            return f"{what} and the model's own forward pass differ by {difference:.2g} nats a token"
+    return ""
 
 
 def told(args, problem):
@@ -1152,7 +1195,83 @@ def those_that_fit(args, model, tokenizer, problems, held_out):
     return fitting
 
 
+# ---- Sampling and log-probabilities, plain: right for any causal language model ----
+
+
+@torch.no_grad()
+def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
+    """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
+
+    prompts: P token lists; B = P·G and G consecutive rows belong to a prompt [G1]. From the whole distribution at the
+    temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9].
+    """
+    (B, T), device = noise.shape, noise.device
+    prompts = [prompt for prompt in prompts for _ in range(B // len(prompts))]
+    Q = max(map(len, prompts))  # padding stands on the left, so that all prompts end in the same column
+    ids = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (Q - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    eos, going, cache = torch.tensor(eos_ids, device=device), torch.ones_like(ids[:, 0]).bool(), None
+    tokens = torch.full((B, T), pad_id, device=device)
+    logprobs, mask = torch.zeros(B, T, device=device), torch.zeros_like(tokens)
+    for t in range(T):
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = model(
+            ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        token, logprob = sample_token(output.logits[:, -1], noise[:, t], temperature)
+        tokens[going, t], logprobs[going, t], mask[going, t] = token[going], logprob[going], 1
+        going &= ~torch.isin(token, eos)
+        if not going.any():
+            break
+        ids, cache = token[:, None], output.past_key_values
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(B, 1)], 1)
+    return tokens, logprobs, mask
+
+
+def plain_logprobs(model, prompts, tokens, mask, temperature):
+    """(B, T) log-probabilities with gradient, 0 off the mask: a row a sequence, padded on the right.
+
+    prompts: B token lists. A sequence ends with the last 1 of its mask; zeros before it are read, not scored.
+    """
+    T, device = tokens.shape[1], tokens.device
+    rows = [prompt + row[:n] for prompt, row, n in zip(prompts, tokens.tolist(), lengths_of(mask))]
+    L = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (L - len(row)) for row in rows], device=device)
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (L - len(row)) for row in rows], device=device)
+    first = min(map(len, prompts))  # the column of the first token that is scored: that before it predicts it
+    kept = L - first + 1
+    logits = model(ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=kept).logits[:, -kept:-1]
+    scored = token_logprobs(logits.float(), ids[:, first:], temperature)
+    starts = torch.tensor([len(prompt) - first for prompt in prompts], device=device)
+    columns = starts[:, None] + torch.arange(T, device=device)
+    return torch.where(mask.bool(), scored.gather(1, columns.clamp(max=scored.shape[1] - 1)), 0.0)
+
+
+def lengths_of(mask):
+    """How many tokens each row of a mask (B, T) has, up to its last 1: a list."""
+    return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1).tolist()
+
+
 # ---- Generation ----
+
+
+def is_fast(args, model):
+    """Whether the fast path is taken: load_model() has compared it with the plain one on this model."""
+    return args.fast and not getattr(model, "plain_because", "")
+
+
+def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
+    """G completions of each prompt, as plain_sample() or generate() say, by the path that is taken for this model."""
+    settings = noise.to(args.device), temperature, eos_ids, pad_id
+    if not is_fast(args, model):
+        return plain_sample(model, prompts, *settings)
+    is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
+    return generate(model, prompts, *settings, is_fixed)
 
 
 def sample_token(logits, noise, temperature):
@@ -1208,28 +1327,51 @@ def new_cache(model, rows, length):
                 room[holes, :, :used] = room[movers, :, :used]
             self.live = live
 
-    return Cache(layers=[RoomyLayer() for _ in range(model.config.num_hidden_layers)])
+    return Cache(layers=[RoomyLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
 
 
-def fixed_step(model, cache, token, position, column, seen):
+def attention_masks(model, visible, queries, keys):
+    """{kind of layer: additive mask, 0 where a token sees another, −max where not}.
+
+    visible (R, 1, Lq, Lk) bool; queries, keys: positions (R, Lq) and (R, Lk), whose difference a window limits.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    masks = {}
+    for kind in dict.fromkeys(kinds):
+        seen = visible
+        if kind == "sliding_attention" and window:
+            seen = visible & (queries[:, None, :, None] - keys[:, None, None, :] < window)
+        lowest = torch.finfo(model.dtype).min
+        masks[kind] = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, lowest)
+    return masks
+
+
+def last_states(model, ids, positions, masks, cache=None):
+    """The states before the head, (R, L, d). Where layers are of several kinds, transformers takes a dict of masks."""
+    return model.base_model(
+        ids,
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def fixed_step(model, cache, token, position, column, masks):
     """The step of one token on tensors that stay where they are, whatever was seen so far [G28].
 
     Attention is over the cache's full length, masked. Nothing of it depends on t but what the tensors hold, so a GPU
     can replay it as one CUDA graph: else the small kernels of a token wait for Python, not for memory.
     """
-    kept = [x.clone() for x in (token, position, column, seen)]
+    kept = [x.clone() for x in (token, position, column, *masks.values())]
     for layer in cache.layers:
         layer.column = kept[2]
 
     def compute():
-        hidden = model.base_model(
-            kept[0][:, None],
-            attention_mask=kept[3][:, None, None],
-            position_ids=kept[1][:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return model.get_output_embeddings()(hidden[:, -1])
+        own = dict(zip(masks, kept[3:]))
+        return model.get_output_embeddings()(last_states(model, kept[0][:, None], kept[1][:, None], own, cache)[:, -1])
 
     graph = None
     if token.is_cuda:
@@ -1242,8 +1384,8 @@ def fixed_step(model, cache, token, position, column, seen):
         with torch.cuda.graph(graph):
             logits = compute()
 
-    def step(*new):
-        for own, x in zip(kept, new):
+    def step(token, position, column, masks):
+        for own, x in zip(kept, (token, position, column, *masks.values())):
             own.copy_(x)
         if graph is None:
             return compute()
@@ -1297,23 +1439,20 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
             holes = (~going[:live]).nonzero()[:, 0]
             movers = live + going[live:].nonzero()[:, 0]
             for layer in cache.layers:
-                layer.fill(holes, movers, live, Q + t)
+                if layer.is_initialized:  # some models' layers share the keys of others
+                    layer.fill(holes, movers, live, Q + t)
             keep = torch.arange(live, device=device)
             keep[holes] = movers
             rows, token, going, step = rows[keep], token[keep], going[keep], None
+        column, position = columns[None, Q + t : Q + t + 1], lengths[rows] + t
         if is_fixed:
-            now = token, lengths[rows] + t, columns[Q + t : Q + t + 1], seen[rows] & (columns <= Q + t)
+            masks = attention_masks(model, (seen[rows] & (columns <= Q + t))[:, None, None], column, columns[None])
+            now = token, position, column[0], masks
             step = step or fixed_step(model, cache, *now)
             logits = step(*now)
             continue
-        hidden = model.base_model(
-            token[:, None],
-            attention_mask=seen[rows, None, None, : Q + t + 1],
-            position_ids=(lengths[rows] + t)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits = head(hidden[:, -1])
+        masks = attention_masks(model, seen[rows, None, None, : Q + t + 1], column, columns[None, : Q + t + 1])
+        logits = head(last_states(model, token[:, None], position[:, None], masks, cache)[:, -1])
     return tokens, logprobs, mask
 
 
@@ -1331,13 +1470,12 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
-    is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
     pad_id = 0  # it is read nowhere; the tokenizer's own may lie outside the embedding
     with whole(model):
         for start in range(0, len(prompts), at_once):
             part = slice(start, start + at_once)
             rows = noise[part].flatten(0, 1)
-            output = generate(model, prompts[part], rows, temperature, eos_ids, pad_id, is_fixed)
+            output = sample(args, model, prompts[part], rows, temperature, eos_ids, pad_id)
             columns = (x.cpu().split(group_size) for x in output)
             for problem, prompt, tokens, logprobs, mask in zip(problems[part], prompts[part], *columns):
                 completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
@@ -1362,8 +1500,9 @@ class Batch(NamedTuple):
 def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens):
     """Which sequences share a row, and which rows a micro-batch: lists of lists of sequence indices [G17].
 
-    Completions of a prompt share it in a row of row_tokens at most, or of the longest sequence's. The longest rows
-    come first: what does not fit into memory fails at once. A sequence's last token is never read, only predicted.
+    Completions of a prompt share it in a row of row_tokens at most, or of the longest sequence's; with row_tokens 0
+    each has a row of its own. The longest rows come first: what does not fit into memory fails at once. A sequence's
+    last token is never read, only predicted.
     """
     total = {i: prompt_lengths[i // group_size] + length - 1 for i, length in lengths.items()}
     capacity = max([row_tokens, *total.values()])
@@ -1375,7 +1514,7 @@ def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_token
         new_to_row = True
         for i in members:
             needed = lengths[i] - 1 + prompt_lengths[group] * new_to_row
-            if needed > room:
+            if needed > room or not row_tokens:
                 rows.append([])
                 needed, room = total[i], capacity
             rows[-1].append(i)
@@ -1392,6 +1531,20 @@ def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_token
     return micro_batches
 
 
+def plan_for(args, model, prompt_lengths, lengths, group_size):
+    """plan_rows() with rows as long as is quickest; on the plain path each sequence has a row of its own.
+
+    With k answers of a tokens behind a prompt of p, a sequence costs p/k + a tokens, and a token 1 + L/c in a row of
+    L = p + k·a, where c is the length at which attention costs as much as the rest: about 1,500. Least at the L below.
+    """
+    on_gpu, row_tokens = args.device.startswith("cuda"), 0
+    micro_batch_tokens = args.micro_batch_tokens or (8192 if on_gpu and is_fast(args, model) else 2048)
+    if is_fast(args, model) and lengths:
+        p = sum(prompt_lengths[i // group_size] for i in lengths) / len(lengths)
+        row_tokens = min(int(p + (p * (p + 1500)) ** 0.5), micro_batch_tokens)
+    return plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens)
+
+
 def row_size(row, prompt_lengths, lengths, group_size):
     prompts = {i // group_size for i in row}
     return sum(prompt_lengths[p] for p in prompts) + sum(lengths[i] - 1 for i in row)
@@ -1399,7 +1552,7 @@ def row_size(row, prompt_lengths, lengths, group_size):
 
 def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
     """Prompts (P token lists), tokens and mask (B, T), rows of indices → a Batch, padded at the ends of rows alone."""
-    lengths = mask.sum(-1).tolist()
+    lengths = lengths_of(mask)
     size = max(row_size(row, list(map(len, prompts)), lengths, group_size) for row in rows)
     ids, positions, prompt_of, owner = (torch.full((len(rows), size), x) for x in (0, 0, -1, -2))
     sequences, sources, targets, places = [], [], [], []
@@ -1418,9 +1571,11 @@ def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
             span = slice(end, end + lengths[i] - 1)
             ids[r, span], positions[r, span] = completion[:-1], len(prompt) + torch.arange(lengths[i] - 1)
             prompt_of[r, span], owner[r, span] = current, i
-            sources += [r * size + at for at in (last, *range(end, end + lengths[i] - 1))]
-            targets.append(completion)
-            places += [(len(sequences), t) for t in range(lengths[i])]
+            scored = mask[i, : lengths[i]].nonzero()[:, 0].tolist()  # zeros before the last 1 are read, not scored
+            before = (last, *range(end, end + lengths[i] - 1))
+            sources += [r * size + before[t] for t in scored]
+            targets.append(completion[scored])
+            places += [(len(sequences), t) for t in scored]
             sequences.append(i)
             end += lengths[i] - 1
     same_prompt = prompt_of[:, :, None] == prompt_of[:, None, :]
@@ -1441,10 +1596,8 @@ def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
     Logits are made for logprob_tokens tokens at a time and, where gradients are wanted, made again in the backward
     pass [G16]: whole, they are the largest tensor of all, 8 × 1,024 tokens × 152k words × 4 bytes = 5 GB.
     """
-    hidden = model.base_model(
-        batch.ids, attention_mask=batch.visible, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch.sources]
+    masks = attention_masks(model, batch.visible, batch.positions, batch.positions)
+    hidden = last_states(model, batch.ids, batch.positions, masks).flatten(0, 1)[batch.sources]
     head, parts = model.get_output_embeddings(), []
     for states, targets in zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)):
         if torch.is_grad_enabled():
@@ -1453,6 +1606,27 @@ def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
             parts.append(logprobs_of(head, states, targets, temperature))
     logprobs = torch.zeros(len(batch.sequences), max_tokens, device=hidden.device)
     return logprobs.index_put(batch.places, torch.cat(parts))
+
+
+def micro_batch_logprobs(args, model, prompts, tokens, mask, rows):
+    """(S, T) log-probabilities of the sequences in a micro-batch's rows, by the path that is taken for this model."""
+    group_size, order = len(tokens) // len(prompts), [i for row in rows for i in row]
+    if not is_fast(args, model):
+        own = tokens[order].to(args.device), mask[order].to(args.device)
+        return plain_logprobs(model, [prompts[i // group_size] for i in order], *own, args.temperature)
+    batch = pack_rows(prompts, tokens, mask, rows, group_size, args.device)
+    packed_logprobs = getattr(model, "packed_logprobs", partial(completion_logprobs, model))  # --shard has its own
+    return packed_logprobs(batch, tokens.shape[1], args.temperature, args.logprob_tokens)
+
+
+def policy_logprobs(args, model, prompts, tokens, mask):
+    """(B, T) log-probabilities of completions with gradient, 0 off the mask, as train() makes them."""
+    lengths = {i: length for i, length in enumerate(lengths_of(mask)) if length}
+    logprobs = torch.zeros(mask.shape, device=args.device)
+    for rows in plan_for(args, model, list(map(len, prompts)), lengths, len(tokens) // len(prompts)):
+        order = torch.tensor([i for row in rows for i in row], device=args.device)
+        logprobs = logprobs.index_put((order,), micro_batch_logprobs(args, model, prompts, tokens, mask, rows))
+    return logprobs
 
 
 # ---- Optimizer ----
@@ -1657,18 +1831,18 @@ def stream_weights(model, device):
 # ---- Weights in parts over the processes (--shard) ----
 
 
-def shard(model, device):
+def shard(args, model):
     """FSDP2, in place [G27]: a process keeps its part of each parameter; a layer's are whole while it computes.
 
-    completion_logprobs becomes the model's method packed_logprobs, for FSDP gathers around methods that it knows.
+    completion_logprobs becomes the model's method packed_logprobs, because FSDP gathers around methods that it knows.
     Gradients are summed over the processes, not averaged: the loss has the totals of all of them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    count = model.config.num_hidden_layers
+    count = model.config.get_text_config().num_hidden_layers
     layers = next(x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == count)
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
     for module in (*layers, model):
         fully_shard(module, mesh=mesh)
     model.packed_logprobs = partial(completion_logprobs, model)
@@ -1678,14 +1852,14 @@ def shard(model, device):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     with torch.no_grad():
-        model.packed_logprobs(idle_batch(device), 1, 1.0, 1)  # the first pass tells FSDP which module is the outermost
+        idle_pass(args, model)  # the first pass tells FSDP which module is the outermost
     model.reshard()
 
 
-def idle_batch(device):
-    """One token of one sequence: where a process has fewer micro-batches, it must still join in the gathering."""
+def idle_pass(args, model):
+    """A pass over one token: where a process has fewer micro-batches, it must still join in the gathering."""
     one = torch.ones(1, 1, dtype=torch.long)
-    return pack_rows([[0]], one, one, [[0]], 1, device)
+    return policy_logprobs(args, model, [[0]], one, one)
 
 
 @contextmanager
@@ -2065,11 +2239,9 @@ def sample_on_paper(args, model, prompts, group_size):
     cache, head = new_cache(model, rows, length), model.get_output_embeddings()
     for count, new, seen in ((prompts, args.plan, args.plan), (rows, 1, length)):
         ids = torch.zeros(count, new, dtype=torch.long)
-        mask = torch.ones(count, 1, new, seen, dtype=torch.bool)
-        hidden = model.base_model(
-            ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        logits = head(hidden[:, -1]).repeat_interleave(rows // count, 0)
+        visible = torch.ones(count, 1, new, seen, dtype=torch.bool)
+        masks = attention_masks(model, visible, ids, torch.zeros(1, seen, dtype=torch.long))
+        logits = head(last_states(model, ids, ids, masks, cache)[:, -1]).repeat_interleave(rows // count, 0)
         sample_token(logits, torch.zeros(rows), args.temperature)
         for layer in cache.layers:
             layer.used = length - 1
@@ -2104,7 +2276,8 @@ def memory_plan(args):
     reference = weights if args.beta and not args.lora_rank else 0
 
     # learning from the two longest micro-batches; scoring the first
-    rows = plan_rows([Q] * P, dict.fromkeys(range(P * G), T), G, args.row_tokens, args.micro_batch_tokens)
+    device = "cuda" if for_gpu else "cpu"
+    rows = plan_for(replace(args, device=device), model, [Q] * P, dict.fromkeys(range(P * G), T), G)
     tokens = torch.zeros(P * G, T, dtype=torch.long)
     batch = pack_rows([[0] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
     batch = tree_map(paper.from_tensor, batch)
@@ -2195,10 +2368,7 @@ def warm_start(args, model, tokenizer, problems, held_out):
         longest = max(map(len, solutions))
         tokens = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in solutions])
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in solutions])
-        lengths = dict(enumerate(mask.sum(-1).tolist()))
-        (rows,) = plan_rows(list(map(len, prompts)), lengths, 1, args.row_tokens, math.inf)
-        batch = pack_rows(prompts, tokens, mask, rows, 1, args.device)
-        loss = -completion_logprobs(model, batch, longest, 1.0, args.logprob_tokens).sum() / mask.sum()
+        loss = -policy_logprobs(replace(args, temperature=1.0), model, prompts, tokens, mask).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -2216,7 +2386,7 @@ def warm_start(args, model, tokenizer, problems, held_out):
 # what a resumed run may do otherwise than before; everything else would make it another run
 CHANGEABLE = (
     "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
-    "cuda_graph save_merged"
+    "cuda_graph fast save_merged"
 )
 
 
@@ -2245,9 +2415,8 @@ def score(args, model, sequences, micro_batches):
     logprobs = torch.zeros(sequences[2].shape)
     with whole(model):
         for rows in micro_batches:
-            batch = pack_rows(*sequences, rows, args.group_size, args.device)
-            scored = completion_logprobs(model, batch, args.max_tokens, args.temperature, args.logprob_tokens)
-            logprobs[batch.sequences.cpu()] = scored.cpu()
+            order = [i for row in rows for i in row]
+            logprobs[order] = micro_batch_logprobs(args, model, *sequences, rows).cpu()
     return logprobs
 
 
@@ -2430,6 +2599,8 @@ def train(args: Args) -> list[dict]:
         policy.activation_checkpointing_enable()
     torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
+    if policy.plain_because and rank == 0:
+        print(f"path        plain, not fast: {policy.plain_because}")
     base, start = args.model and base_of_adapter(args.model), None
     if base and adapter and args.beta:
         start = [x.detach().clone() for x in policy.parameters() if x.requires_grad]
@@ -2441,17 +2612,16 @@ def train(args: Args) -> list[dict]:
     if saved:
         policy.load_state_dict(saved["policy"], strict=False)
     if args.shard:
-        shard(policy, args.device)
-    packed_logprobs = policy.packed_logprobs if args.shard else partial(completion_logprobs, policy)
+        shard(args, policy)
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
 
     # 3. The reference: a frozen copy, or the policy itself with its adapter as it began; a learned reward
-    reference = policy if adapter else load_reference(args, start_dir) if args.beta else None
+    reference = policy if adapter else load_reference(args, start_dir, policy.plain_because) if args.beta else None
     if saved and saved["reference"]:
         reference.load_state_dict(saved["reference"])
     if args.shard and args.beta:
-        shard(reference, args.device)
+        shard(args, reference)
     reward_model = load_reward_model(args) if args.reward_model else None
     if args.reward_model_steps:
         reward_optimizer = torch.optim.AdamW(reward_model[0].parameters(), args.reward_model_learning_rate)
@@ -2515,14 +2685,13 @@ def train(args: Args) -> list[dict]:
 
         # 7. Epochs of minibatches of groups. What has no advantage has no gradient, unless the KL gives it one [G10]
         teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0))
-        lengths, prompt_lengths = mask.sum(-1).tolist(), [len(prompt) for prompt in prompts]
+        lengths, prompt_lengths = lengths_of(mask), [len(prompt) for prompt in prompts]
         minibatches = []
         for _ in range(args.num_epochs):
             for chosen in torch.randperm(len(groups)).tensor_split(args.num_minibatches):
                 rows = (chosen[:, None] * G + torch.arange(G)).flatten()
                 taught = {i: lengths[i] for i in rows[teaches[rows]].tolist()}
-                plan = plan_rows(prompt_lengths, taught, G, args.row_tokens, args.micro_batch_tokens)
-                minibatches.append((rows, plan))
+                minibatches.append((rows, plan_for(args, policy, prompt_lengths, taught, G)))
 
         # 8. π_old and π_ref, before anything moves
         first_epoch = [rows for _, plan in minibatches[: args.num_minibatches] for rows in plan]
@@ -2544,9 +2713,8 @@ def train(args: Args) -> list[dict]:
             most = int(over_ranks(torch.tensor(len(plan)), "MAX"))  # micro-batches of a process
             optimizer.zero_grad()
             for micro_batch in plan:
-                batch = pack_rows(*sequences, micro_batch, G, args.device)
-                logprob = packed_logprobs(batch, T, args.temperature, args.logprob_tokens)
-                i = batch.sequences.cpu()
+                logprob = micro_batch_logprobs(args, policy, *sequences, micro_batch)
+                i = [i for row in micro_batch for i in row]
                 m, advantage, old_logprob = (x[i].to(args.device) for x in (mask, advantages, old_logprobs))
                 if args.old_logprobs == "recomputed" and args.updates == 1:
                     old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
@@ -2575,7 +2743,7 @@ def train(args: Args) -> list[dict]:
                     ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
             if args.shard:
                 for _ in range(most - len(plan)):
-                    (0.0 * packed_logprobs(idle_batch(args.device), 1, 1.0, 1)).sum().backward()
+                    (0.0 * idle_pass(args, policy)).sum().backward()
             elif world_size > 1:
                 for parameter in parameters:
                     if gradient_of(parameter) is None:

@@ -136,7 +136,7 @@ def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
             )
         optimizer = grpo_llm.new_optimizer(args, model)  # its hooks come after those that count
         tokens = torch.full((P * G, T), 5)
-        rows = grpo_llm.plan_rows([Q] * P, dict.fromkeys(range(P * G), T), G, args.row_tokens, args.micro_batch_tokens)
+        rows = grpo_llm.plan_for(args, model, [Q] * P, dict.fromkeys(range(P * G), T), G)
         batch = grpo_llm.pack_rows([[5] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
 
         def learn(model=model, batch=batch, args=args, rows=rows):

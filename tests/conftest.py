@@ -224,7 +224,6 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
             "max_tokens": 10,
             "length_weight": 0.5,
             "learning_rate": 1e-2,
-            "row_tokens": 48,
             "eval_every": 0,
             "eval_problems": 4,
             "eval_samples": 2,

@@ -47,6 +47,7 @@ DIFFERENT = {
         "Args": "one stage, groups of answers",
         "new_optimizer": "torch's AdamW, or one of 8 bits, for a single network",
         "new_run_dir": "named after the task, not the data",
+        "sample": "by noise that is given, on the plain path or the fast one",
         "new_tokenizer": "of characters, not of words",
         "load_reward_model": "any classifier of the Hub, with a tokenizer of its own",
         "score_texts": "that tokenizer reads prompt and completion as text",

@@ -328,7 +328,7 @@ def allocated(action):
 PLANNED = [
     {"dtype": "bfloat16", "optimizer": "adamw8bit"},
     {"dtype": "bfloat16", "optimizer": "adamw8bit", "offload": True, "gradient_checkpointing": True},
-    {"row_tokens": 200, "logprob_tokens": 64, "gradient_checkpointing": True},
+    {"micro_batch_tokens": 200, "logprob_tokens": 64, "gradient_checkpointing": True},
     {"max_tokens": 100, "micro_batch_tokens": 500, "logprob_tokens": 32},
     {"dtype": "bfloat16", "optimizer": "adamw8bit", "lora_rank": 4, "quantize": "int8"},
     {"lora_rank": 4, "quantize": "int8", "gradient_checkpointing": True},
@@ -356,7 +356,7 @@ def test_plan_is_what_the_allocator_counts(grpo, tiny_grpo, tiny_lm, options):
 
     Q, T, G, P = 20, args.max_tokens, args.group_size, args.prompts_per_step
     tokens = torch.full((P * G, T), 5)
-    rows = grpo.plan_rows([Q] * P, dict.fromkeys(range(P * G), T), G, args.row_tokens, args.micro_batch_tokens)
+    rows = grpo.plan_for(args, model, [Q] * P, dict.fromkeys(range(P * G), T), G)
     assert len(rows) > 1
     batch = grpo.pack_rows([[5] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
 

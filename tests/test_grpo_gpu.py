@@ -78,7 +78,7 @@ def test_plan_against_the_device(grpo, tiny_grpo):
         grpo.model_on_paper = model_on_paper
     model = Qwen3ForCausalLM(config).bfloat16().to(DEVICE)
     tokens = torch.full((12, 100), 5)
-    rows = grpo.plan_rows([60] * 3, dict.fromkeys(range(12), 100), 4, args.row_tokens, args.micro_batch_tokens)
+    rows = grpo.plan_for(args, model, [60] * 3, dict.fromkeys(range(12), 100), 4)
     batch = grpo.pack_rows([[5] * 60] * 3, tokens, torch.ones_like(tokens), rows[0], 4, DEVICE)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()

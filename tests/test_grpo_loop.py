@@ -145,8 +145,8 @@ def test_gradient_is_that_of_the_definition(watch, tiny_grpo, reduction):
     """[G2] [G4] [G7] [G8] [G10] [G17] Against one plain forward pass a sequence and advantages by the reference,
     whatever the rows and micro-batches. A group of equal rewards is in the mean, and in no row."""
     found = []
-    for name, layout in (("whole", (48, 10_000)), ("split", (1, 1))):
-        options = {"row_tokens": layout[0], "micro_batch_tokens": layout[1], "temperature": 0.8}
+    for name, micro_batch_tokens in (("whole", 10_000), ("split", 1)):
+        options = {"micro_batch_tokens": micro_batch_tokens, "temperature": 0.8}
         seen = watch(tiny_grpo(name, reduction=reduction, steps=1, **options, **FREE))
         found.append(flat(seen.steps[0].gradients))
     assert len(seen.calls["pack_rows"]) >= 4  # what the second was split into
@@ -405,7 +405,6 @@ def test_every_epoch_sees_every_group_once(watch, tiny_grpo):
             prompts_per_step=8,
             beta=0.1,
             steps=1,
-            row_tokens=500,
             micro_batch_tokens=10_000,
         )
     )

@@ -362,20 +362,6 @@ def test_other_architectures(grpo, tiny_grpo, tmp_path, kind):
     torch.testing.assert_close(logprobs[on], plain[on], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "sizes", "message"),
-    [
-        ("Granite", {**COMMON, "logits_scaling": 16.0}, r"packed rows .* differ by [\d.]+ nats a token"),
-        ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}, "its forward pass takes no packed rows"),
-    ],
-)
-def test_a_model_that_packed_rows_get_wrong_is_refused(grpo, tiny_grpo, tmp_path, kind, sizes, message):
-    """Granite scales its logits, Bloom has ALiBi in place of positions."""
-    directory = saved_model(tmp_path, grpo.new_tokenizer(), kind, **sizes)
-    with pytest.raises(grpo.InputError, match=message):
-        grpo.load_model(tiny_grpo(), directory)
-
-
 def test_dropout_is_off(grpo, tiny_grpo, tiny_lm):
     """[G14] The checkpoint has attention dropout 0.1; in training mode two passes are equal all the same."""
     tokens = torch.tensor([[3, 4, 5, 6, 7, 8, 9]])

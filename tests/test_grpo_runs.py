@@ -112,7 +112,7 @@ def test_help(command):
 
 def test_warm_start_lowers_the_loss(grpo, tmp_path):
     """Supervised on worked solutions up to their EOS; some steps make them likelier."""
-    args = grpo.Args(terms=2, max_term=9, num_problems=80, eval_problems=8, warm_start_steps=25, row_tokens=64)
+    args = grpo.Args(terms=2, max_term=9, num_problems=80, eval_problems=8, warm_start_steps=25)
     problems, held_out = grpo.load_problems(args)
     tokenizer = grpo.new_tokenizer()
     torch.manual_seed(0)
@@ -754,7 +754,7 @@ def test_a_gradient_that_is_not_finite(grpo, tiny_grpo, command, no_picture, mon
         return original(*arguments) * (float("nan") if next(count) == 2 else 1.0)
 
     monkeypatch.setattr(grpo, "reduce_loss", breaks)
-    args = tiny_grpo(steps=4, checkpoint_every=1, micro_batch_tokens=10_000, row_tokens=500)
+    args = tiny_grpo(steps=4, checkpoint_every=1, micro_batch_tokens=10_000)
     status, _, error = command(*flags(grpo, args))
     assert status == 2 and "the gradient is not finite in step 2: lower --learning-rate" in error
     assert f"{args.run_dir}/checkpoint.pt holds the last good state" in error and "Traceback" not in error
