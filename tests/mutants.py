@@ -172,7 +172,11 @@ CARTPOLE = [
         "i = int(np.argmin(np.isfinite(numbers).reshape(len(numbers), -1).all(1)))",
         "i = 0",
     ),
-    ("an evaluation without end", "while running.any() and steps < args.eval_max_steps:", "while running.any():"),
+    (
+        "an evaluation that is cut late",
+        "while running.any() and steps < args.eval_max_steps:",
+        "while running.any() and steps < 10 * args.eval_max_steps:",
+    ),
     ("a film is tried after training", "is_drawn = envs.render()[0] is not None", "is_drawn = True"),
     ("two runs in one directory", "run_dir.mkdir(parents=True)", "run_dir.mkdir(parents=True, exist_ok=True)"),
     ("half a file is left", "else temporary.unlink(missing_ok=True)", "else None"),
