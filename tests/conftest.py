@@ -4,6 +4,10 @@ python -m pytest --script my_ppo.py     checks the equations of any file: those 
 python -m pytest --mutant FILE          runs the whole suite on FILE in place of the script of that name
 """
 
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import contract
 import gymnasium as gym
 import mutants
@@ -234,3 +238,71 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
         return grpo.Args(**{**defaults, **changes})
 
     return make
+
+
+# ---- What a run shows, caught (test_*_reports.py) ----
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Instead of PNGs: for each picture its panels, each {label: its points} and "x", "y": the names of the axes."""
+    from matplotlib.figure import Figure
+
+    found = []
+
+    def keep(figure, path, **options):
+        found.append(
+            [
+                {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in axes.lines}
+                | {"x": axes.get_xlabel(), "y": axes.get_ylabel(), "legend": axes.get_legend() is not None}
+                for axes in figure.axes
+            ]
+        )
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return found
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Instead of progress bars: how each was made, how far it came, and what it showed beside."""
+    found = []
+
+    class Bar:
+        def __init__(self, steps=None, total=None, initial=0, **options):
+            self.steps, self.total, self.n, self.shown = steps, total, initial, []
+            self.options = options
+            found.append(self)
+
+        def __iter__(self):
+            for step in self.steps:
+                yield step
+                self.n += 1
+
+        def update(self, count):
+            self.n += count
+
+        def set_postfix(self, shown=(), refresh=True, **more):
+            self.shown.append({**dict(shown), **more})
+
+        def close(self):
+            pass
+
+    import tqdm
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(tqdm, "trange", lambda *limits, **options: Bar(range(*limits), **options))
+    return found
+
+
+@pytest.fixture
+def clock_of(monkeypatch):
+    """clock_of(script): its clock gains one second each time it is read."""
+
+    def start(script):
+        seconds = iter(range(1000, 100_000))
+        fake = SimpleNamespace(perf_counter=lambda: float(next(seconds)), strftime=time.strftime)
+        monkeypatch.setattr(script, "time", fake)
+
+    return start
