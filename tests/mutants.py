@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # script → the part of the suite that looks at it, quick tests first
 EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
 SUITES = {
-    "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "track")],
+    "ppo_cartpole.py": [
+        f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "track", "machinery")
+    ],
     "ppo_atari.py": [
         "tests/test_atari.py",
         "tests/test_track.py",
@@ -164,6 +166,24 @@ CARTPOLE = [
     ("evaluation counts later episodes", "returns += rewards * running", "returns += rewards"),
     ("W&B not told of TensorBoard", "sync_tensorboard=True)", "sync_tensorboard=False)"),
     ("dones of 0 and 1 not taken", "    terminated, done = terminated.bool(), done.bool()\n", ""),
+    ("NaN of an environment goes on", "    if np.isfinite(numbers).all():\n", "    if True:\n"),
+    (
+        "the first environment is blamed",
+        "i = int(np.argmin(np.isfinite(numbers).reshape(len(numbers), -1).all(1)))",
+        "i = 0",
+    ),
+    (
+        "an evaluation that is cut late",
+        "while running.any() and steps < args.eval_max_steps:",
+        "while running.any() and steps < 10 * args.eval_max_steps:",
+    ),
+    ("a film is tried after training", "is_drawn = envs.render()[0] is not None", "is_drawn = True"),
+    ("two runs in one directory", "run_dir.mkdir(parents=True)", "run_dir.mkdir(parents=True, exist_ok=True)"),
+    ("half a file is left", "else temporary.unlink(missing_ok=True)", "else None"),
+    ("a full disk is a traceback", "        if isinstance(error, Exception):  # on", "        if False:  # on"),
+    ("a pipe that broke ends the run", "            except BrokenPipeError:", "            except FileNotFoundError:"),
+    ("letters that the terminal lacks", '            stream.reconfigure(errors="replace")\n', ""),
+    ("runs of one second share a name", "%H%M%S-%f}", "%H%M%S}"),
 ]
 
 ATARI = [
@@ -441,6 +461,11 @@ RLHF = [
         "masks of 0 and 1 not taken",
         "    mask = mask.bool()\n    return torch.where(mask, x, 0.0).sum()",
         "    return torch.where(mask, x, 0.0).sum()",
+    ),
+    (
+        "evaluations among the rollouts' points",
+        'f"eval/{name}" if stage == "eval" else name',
+        "name",
     ),
 ]
 

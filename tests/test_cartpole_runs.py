@@ -360,7 +360,13 @@ class Drawn(Odd):
         return np.full((16, 16, 3), 20 * (self.steps % 10), dtype=np.uint8)
 
 
+class Blank(Drawn):
+    def render(self):
+        return None
+
+
 for name, maker, options in (
+    ("Blank-v0", Blank, {}),
     ("Odd-v0", Odd, {}),
     ("NanReward-v0", Odd, {"reward": float("nan")}),
     ("InfObservation-v0", Odd, {"seen": float("inf")}),
@@ -419,8 +425,9 @@ def test_a_film_that_never_ends_is_cut(cartpole, small):
 
 def test_a_film_of_what_cannot_draw_is_refused_before_training(cartpole, small, command, tmp_path, monkeypatch):
     flags = [*QUICK, "--capture-video", "--run-dir", tmp_path / "run"]
-    status, _, error = command(*flags, "--env-id", "Odd-v0")
-    assert status == 2 and "Odd-v0 cannot draw itself" in error and "Traceback" not in error
+    for env_id in ("Odd-v0", "Blank-v0"):
+        status, _, error = command(*flags, "--env-id", env_id)
+        assert status == 2 and f"{env_id} cannot draw itself" in error and "Traceback" not in error
     monkeypatch.setitem(sys.modules, "moviepy", None)
     status, _, error = command(*flags)
     assert status == 2 and "pip install moviepy" in error

@@ -87,7 +87,7 @@ def test_default_command_line(command, grpo, tmp_path, monkeypatch, task, proces
     status, out, error = command(*SHORT, *words)
     assert status == 0, error
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"{task}__grpo_llm__1__\d{{8}}-\d{{6}}", run_dir.name)
+    assert re.fullmatch(rf"{task}__grpo_llm__1__\d{{8}}-\d{{6}}-\d{{6}}", run_dir.name)
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     for text in ("4 held-out problems   before    after", "greedy", "pass@1", "pass@2", "maj@2", "reward  tokens"):
         assert text in out
