@@ -20,11 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # script → the part of the suite that looks at it, quick tests first
 EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
 SUITES = {
-    "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs")],
+    "ppo_cartpole.py": [
+        f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "cartpole_reports")
+    ],
     "ppo_atari.py": ["tests/test_atari.py"],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
-    "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs")],
+    "rlhf_gpt2_ppo.py": [
+        f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "rlhf_reports")
+    ],
     "grpo_llm.py": [
-        f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")
+        f"tests/test_grpo_{name}.py"
+        for name in ("equations", "verifiers", "model", "loop", "runs", "full_size", "reports")
     ],
 }
 
@@ -425,6 +430,8 @@ RLHF = [
         "    mask = mask.bool()\n    return torch.where(mask, x, 0.0).sum()",
         "    return torch.where(mask, x, 0.0).sum()",
     ),
+    ("perplexity after the first step", "if step + 1 == args.sft_steps:", "if step == 0:"),
+    ("bins of calibration half as fine", "((confidence - 0.5) * 2 * bins)", "((confidence - 0.5) * bins)"),
 ]
 
 # (script, what is wrong, the right text, the wrong text)
@@ -710,6 +717,7 @@ GRPO = [
         "    mask = mask.bool()\n    loss = torch.where(mask",
         "    loss = torch.where(mask",
     ),
+    ("the first evaluation for the last", "for rows in (metrics, metrics[::-1]))", "for rows in (metrics, metrics))"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 
