@@ -21,16 +21,20 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
 SUITES = {
     "ppo_cartpole.py": [
-        f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "track", "machinery")
+        f"tests/test_{name}.py"
+        for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "cartpole_reports", "track", "machinery")
     ],
     "ppo_atari.py": [
         "tests/test_atari.py",
         "tests/test_track.py",
     ],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
-    "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "track")],
+    "rlhf_gpt2_ppo.py": [
+        f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "rlhf_reports", "track")
+    ],
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
-        *("tests/test_grpo_adapters.py", "tests/test_grpo_reward_model.py", "tests/test_track.py"),
+        *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports")),
+        "tests/test_track.py",
     ],
 }
 
@@ -467,6 +471,8 @@ RLHF = [
         'f"eval/{name}" if stage == "eval" else name',
         "name",
     ),
+    ("perplexity after the first step", "if step + 1 == args.sft_steps:", "if step == 0:"),
+    ("bins of calibration half as fine", "((confidence - 0.5) * 2 * bins)", "((confidence - 0.5) * bins)"),
 ]
 
 # (script, what is wrong, the right text, the wrong text)
@@ -823,6 +829,7 @@ GRPO = [
         "    mask = mask.bool()\n    loss = torch.where(mask",
         "    loss = torch.where(mask",
     ),
+    ("the first evaluation for the last", "for rows in (metrics, metrics[::-1]))", "for rows in (metrics, metrics))"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

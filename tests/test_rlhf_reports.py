@@ -105,11 +105,13 @@ def calibration_error(margins, bins):
     return total / len(margins)
 
 
-@pytest.mark.parametrize("bins", [1, 4, 10])
+@pytest.mark.parametrize("bins", [2, 10])
 def test_calibration_error_of_many(rlhf, bins):
-    margins = (3 * torch.randn(200, generator=torch.Generator().manual_seed(bins))).tolist()
+    """Right where the probability's second digit lies below 5: neighbouring bins err in opposite directions."""
+    sure = (3 * torch.rand(200, generator=torch.Generator().manual_seed(bins))).tolist()
+    margins = [x if int(20 / (1 + math.exp(-x))) % 2 == 0 else -x for x in sure]
     expected = calibration_error(margins, bins)
-    assert expected > 0.05
+    assert abs(expected - calibration_error(margins, bins // 2)) > 0.01
     assert rlhf.calibration_error(torch.tensor(margins), bins) == pytest.approx(expected, abs=1e-5)
 
 
