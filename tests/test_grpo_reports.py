@@ -115,7 +115,7 @@ def test_grpo_reports_first_and_last_evaluation_speed_and_time(grpo, tiny_grpo, 
     monkeypatch.setattr(grpo, "sample_groups", lambda *given: groups.append(sample_groups(*given)) or groups[-1])
     clock_of(grpo)
     metrics = grpo.train(tiny_grpo(eval_every=1, num_epochs=2))
-    assert [row.get("eval/greedy") for row in metrics] == [0.125, 0.25, 0.5]
+    assert [(row["step"], row.get("eval/greedy")) for row in metrics] == [(0, 0.125), (1, 0.25), (2, 0.5)]
     for row, sampled in zip(metrics[1:], groups, strict=True):
         tokens = sum(float(group.mask.sum()) for group in sampled)
         assert row["time/generate_tokens_per_second"] == tokens and row["time/train_tokens_per_second"] == 2 * tokens

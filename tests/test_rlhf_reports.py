@@ -49,6 +49,7 @@ def test_perplexity_is_that_of_the_last_step(rlhf, tiny, bars, monkeypatch, caps
     ((_, _, tokenizer, held_out),) = calls
     saved, _ = rlhf.start_model(args, str(Path(args.run_dir) / "sft"))
     assert ["sft/perplexity" in row for row in metrics] == [False, False, True] and len(held_out) == 10
+    assert [(row["stage"], row["step"]) for row in metrics] == [("sft", 1), ("sft", 2), ("sft", 3)]
     assert metrics[-1]["sft/perplexity"] == pytest.approx(perplexity(args, saved, tokenizer, held_out), rel=1e-4)
     assert f"sft         perplexity {metrics[-1]['sft/perplexity']:.3f}\n" in capsys.readouterr().out
     (bar,) = bars
@@ -78,6 +79,7 @@ def test_reward_model_reports(rlhf, tiny, bars, monkeypatch, capsys):
     metrics = rlhf.train(tiny(stage="reward", micro_batch_size=64))
     margins, spread = kept
     last = metrics[-1]
+    assert [(row["stage"], row["step"]) for row in metrics] == [("reward", 1), ("reward", 2), ("reward", 3)]
     assert len(margins) >= 3 and ["reward/held_out_accuracy" in row for row in metrics] == [False, False, True]
     right = sum(margin > 0 for margin in margins) / len(margins)
     assert last["reward/held_out_accuracy"] == pytest.approx(right)
