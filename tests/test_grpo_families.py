@@ -30,7 +30,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "n
 IMAGES = {"mm_tokens_per_image": 4, "image_token_index": 28, "boi_token_index": 27, "eoi_token_index": 26}
 
 # name: (kind of model, its configuration, whether the fast path is right for it)
-FAMILIES = {
+CONFIGURATIONS = {
     "llama": ("llama", COMMON, True),
     "gpt2": ("gpt2", GPT2, True),
     "window": ("mistral", {**COMMON, "sliding_window": 9}, True),
@@ -106,11 +106,11 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_family_is_sampled_and_scored_as_by_itself(grpo, tiny_grpo, tmp_path, name):
     """By the path that is taken, and by the plain one: greedy tokens of model.generate, samples by the noise, and in
     training mode values and gradients of one forward pass a sequence. Prompts on both sides of the windows."""
-    kind, settings, expected = FAMILIES[name]
+    kind, settings, expected = CONFIGURATIONS[name]
     args = tiny_grpo(model=build(grpo, tmp_path / "m", kind, settings), temperature=0.8)
     model, _, _ = grpo.load_model(args, args.model)
     assert (model.plain_because == "") == expected == grpo.is_fast(args, model), model.plain_because
@@ -324,7 +324,7 @@ def test_a_plain_run_is_a_fast_run(grpo, tiny_grpo, options, capsys):
 
 def test_a_run_of_a_model_that_only_the_plain_path_gets_right(grpo, tiny_grpo, tmp_path, capsys, monkeypatch):
     """It learns, its reference too is scored plainly, and a line says why it is slower."""
-    kind, settings, _ = FAMILIES["recurrent"]
+    kind, settings, _ = CONFIGURATIONS["recurrent"]
     monkeypatch.setattr(grpo, "generate", None)
     monkeypatch.setattr(grpo, "difference_is_not_called", None, raising=False)
     args = tiny_grpo(model=build(grpo, tmp_path / "m", kind, settings), beta=0.1, steps=2)
