@@ -90,7 +90,7 @@ class Args:
     num_epochs: int = 2  # passes over each rollout
     num_minibatches: int = 2  # gradient steps in each
     micro_batch_size: int = 64  # sequences in one forward pass of training; changes memory, never the gradient
-    learning_rate: float | None = None  # of stage 3; default 6e-4 below 10M parameters, else 1e-5
+    learning_rate: float | None = None  # of stage 3; default 4e-4 below 10M parameters, else 1e-5
     value_learning_rate: float | None = None  # of its value network; default learning_rate
     anneal_lr: bool = True  # learning rates fall to 0 over their stage
     warmup_iterations: int = 5  # iterations over which stage 3's learning rates rise to their full value; 0: none
@@ -170,7 +170,7 @@ class Args:
         small, large = {
             "sft_learning_rate": (3e-3, 3e-5),
             "reward_learning_rate": (1e-3, 2e-5),
-            "learning_rate": (6e-4, 1e-5),
+            "learning_rate": (4e-4, 1e-5),
         }[name]
         is_small = sum(weights.numel() for weights in model.parameters()) < 10_000_000
         return getattr(self, name) or (small if is_small else large)

@@ -55,13 +55,13 @@ def threads(args):
 
 def broken(args):
     """The runs of docs/3_rlhf.md that go wrong on purpose: the default run's stages, a flag of stage 3 changed."""
-    rows = run("sft", ["--stage", "sft"], args.work)
+    rows = run("sft", ["--stage", "sft", "--sft-steps", 200], args.work)
     sft = ["--model", args.work / "sft" / "sft"]
-    rows += run("reward", ["--stage", "reward", *sft], args.work)
+    rows += run("reward", ["--stage", "reward", "--reward-steps", 200, *sft], args.work)
     ppo = ["--stage", "ppo", *sft, "--reward-model", args.work / "reward" / "reward"]
     fast = ["--learning-rate", 1e-2, "--warmup-iterations", 0, "--ppo-iterations", 12]
     rows += run("learning rate 1e-2", [*ppo, *fast], args.work)
-    short = ["--missing-eos-penalty", 0, "--length-penalty", 0.3]
+    short = ["--missing-eos-penalty", 0, "--length-penalty", 0.3, "--learning-rate", 6e-4, "--warmup-iterations", 0]
     return rows + run("a token costs 0.3, a missing EOS nothing", [*ppo, *short], args.work)
 
 

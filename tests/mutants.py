@@ -21,16 +21,20 @@ ROOT = Path(__file__).resolve().parent.parent
 EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
 SUITES = {
     "ppo_cartpole.py": [
-        f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "track", "machinery")
+        f"tests/test_{name}.py"
+        for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "cartpole_reports", "track", "machinery")
     ],
     "ppo_atari.py": [
         "tests/test_atari.py",
         "tests/test_track.py",
     ],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
-    "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "track")],
+    "rlhf_gpt2_ppo.py": [
+        f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "rlhf_reports", "track")
+    ],
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
-        *("tests/test_grpo_adapters.py", "tests/test_grpo_reward_model.py", "tests/test_track.py"),
+        *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families")),
+        "tests/test_track.py",
     ],
 }
 
@@ -129,8 +133,8 @@ CARTPOLE = [
     ("environment not restored on resume", '            restore_envs(envs, saved["envs"])\n', ""),
     (
         "checkpoint written in place",
-        "        torch.save(content, temporary)",
-        "        torch.save(content, path)\n        os.link(path, temporary)",
+        "    with written_aside(path) as temporary:\n        torch.save(content, temporary)",
+        "    torch.save(content, path)",
     ),
     ("checkpoint unpickled without a guard", "weights_only=True", "weights_only=False"),
     (
@@ -467,6 +471,8 @@ RLHF = [
         'f"eval/{name}" if stage == "eval" else name',
         "name",
     ),
+    ("perplexity after the first step", "if step + 1 == args.sft_steps:", "if step == 0:"),
+    ("bins of calibration half as fine", "((confidence - 0.5) * 2 * bins)", "((confidence - 0.5) * bins)"),
 ]
 
 # (script, what is wrong, the right text, the wrong text)
@@ -570,18 +576,32 @@ GRPO = [
         "tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1\n        going &= ~torch.isin(token, eos)",
         "tokens[on, t], logprobs[on, t], was = token[going], logprob[going], going\n        going = going & ~torch.isin(token, eos)\n        mask[on, t] = going[was].long()",
     ),
-    ("tokens after EOS go on", "going &= ~torch.isin(token, eos)", "pass"),
-    ("one EOS of several", "going &= ~torch.isin(token, eos)", "going &= token != eos[0]"),
+    (
+        "tokens after EOS go on",
+        "going &= ~torch.isin(token, eos)\n        live",
+        "live",
+    ),
+    (
+        "one EOS of several",
+        "going &= ~torch.isin(token, eos)\n        live",
+        "going &= token != eos[0]\n        live",
+    ),
+    (
+        "tokens after EOS go on, plainly",
+        "going &= ~torch.isin(token, eos)\n        if",
+        "if",
+    ),
     (
         "positions of the sampler count padding",
-        "position_ids=(lengths[rows] + t)[:, None]",
-        "position_ids=torch.full_like(token, Q + t)[:, None]",
+        "lengths[rows] + t\n        if is_fixed",
+        "torch.full_like(token, Q + t)\n        if is_fixed",
     ),
     (
         "the sampler sees padding",
-        "attention_mask=seen[rows, None, None, : Q + t + 1]",
-        "attention_mask=torch.ones_like(seen[rows, None, None, : Q + t + 1])",
+        "masks = attention_masks(model, seen[rows, None, None, : Q + t + 1],",
+        "masks = attention_masks(model, torch.ones_like(seen[rows, None, None, : Q + t + 1]),",
     ),
+    ("windows of attention ignored", 'if kind == "sliding_attention" and window:', "if False:"),
     ("rows that leave mix up the cache", "room[holes, :, :used] = room[movers, :, :used]", "pass"),
     (
         "positions go on through the row",
@@ -595,7 +615,7 @@ GRPO = [
     ),
     ("prompts see each other", "visible = same_prompt & (", "visible = ("),
     ("the prompt's last state missed", "                last = end - 1\n", "                last = end - 2\n"),
-    ("rows above their capacity", "            if needed > room:", "            if needed > room + 5:"),
+    ("rows above their capacity", "            if needed > room or", "            if needed > room + 5 or"),
     (
         "rounded to the nearest",
         "    return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)",
@@ -613,7 +633,7 @@ GRPO = [
         "(v_codes.float() - 255).div_(16)).mul_(v_max).mul_(v_codes.sign())",
     ),
     ("8-bit state not loaded", "                mine.copy_(other)\n", "                pass\n"),
-    ("dropout left on", "            module.attention_dropout = 0.0\n", "            pass\n"),
+    ("dropout left on", "                setattr(owner, name, 0.0)\n", "                pass\n"),
     (
         "reference never refreshed",
         "                reference.load_state_dict(policy.state_dict())\n",
@@ -621,7 +641,7 @@ GRPO = [
     ),
     (
         "reference learns too",
-        "load_reference(args, start_dir) if args.beta else None",
+        "load_reference(args, start_dir, policy.plain_because) if args.beta else None",
         "policy if args.beta else None",
     ),
     (
@@ -750,7 +770,7 @@ GRPO = [
     ("the plan forgets gradients", "held = largest if away else gradients", "held = 0"),
     ("the plan learns from nothing", "for _ in rows[:2]:", "for _ in rows[:0]:"),
     ("fixed shapes see what was never written", "seen[rows] & (columns <= Q + t)", "seen[rows]"),
-    ("fixed shapes write one column late", "columns[Q + t : Q + t + 1]", "columns[Q + t - 1 : Q + t]"),
+    ("fixed shapes write one column late", "columns[None, Q + t : Q + t + 1]", "columns[None, Q + t - 1 : Q + t]"),
     (
         "unpacked weights kept for the backward pass",
         "Int8Linear.apply(x, module.weight, module.scale)",
@@ -823,6 +843,7 @@ GRPO = [
         "    mask = mask.bool()\n    loss = torch.where(mask",
         "    loss = torch.where(mask",
     ),
+    ("the first evaluation for the last", "for rows in (metrics, metrics[::-1]))", "for rows in (metrics, metrics))"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

@@ -56,11 +56,12 @@ def test_what_answers_are_like(grpo, tiny_grpo):
     assert process["groups/zero_variance"] == 0.5  # the rewards of the steps, 1 and 0 | 1 and 1
 
 
-def test_pairs_for_the_reward_model(grpo):
+def test_pairs_for_the_reward_model(grpo, tiny_grpo):
     """Each right answer with a wrong one, as many as the rarer kind."""
     group = grpo.Group(grpo.Problem("1+1", "2"), [1], None, None, None, ["#2", "#3", "2", "#4", "x"])
-    rating = grpo.Rating(None, {"verifier": torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])}, None, None, None)
-    assert grpo.pairs_of(group, rating) == [(("1+1", "#2"), ("1+1", "#3")), (("1+1", "2"), ("1+1", "#4"))]
+    rating = grpo.Rating(None, {"verifier": torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])}, torch.arange(5) == 3, None, None)
+    right, wrong = [("1+1", "#2", True), ("1+1", "2", True)], [("1+1", "#3", True), ("1+1", "#4", False)]
+    assert grpo.pairs_of(tiny_grpo(model=None), group, rating) == list(zip(right, wrong))
 
 
 def test_samples_that_are_shown(grpo, capsys):
@@ -91,7 +92,7 @@ def test_a_plan_in_gigabytes(grpo, monkeypatch, capsys, memory, verdict):
 
 def test_warm_start_ends_with_the_share_that_was_asked_for(grpo, bars, monkeypatch):
     """Looked at every 25 steps: 0 of 4 right, then half of them, which is enough for 0.5."""
-    sizes = {"num_problems": 60, "eval_problems": 4, "warm_start_batch_size": 8, "row_tokens": 64}
+    sizes = {"num_problems": 60, "eval_problems": 4, "warm_start_batch_size": 8}
     args = grpo.Args(terms=2, warm_start=0.5, warm_start_steps=100, **sizes)
     problems, held_out = grpo.load_problems(args)
     right = iter([False] * 4 + [True, False, True, False])
@@ -115,7 +116,7 @@ def test_grpo_reports_first_and_last_evaluation_speed_and_time(grpo, tiny_grpo, 
     monkeypatch.setattr(grpo, "sample_groups", lambda *given: groups.append(sample_groups(*given)) or groups[-1])
     clock_of(grpo)
     metrics = grpo.train(tiny_grpo(eval_every=1, num_epochs=2))
-    assert [row.get("eval/greedy") for row in metrics] == [0.125, 0.25, 0.5]
+    assert [(row["step"], row.get("eval/greedy")) for row in metrics] == [(0, 0.125), (1, 0.25), (2, 0.5)]
     for row, sampled in zip(metrics[1:], groups, strict=True):
         tokens = sum(float(group.mask.sum()) for group in sampled)
         assert row["time/generate_tokens_per_second"] == tokens and row["time/train_tokens_per_second"] == 2 * tokens

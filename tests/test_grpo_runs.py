@@ -532,6 +532,7 @@ def test_messages_go_to_the_chat_template(grpo, tiny_grpo, tiny_chat, no_picture
     data = write_rows(tmp_path / "d.jsonl", chats("user", "assistant", "user"))
     args = tiny_grpo(task="jsonl", data=data, model=tiny_chat(CHAT), instruction=None)
     shown, generate = [], grpo.generate
+    monkeypatch.setattr(grpo, "why_plain", lambda *_: "")  # it samples as well, from prompts of its own
     monkeypatch.setattr(
         grpo, "generate", lambda model, prompts, *more: shown.extend(prompts) or generate(model, prompts, *more)
     )
@@ -587,6 +588,7 @@ def test_prompts_beyond_the_context_are_left_out(grpo, tiny_grpo, no_picture, tm
     rows = [{"prompt": f"{'1+' * (10 if i < 3 else 1)}{i:02}", "answer": i} for i in range(20)]  # and a newline
     data = write_rows(tmp_path / "d.jsonl", rows)
     shown, generate = [], grpo.generate
+    monkeypatch.setattr(grpo, "why_plain", lambda *_: "")  # it samples as well, from prompts of its own
     monkeypatch.setattr(
         grpo, "generate", lambda model, prompts, *more: shown.extend(prompts) or generate(model, prompts, *more)
     )

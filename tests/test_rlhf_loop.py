@@ -485,7 +485,7 @@ def test_default_learning_rates_go_by_size(rlhf):
     """A small model keeps its rates when its stages run alone, from a directory; a large one gets smaller ones."""
     small, large = torch.nn.Linear(9, 9), torch.nn.Linear(4000, 4000, device="meta")
     for args in (rlhf.Args(), rlhf.Args(stage="ppo", model="x", reward_model=("y",))):
-        assert args.rate("learning_rate", small) == 6e-4 and args.rate("learning_rate", large) == 1e-5
+        assert args.rate("learning_rate", small) == 4e-4 and args.rate("learning_rate", large) == 1e-5
         assert args.rate("sft_learning_rate", small) == 3e-3 and args.rate("reward_learning_rate", small) == 1e-3
     assert rlhf.Args(learning_rate=0.5).rate("learning_rate", large) == 0.5
 

@@ -1,0 +1,334 @@
+"""Any causal language model: the plain path is transformers' own, the fast one equals it, or is not taken."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+COMMON = {
+    "vocab_size": 29,  # 26 are the tokenizer's
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+LINEAR = {
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 3,
+}
+GPT2 = {"vocab_size": 29, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "eos_token_id": 1}
+BOTH = ["sliding_attention", "full_attention"]
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+IMAGES = {"mm_tokens_per_image": 4, "image_token_index": 28, "boi_token_index": 27, "eoi_token_index": 26}
+
+# name: (kind of model, its configuration, whether the fast path is right for it)
+CONFIGURATIONS = {
+    "llama": ("llama", COMMON, True),
+    "gpt2": ("gpt2", GPT2, True),
+    "window": ("mistral", {**COMMON, "sliding_window": 9}, True),
+    "windows": ("qwen2", {**COMMON, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, True),
+    "gemma3": ("gemma3_text", {**COMMON, "head_dim": 16, "sliding_window": 9, "layer_types": BOTH}, True),
+    "pictures": (
+        "gemma3",
+        {
+            "text_config": {**COMMON, "head_dim": 16, "sliding_window": 9, "layer_types": BOTH},
+            "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+            **IMAGES,
+        },
+        True,
+    ),
+    "sinks": ("gpt_oss", {**COMMON, **EXPERTS, "head_dim": 16, "sliding_window": 9}, True),
+    "experts": ("mixtral", {**COMMON, **EXPERTS, "sliding_window": None, "router_jitter_noise": 0.1}, True),
+    "scaled": ("granite", {**COMMON, "logits_scaling": 4.0}, False),
+    "capped": ("gemma2", {**COMMON, "head_dim": 16, "sliding_window": 9, "final_logit_softcapping": 5.0}, False),
+    "no positions": ("bloom", {"vocab_size": 29, "hidden_size": 32, "n_layer": 2, "n_head": 2}, False),
+    "recurrent": (
+        "qwen3_5_text",
+        {**COMMON, **LINEAR, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+        False,
+    ),
+}
+
+
+def build(grpo, directory, kind, settings, std=0.3):
+    """A tiny model of that configuration, with weights so large that its attention matters, and our tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and "conv" not in name:
+                weight.normal_(0, std)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(directory)
+    grpo.new_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+PROMPTS = [[4, 5, 6], [(7 * i) % 23 + 3 for i in range(21)]]  # shorter and longer than the windows
+EOS_IDS = [1, 5, 9, 13]
+
+
+def noise_of(rows, seed=0):
+    return torch.rand(rows, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def own_logprobs(model, prompts, tokens, mask, temperature=1.0):
+    """(B, T), one forward pass a sequence, without padding, up to the last 1 of its mask; 0 off the mask."""
+    rows = []
+    for i, row in enumerate(tokens):
+        prompt, length = prompts[i * len(prompts) // len(tokens)], int(mask[i].nonzero().max()) + 1
+        ids = torch.tensor([[*prompt, *row[:length].tolist()]])
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
+        own = logits.log_softmax(-1).gather(-1, row[:length, None])[:, 0]
+        rows.append(torch.nn.functional.pad(own, (0, len(row) - length)) * mask[i])
+    return torch.stack(rows)
+
+
+def gradient_of(model, logprobs):
+    weights = torch.linspace(-1, 2, logprobs.numel()).view(logprobs.shape)
+    model.zero_grad()
+    (weights * logprobs).sum().backward()
+    return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    largest = max(float(x.abs().max()) for x in expected.values())
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_family_is_sampled_and_scored_as_by_itself(grpo, tiny_grpo, tmp_path, name):
+    """By the path that is taken, and by the plain one: greedy tokens of model.generate, samples by the noise, and in
+    training mode values and gradients of one forward pass a sequence. Prompts on both sides of the windows."""
+    kind, settings, expected = CONFIGURATIONS[name]
+    args = tiny_grpo(model=build(grpo, tmp_path / "m", kind, settings), temperature=0.8)
+    model, _, _ = grpo.load_model(args, args.model)
+    assert (model.plain_because == "") == expected == grpo.is_fast(args, model), model.plain_because
+    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    right = []
+    for path in (args, grpo.replace(args, fast=False)):
+        tokens, _, mask = grpo.sample(path, model, PROMPTS, noise_of(2), 0.0, EOS_IDS, 0)
+        for prompt, row, length in zip(PROMPTS, tokens.tolist(), mask.sum(-1).tolist()):
+            options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": EOS_IDS, "pad_token_id": 0}
+            ids = torch.tensor([prompt])
+            theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+            assert theirs.tolist() == row[:length]
+        tokens, logprobs, mask = grpo.sample(path, model, PROMPTS, noise_of(8), 0.8, EOS_IDS, 0)
+        assert 3 < int(mask.sum(-1).min()) + 3 < int(mask.sum(-1).max()) + 3 <= 15, "some end early"
+        own = own_logprobs(reference, PROMPTS, tokens, mask, 0.8)
+        torch.testing.assert_close(logprobs, own.detach(), rtol=0, atol=2e-4)
+        scored = grpo.policy_logprobs(path, model.train(), PROMPTS, tokens, mask)
+        torch.testing.assert_close(scored, own, rtol=0, atol=2e-4)
+        assert_close(gradient_of(model, scored), gradient_of(reference, own))
+        model.eval()
+        right.append((tokens * mask, mask))
+    assert all(torch.equal(*pair) for pair in zip(*right)), "both paths choose the same tokens by the same noise"
+
+
+def test_a_plain_sample_follows_the_noise(grpo, tiny_grpo, tiny_lm):
+    """A token is where its noise falls in the cumulative distribution of its own forward pass; the rest is padding."""
+    args = tiny_grpo(fast=False)
+    model, _, _ = grpo.load_model(args, tiny_lm)
+    noise = noise_of(6, seed=3)
+    tokens, _, mask = grpo.sample(args, model, PROMPTS, noise, 1.0, EOS_IDS, 2)
+    is_eos = torch.isin(tokens, torch.tensor(EOS_IDS))
+    assert torch.equal(mask.bool(), is_eos.cumsum(-1) - is_eos.long() == 0) and 0 < is_eos.sum() < len(tokens) + 1
+    assert (tokens[mask == 0] == 2).all() and 0 in mask
+    for i, row in enumerate(tokens):
+        prompt = PROMPTS[i // 3]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *row.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        upper = logits.softmax(-1).cumsum(-1)
+        for t in range(int(mask[i].sum())):
+            token = int(row[t])
+            low = float(upper[t, token - 1]) if token else 0.0
+            assert low - 1e-5 <= float(noise[i, t]) <= float(upper[t, token]) + 1e-5
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_tokens_of_a_tool_are_read_and_not_scored(grpo, tiny_grpo, tiny_lm, fast):
+    """Zeros before the last 1 of a mask: 0 there, elsewhere the values and gradients of the sequence with them in it,
+    in any micro-batches. A row without any 1 has neither."""
+    model, _, _ = grpo.load_model(tiny_grpo(), tiny_lm)
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, 26, (6, 12), generator=generator)
+    mask = (torch.rand(6, 12, generator=generator) < 0.5).long()
+    mask[1], mask[4, 0], mask[5] = 0, 0, 1
+    assert grpo.lengths_of(mask)[1] == 0 and (mask.cumsum(-1) < torch.arange(1, 13)).any(-1).sum() == 5
+    on = torch.tensor([0, 2, 3, 4, 5])
+    own = [own_logprobs(model, [PROMPTS[i // 3]], tokens[i : i + 1], mask[i : i + 1])[0] for i in on.tolist()]
+    expected = torch.zeros(6, 12).index_put((on,), torch.stack(own))
+    slope = gradient_of(model, expected)
+    for micro_batch_tokens in (0, 1):
+        args = tiny_grpo(fast=fast, micro_batch_tokens=micro_batch_tokens)
+        for kind in (torch.long, torch.bool, torch.float32):
+            scored = grpo.policy_logprobs(args, model, PROMPTS, tokens, mask.to(kind))
+            torch.testing.assert_close(scored, expected, rtol=0, atol=1e-5)
+            assert (scored[mask == 0] == 0).all()
+        assert_close(gradient_of(model, scored), slope)
+
+
+def test_plain_rows_hold_one_sequence_each_the_longest_first(grpo, tiny_grpo, monkeypatch):
+    args = tiny_grpo(fast=False, micro_batch_tokens=40)
+    lengths = {0: 5, 1: 9, 3: 2, 4: 12, 5: 1}
+    plan = grpo.plan_for(args, None, [6, 20], lengths, 3)
+    assert plan == [[[4]], [[3]], [[5]], [[1], [0]]] or [rows for rows in plan if len(rows) > 1], plan
+    assert sorted(i for rows in plan for row in rows for i in row) == sorted(lengths)
+    assert all(len(row) == 1 for rows in plan for row in rows)
+    sizes = [[6 * (i < 3) + 20 * (i > 2) + lengths[i] - 1 for (i,) in rows] for rows in plan]
+    assert [x for row in sizes for x in row] == sorted((x for row in sizes for x in row), reverse=True)
+    assert all(len(row) == 1 or len(row) * row[0] <= 40 for row in sizes) and max(map(len, sizes)) > 1
+
+
+def test_rows_hold_several_answers_of_a_prompt(grpo, tiny_grpo):
+    """[G17] At the lengths of GSM8K, prompts of 120 and answers of 80, a packed row reads at most 0.7 times as much as
+    plain rows do, padding included; a row is never longer than a micro-batch unless a sequence is."""
+    args, lengths = tiny_grpo(), dict.fromkeys(range(32), 80)
+    counts = []
+    for path in (args, grpo.replace(args, fast=False)):
+        plan = grpo.plan_for(path, None, [120] * 4, lengths, 8)
+        sizes = [[grpo.row_size(row, [120] * 4, lengths, 8) for row in rows] for rows in plan]
+        counts.append(sum(len(rows) * max(rows) for rows in sizes))
+    assert counts[0] < 0.7 * counts[1] and counts[1] == 32 * 199
+    for micro_batch_tokens in (250, 500):
+        plan = grpo.plan_for(tiny_grpo(micro_batch_tokens=micro_batch_tokens), None, [120] * 4, lengths, 8)
+        rows = [grpo.row_size(row, [120] * 4, lengths, 8) for rows in plan for row in rows]
+        assert max(rows) <= micro_batch_tokens
+
+
+# ---- The comparison at the start ----
+
+
+@pytest.fixture
+def window(grpo, tmp_path):
+    return build(grpo, tmp_path / "window", "mistral", {**COMMON, "sliding_window": 40})
+
+
+def test_a_window_that_the_fast_path_ignores_is_found(grpo, tiny_grpo, window, monkeypatch):
+    """Planted: masks without windows. Prompts of 20 do not reach beyond a window of 40; the comparison does."""
+    assert grpo.load_model(tiny_grpo(), window)[0].plain_because == ""
+    masks = grpo.attention_masks
+    no_window = {"full_attention": None}
+
+    def ignored(model, visible, *positions):
+        hidden = visible if no_window else None
+        far = torch.zeros_like(positions[0][:1, :1]) + positions[1][:1, :1] * 0
+        return masks(model, hidden, far, far)
+
+    monkeypatch.setattr(grpo, "attention_masks", ignored)
+    model = grpo.load_model(tiny_grpo(), window)[0]
+    assert "nats a token" in model.plain_because and not grpo.is_fast(tiny_grpo(), model)
+    tokens, logprobs, mask = grpo.sample(tiny_grpo(), model, [PROMPTS[1] * 3], noise_of(4), 1.0, EOS_IDS, 0)
+    own = own_logprobs(model, [PROMPTS[1] * 3], tokens, mask).detach()
+    torch.testing.assert_close(logprobs, own, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["fill", "positions", "raises"])
+def test_a_fault_of_the_fast_path_is_found(grpo, tiny_grpo, tiny_lm, monkeypatch, fault):
+    """Rows that mix up the cache when others leave it; positions that are one off; an exception."""
+    if fault == "fill":
+        new_cache = grpo.new_cache
+
+        def mixed_up(*arguments):
+            cache = new_cache(*arguments)
+            for layer in cache.layers:
+                layer.fill = lambda holes, movers, live, used, layer=layer: setattr(layer, "live", live)
+            return cache
+
+        monkeypatch.setattr(grpo, "new_cache", mixed_up)
+    if fault == "positions":
+        pack_rows = grpo.pack_rows
+        off = lambda batch: batch._replace(positions=torch.arange(batch.ids.shape[1]).expand_as(batch.ids))  # noqa: E731
+        monkeypatch.setattr(grpo, "pack_rows", lambda *arguments: off(pack_rows(*arguments)))
+    if fault == "raises":
+        monkeypatch.setattr(grpo, "new_cache", lambda *arguments: 1 / 0)
+    why = grpo.load_model(tiny_grpo(), tiny_lm)[0].plain_because
+    assert {
+        "fill": "with the shared cache differ by",
+        "positions": "in packed rows differ by",
+        "raises": "do not fit it: ZeroDivisionError",
+    }[fault] in why
+
+
+def test_memory_that_is_out_is_no_reason(grpo, tiny_grpo, tiny_lm, monkeypatch):
+    def out(*arguments):
+        raise torch.OutOfMemoryError("out")
+
+    monkeypatch.setattr(grpo, "new_cache", out)
+    with pytest.raises(torch.OutOfMemoryError):
+        grpo.load_model(tiny_grpo(), tiny_lm)
+
+
+def test_a_model_without_a_cache_is_refused(grpo, tiny_grpo, tmp_path):
+    settings = {key: x for key, x in GPT2.items() if key != "eos_token_id"}
+    directory = build(grpo, tmp_path / "m", "openai-gpt", settings)
+    with pytest.raises(grpo.InputError, match="cannot be trained here: it cannot sample with a cache: AttributeError"):
+        grpo.train(tiny_grpo(model=directory))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_router_that_samples_is_refused(grpo, tiny_grpo, tmp_path):
+    """PhiMoE's, in training mode."""
+    directory = build(grpo, tmp_path / "m", "phimoe", {**COMMON, **EXPERTS, "sliding_window": None})
+    with pytest.raises(grpo.InputError, match=r"cannot be trained here: a forward pass in training mode differs by"):
+        grpo.load_model(tiny_grpo(), directory)
+
+
+def test_every_dropout_is_off(grpo, tiny_grpo, tmp_path):
+    """[G14] Outside nn.Dropout too, where it is a float of a module or a config: training mode is evaluation mode."""
+    dropouts = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
+    cases = {
+        "gpt2": ("gpt2", {**GPT2, **dropouts}),
+        "opt": ("opt", {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.3, "attention_dropout": 0.3}),
+        "mixtral": ("mixtral", {**COMMON, **EXPERTS, "attention_dropout": 0.3, "router_jitter_noise": 0.3}),
+    }
+    ids = torch.tensor([PROMPTS[1]])
+    for name, (kind, settings) in cases.items():
+        directory = build(grpo, tmp_path / name, kind, settings)
+        left = AutoModelForCausalLM.from_pretrained(directory).train()
+        assert not torch.equal(left(ids).logits, left(ids).logits)
+        model, _, _ = grpo.load_model(tiny_grpo(), directory)
+        evaluated = model(ids).logits
+        assert torch.equal(model.train()(ids).logits, evaluated), name
+        assert not model.config.attention_dropout if name != "gpt2" else not model.config.attn_pdrop
+
+
+# ---- Whole runs on the plain path ----
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "num_epochs": 2}, {"lora_rank": 2, "beta": 0.1}])
+def test_a_plain_run_is_a_fast_run(grpo, tiny_grpo, options, capsys):
+    """--no-fast changes rounding alone, for a policy with reference and adapter too, and says so."""
+    if "lora_rank" in options:
+        pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    options = {"steps": 2, "learning_rate": 1e-3, **options}
+    fast = grpo.train(tiny_grpo("fast", **options))
+    assert "plain, not fast" not in capsys.readouterr().out
+    plain = grpo.train(tiny_grpo("plain", **options, fast=False))
+    assert "path        plain, not fast: --no-fast\n" in capsys.readouterr().out
+    for one, other in zip(fast, plain, strict=True):
+        for name, number in one.items():
+            if not name.startswith(("time/", "memory/", "policy/sampler_gap")):
+                assert other[name] == pytest.approx(number, rel=2e-3, abs=1e-4), name
+
+
+def test_a_run_of_a_model_that_only_the_plain_path_gets_right(grpo, tiny_grpo, tmp_path, capsys, monkeypatch):
+    """It learns, its reference too is scored plainly, and a line says why it is slower."""
+    kind, settings, _ = CONFIGURATIONS["recurrent"]
+    monkeypatch.setattr(grpo, "generate", None)
+    monkeypatch.setattr(grpo, "difference_is_not_called", None, raising=False)
+    args = tiny_grpo(model=build(grpo, tmp_path / "m", kind, settings), beta=0.1, steps=2)
+    metrics = grpo.train(args)
+    assert "path        plain, not fast: linear_attention layers: " in capsys.readouterr().out
+    assert metrics[1]["policy/sampler_gap"] < 1e-4 and metrics[1]["policy/grad_norm"] > 1e-3
+    assert metrics[1]["kl/reference"] == pytest.approx(0, abs=1e-6) and metrics[2]["kl/reference"] > 1e-6
