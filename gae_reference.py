@@ -25,6 +25,9 @@ Papers   GAE: Schulman et al. 2015, arXiv:1506.02438.  PPO: Schulman et al. 2017
 Shapes   one sequence of T steps is a list of T numbers; a group of G outputs is a list of G lists.
 """
 
+import os
+import sys
+from io import TextIOWrapper
 from math import exp, sqrt
 
 
@@ -217,5 +220,24 @@ def print_tables():
         print("   {:6.1f}  {:8.4f}  {:9.4f}".format(*row))
 
 
+def guard_output():
+    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+
+    def guarded(stream, method):
+        def call(*arguments):
+            try:
+                return method(*arguments)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what else is printed goes nowhere
+
+        return call
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            stream.write, stream.flush = guarded(stream, stream.write), guarded(stream, stream.flush)
+
+
 if __name__ == "__main__":
+    guard_output()
     print_tables()

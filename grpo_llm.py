@@ -62,10 +62,12 @@ import warnings
 import weakref
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from fractions import Fraction
 from functools import cache, lru_cache, partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -256,9 +258,9 @@ def group_advantages(rewards, group_size, scale_by_std=True):
     """(Rᵢ − mean) / std within each group [G2] (DeepSeekMath §4.1.2). rewards (B,), groups consecutive → (B,).
 
     The standard deviation is the paper's, over G (biased). scale_by_std=False is Dr. GRPO's. A group whose rewards are
-    all equal gives exactly 0, not 0/0. Raises ValueError if B is no multiple of group_size.
+    all equal gives exactly 0, not 0/0. Raises ValueError where the rewards are no whole groups of 1 or more.
     """
-    if len(rewards) % group_size:
+    if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are no whole groups of {group_size}")
     groups = rewards.view(-1, group_size)
     advantages = groups - groups.mean(-1, keepdim=True)
@@ -272,9 +274,9 @@ def process_advantages(step_rewards, step_ids, group_size):
     """Σ of the normalised rewards of a token's own step and the later ones [G3] (DeepSeekMath §4.1.3) → (B, T).
 
     step_rewards: B lists of floats; step_ids (B, T): the step of each token, −1 for none, which gets 0. All step
-    rewards of a group are normalised together, in float64. Raises ValueError if B is no multiple of group_size.
+    rewards of a group are normalised together, in float64. Raises ValueError where B is no whole groups of 1 or more.
     """
-    if len(step_rewards) % group_size:
+    if group_size < 1 or len(step_rewards) % group_size:
         raise ValueError(f"{len(step_rewards)} sequences are no whole groups of {group_size}")
     rows = []
     for start in range(0, len(step_rewards), group_size):
@@ -321,7 +323,8 @@ def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens
 
     The totals are those of the whole optimiser step, so that the losses of micro-batches add up to its loss.
     """
-    loss = torch.where(mask.bool(), loss, 0.0)
+    mask = mask.bool()
+    loss = torch.where(mask, loss, 0.0)
     if reduction == "sequence":
         return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / total_sequences
     if reduction == "token":
@@ -333,7 +336,8 @@ def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens
 
 def sequence_logprob(logprob, old_logprob, mask):
     """ln π_old + mean over the sequence of ln π/π_old, (B, T) [G15]: every token's ratio is GSPO's (Eq. 7) then."""
-    log_ratio = torch.where(mask.bool(), logprob - old_logprob, 0.0)
+    mask = mask.bool()
+    log_ratio = torch.where(mask, logprob - old_logprob, 0.0)
     return old_logprob + log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -2054,11 +2058,27 @@ def continue_reward_model(args, model, tokenizer, optimizer, pairs, replay, step
 # ---- Files, evaluation ----
 
 
-def save(path, content):
-    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load(path, *keys):
@@ -2078,23 +2098,25 @@ def load(path, *keys):
 
 def save_model(directory, model, tokenizer, weights=None):
     """A normal transformers directory, written aside and renamed. weights: in place of the model's own."""
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    with written_aside(directory) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
 
 
 def start_wandb(args, run_dir):
     try:
         import wandb
     except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
     options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
     try:
         wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
     except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
@@ -2151,7 +2173,8 @@ def draw_curves(metrics, path):
         axes.set(xlabel="step")
         if axes.lines:  # there is no ratio in a run that was never taught
             axes.legend(fontsize="small")
-    axes.figure.savefig(path, dpi=100)
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=100, format="png")
 
 
 # ---- What memory a run needs, on paper (--plan) ----
@@ -2375,8 +2398,18 @@ CHANGEABLE = (
 )
 
 
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
+
+
 def new_run_dir(args):
-    return f"runs/{args.task}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{args.task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def resumed_args(run_dir):
@@ -2547,9 +2580,7 @@ def train(args: Args) -> list[dict]:
         dist.broadcast_object_list(run_dir)  # its name holds the time
     run_dir = Path(run_dir[0])
     if rank == 0 and run_dir.exists() and not saved:
-        can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-        raise InputError(f"--run-dir {run_dir} exists: {hint}")
+        make_run_dir(run_dir)  # it is refused now, not after minutes
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     if args.track and rank == 0:
@@ -2558,6 +2589,7 @@ def train(args: Args) -> list[dict]:
     # 2. The policy: from disk, or a small one that has seen worked solutions
     start_dir = args.model or str(run_dir / "start")
     if args.model is None and not saved and rank == 0:
+        make_run_dir(run_dir)
         torch.manual_seed(args.seed)
         tokenizer = new_tokenizer()
         policy = new_model(tokenizer).to(args.device)
@@ -2612,6 +2644,8 @@ def train(args: Args) -> list[dict]:
             reward_optimizer.load_state_dict(saved["reward_optimizer"])
     writer = None
     if rank == 0:
+        if args.model and not saved:
+            make_run_dir(run_dir)
         writer = SummaryWriter(run_dir, purge_step=first + 1 if saved else None)
     if not saved:
         log(writer, metrics, 0, evaluate(args, policy, tokenizer, eos_ids, held_out))
@@ -2804,7 +2838,8 @@ def train(args: Args) -> list[dict]:
     if args.save_merged:
         plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
         save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
-    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
+    with written_aside(run_dir / "metrics.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
     draw_curves(metrics, run_dir / "curves.png")
     before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
     print(f"\n{len(held_out)} held-out problems   before    after")
@@ -2835,8 +2870,27 @@ def parse_args():
     return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
 
 
+def guard_output():
+    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+
+    def guarded(stream, method):
+        def call(*arguments):
+            try:
+                return method(*arguments)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what else is printed goes nowhere
+
+        return call
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            stream.write, stream.flush = guarded(stream, stream.write), guarded(stream, stream.flush)
+
+
 def main():
     """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    guard_output()
     run_dir = None
     try:
         args = parse_args()

@@ -33,10 +33,14 @@ Shapes   T steps, N environments. Rollout (T, N), flattened b_* (M,) with M ≤ 
 """
 
 import os
+import shutil
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from io import TextIOWrapper
 from math import sqrt
 from pathlib import Path
 
@@ -126,10 +130,11 @@ class InputError(ValueError):
 def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambda):
     """Generalized advantage estimation [D5]: Âₜ = δₜ + γλ (1 − doneₜ) Âₜ₊₁ (GAE Eq. 16, PPO Eq. 11–12).
 
-    All (T, N), the last two bool; returns (T, N). next_values[t] is V of the observation that step t returned, the
-    final one where an episode ended: a truncated episode would have gone on, so its V counts; a terminated one has
-    no future. done = terminated | truncated: advantages never flow from one episode into another.
+    All (T, N), the last two bool or 0 and 1; returns (T, N). next_values[t] is V of the observation that step t
+    returned, the final one where an episode ended: a truncated episode would have gone on, so its V counts; a
+    terminated one has no future. done = terminated | truncated: advantages never flow from one episode into another.
     """
+    terminated, done = terminated.bool(), done.bool()
     deltas = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
     advantages = torch.zeros_like(rewards)
     last = torch.zeros_like(rewards[0])
@@ -202,6 +207,14 @@ def make_envs(args, num_envs, **changes):
         raise InputError(f"--env-id {args.env_id}: {error}") from error
     except OSError as error:  # ALE_ROMS_DIR leads elsewhere, or the package is damaged
         raise InputError(f"--env-id {args.env_id}: its ROM is not to be had: {error}") from error
+
+
+def check_video(args):
+    """--capture-video is refused before training where it could not work after it."""
+    try:
+        import moviepy  # noqa: F401
+    except ImportError as error:
+        raise InputError("--capture-video needs moviepy: pip install moviepy") from error
 
 
 def env_seed(seed, global_step=0, evaluation=False):
@@ -289,11 +302,27 @@ def keep_freed_memory():
 # ---- Files, evaluation ----
 
 
-def save(path, content):
-    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load(path, *keys):
@@ -336,7 +365,7 @@ def play(agent, args, episodes, video_dir=None):
     if video_dir:
         from moviepy import ImageSequenceClip
 
-        video_dir.mkdir(parents=True, exist_ok=True)
+        video_dir.mkdir()
         large = [frame.repeat(3, axis=0).repeat(3, axis=1) for frame in frames]
         ImageSequenceClip(large, fps=15).write_videofile(str(video_dir / "game.mp4"), logger=None)  # 60 frames / 4
     return returns
@@ -347,7 +376,8 @@ def evaluate(agent, args, run_dir):
     returns = play(agent, args, args.eval_episodes)
     print(f"evaluation  {len(returns)} games: mean return {returns.mean():.1f}, lowest {returns.min():.1f}")
     if args.capture_video:
-        play(agent, args, 1, video_dir=run_dir / "video")
+        with written_aside(run_dir / "video") as video_dir:
+            play(agent, args, 1, video_dir)
         print(f"video       {run_dir / 'video'}")
     return returns
 
@@ -355,6 +385,8 @@ def evaluate(agent, args, run_dir):
 def evaluate_saved(args):
     """--evaluate PATH: the same for a model or checkpoint that an earlier run wrote."""
     check_device(args.device)
+    if args.capture_video:
+        check_video(args)
     saved = load(Path(args.evaluate), "agent")
     agent = Agent(make_envs(args, 1), args).to(args.device)
     try:
@@ -376,18 +408,23 @@ def draw_learning_curve(metrics, threshold, path):
         axes.axhline(threshold, color="C2", linestyle="--", label=f"solved: {threshold:g}")
     axes.set(xlabel="environment steps", ylabel="mean return of episodes")
     axes.legend()
-    axes.figure.savefig(path, dpi=120)
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=120, format="png")
 
 
 def start_wandb(args, run_dir):
     try:
         import wandb
     except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
     options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
     try:
         wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
     except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
@@ -425,9 +462,19 @@ def average_gradients(parameters, count):
 CHANGEABLE = "resume device torch_threads checkpoint_every eval_episodes save_model capture_video track wandb_project"
 
 
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
+
+
 def new_run_dir(args):
     name = args.env_id.replace("/", "-").replace(":", "-")
-    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def resumed_args(run_dir):
@@ -469,6 +516,8 @@ def train(args: Args) -> list[dict]:
         keep_freed_memory()
 
     # 2. Environments [D1], network (the same in every process), optimizer
+    if args.capture_video:
+        check_video(args)
     envs = make_envs(args, N)
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
@@ -477,10 +526,8 @@ def train(args: Args) -> list[dict]:
     # 3. Run directory, logs: the first process writes, the others only train
     run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
     if rank == 0:
-        if run_dir.exists() and not saved:
-            can_resume = (run_dir / "checkpoint.pt").exists()
-            hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-            raise InputError(f"--run-dir {run_dir} exists: {hint}")
+        if not saved:
+            make_run_dir(run_dir)
         if args.track:
             start_wandb(args, run_dir)
         writer = SummaryWriter(run_dir, purge_step=saved["global_step"] + 1 if saved else None)
@@ -664,8 +711,27 @@ def parse_args():
     return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
 
 
+def guard_output():
+    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+
+    def guarded(stream, method):
+        def call(*arguments):
+            try:
+                return method(*arguments)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what else is printed goes nowhere
+
+        return call
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            stream.write, stream.flush = guarded(stream, stream.write), guarded(stream, stream.flush)
+
+
 def main():
     """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    guard_output()
     run_dir = None
     try:
         args = parse_args()

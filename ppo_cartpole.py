@@ -33,10 +33,14 @@ Shapes   T steps, N environments. Rollout (T, N), flattened b_* (M,) with M ≤ 
 """
 
 import os
+import shutil
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from io import TextIOWrapper
 from math import sqrt
 from pathlib import Path
 
@@ -70,6 +74,7 @@ class Args:
     target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL exceeds this, in nats
     hidden_size: int = 64  # width of both hidden layers of both networks
     eval_episodes: int = 100  # greedy episodes at the end; 0 for none
+    eval_max_steps: int = 10_000  # steps after which such an episode is cut, for environments that never end
     device: str = "cpu"  # cpu, cuda, cuda:1 …
     torch_threads: int = 1  # CPU threads of torch; two gain a fifth on an idle machine, lose much on a busy one
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
@@ -84,7 +89,7 @@ class Args:
 
     def __post_init__(self):
         positive = "total_timesteps num_envs num_steps num_minibatches update_epochs learning_rate clip_coef"
-        for name in (*positive.split(), "max_grad_norm", "hidden_size", "torch_threads"):
+        for name in (*positive.split(), "max_grad_norm", "hidden_size", "torch_threads", "eval_max_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("seed", "eval_episodes", "checkpoint_every", "ent_coef", "vf_coef"):
@@ -123,10 +128,11 @@ class InputError(ValueError):
 def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambda):
     """Generalized advantage estimation [D5]: Âₜ = δₜ + γλ (1 − doneₜ) Âₜ₊₁ (GAE Eq. 16, PPO Eq. 11–12).
 
-    All (T, N), the last two bool; returns (T, N). next_values[t] is V of the observation that step t returned, the
-    final one where an episode ended: a truncated episode would have gone on, so its V counts; a terminated one has
-    no future. done = terminated | truncated: advantages never flow from one episode into another.
+    All (T, N), the last two bool or 0 and 1; returns (T, N). next_values[t] is V of the observation that step t
+    returned, the final one where an episode ended: a truncated episode would have gone on, so its V counts; a
+    terminated one has no future. done = terminated | truncated: advantages never flow from one episode into another.
     """
+    terminated, done = terminated.bool(), done.bool()
     deltas = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
     advantages = torch.zeros_like(rewards)
     last = torch.zeros_like(rewards[0])
@@ -174,7 +180,8 @@ def make_envs(args, num_envs, render_mode=None):
     """num_envs copies that step together: the environment's own vector form where it has one, else SyncVectorEnv."""
     env_id = args.env_id
     try:
-        envs = gym.make_vec(env_id, num_envs=num_envs, render_mode=render_mode)
+        mode = {"render_mode": render_mode} if render_mode else {}  # some classes take none
+        envs = gym.make_vec(env_id, num_envs=num_envs, **mode)
     except (gym.error.Error, ImportError) as error:
         raise InputError(f"--env-id {env_id}: {error}") from error
     actions, observations = envs.single_action_space, envs.single_observation_space
@@ -191,6 +198,36 @@ def make_envs(args, num_envs, render_mode=None):
     if (mode := envs.metadata.get("autoreset_mode")) is not gym.vector.AutoresetMode.NEXT_STEP:
         raise InputError(f"--env-id {env_id} resets by {mode}; this script needs NEXT_STEP")
     return envs
+
+
+def check_video(args):
+    """--capture-video is refused before training where it could not work after it."""
+    try:
+        import moviepy  # noqa: F401
+    except ImportError as error:
+        raise InputError("--capture-video needs moviepy: pip install moviepy") from error
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames are drawn without a screen
+    reason = "its render() returned nothing"
+    try:
+        envs = make_envs(args, 1, render_mode="rgb_array")
+        envs.reset(seed=0)
+        is_drawn = envs.render()[0] is not None
+        envs.close()
+    except Exception as error:  # whatever an environment raises that cannot draw
+        is_drawn, reason = False, (str(error) or type(error).__name__).splitlines()[0]
+    if not is_drawn:
+        raise InputError(f"--capture-video: {args.env_id} cannot draw itself: {reason}")
+
+
+def check_finite(args, what, numbers, steps):
+    """numbers (N, …) as the environments returned them, in the step of its episode that steps (N,) counts."""
+    if np.isfinite(numbers).all():
+        return
+    i = int(np.argmin(np.isfinite(numbers).reshape(len(numbers), -1).all(1)))
+    bad = numbers[i][~np.isfinite(numbers[i])] if np.ndim(numbers) > 1 else numbers[i : i + 1]
+    raise InputError(
+        f"--env-id {args.env_id}: environment {i} returned {bad[0]} in its {what}, in step {steps[i]} of its episode"
+    )
 
 
 def env_seed(seed, global_step=0, evaluation=False):
@@ -259,11 +296,27 @@ def check_device(device):
 # ---- Files, evaluation ----
 
 
-def save(path, content):
-    """Write to a temporary file, then rename: whoever is killed here leaves the old file or the new one, whole."""
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load(path, *keys):
@@ -285,17 +338,21 @@ def play(agent, args, episodes, video_dir=None):
     """Returns of greedy episodes: the first of each environment, or short episodes would be over-represented."""
     envs = make_envs(args, episodes, render_mode="rgb_array" if video_dir else None)
     if video_dir:
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames are drawn without a screen
         envs = gym.wrappers.vector.RecordVideo(envs, str(video_dir), episode_trigger=lambda episode: episode == 0)
     obs, _ = envs.reset(seed=env_seed(args.seed, evaluation=True))
-    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    while running.any():
+    returns, running, steps = np.zeros(episodes), np.ones(episodes, dtype=bool), 0
+    while running.any() and steps < args.eval_max_steps:
+        check_finite(args, "observation", obs, [steps] * episodes)
         with torch.inference_mode():
             actions = agent.actor(torch.as_tensor(obs, dtype=torch.float32, device=args.device)).argmax(-1)
         obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+        steps += 1
+        check_finite(args, "reward", rewards, [steps] * episodes)
         returns += rewards * running
         running &= ~(terminated | truncated)
     envs.close()
+    if running.any():
+        print(f"evaluation  {running.sum()} of {episodes} episodes were cut after {steps} steps, --eval-max-steps")
     return returns
 
 
@@ -304,7 +361,8 @@ def evaluate(agent, args, run_dir):
     returns = play(agent, args, args.eval_episodes)
     print(f"evaluation  {len(returns)} greedy episodes: mean return {returns.mean():.1f}, lowest {returns.min():.1f}")
     if args.capture_video:
-        play(agent, args, 1, video_dir=run_dir / "video")
+        with written_aside(run_dir / "video") as video_dir:
+            play(agent, args, 1, video_dir)
         print(f"video       {run_dir / 'video'}")
     return returns
 
@@ -312,6 +370,8 @@ def evaluate(agent, args, run_dir):
 def evaluate_saved(args):
     """--evaluate PATH: the same for a model or checkpoint that an earlier run wrote."""
     check_device(args.device)
+    if args.capture_video:
+        check_video(args)
     saved = load(Path(args.evaluate), "agent")
     agent = Agent(make_envs(args, 1), args).to(args.device)
     try:
@@ -333,18 +393,23 @@ def draw_learning_curve(metrics, threshold, path):
         axes.axhline(threshold, color="C2", linestyle="--", label=f"solved: {threshold:g}")
     axes.set(xlabel="environment steps", ylabel="mean return of episodes")
     axes.legend()
-    axes.figure.savefig(path, dpi=120)
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=120, format="png")
 
 
 def start_wandb(args, run_dir):
     try:
         import wandb
     except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         raise InputError("--track needs Weights & Biases: pip install wandb") from error
     options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
     try:
         wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
     except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
 
@@ -352,12 +417,25 @@ def start_wandb(args, run_dir):
 # ---- Training ----
 
 # what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every eval_episodes save_model capture_video track wandb_project"
+CHANGEABLE = (
+    "resume device torch_threads checkpoint_every eval_episodes eval_max_steps save_model capture_video track "
+    "wandb_project"
+)
+
+
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
 
 
 def new_run_dir(args):
     name = args.env_id.replace("/", "-").replace(":", "-")
-    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def resumed_args(run_dir):
@@ -386,6 +464,8 @@ def train(args: Args) -> list[dict]:
     torch.manual_seed(args.seed)
 
     # 2. Environments [D1], networks, optimizer
+    if args.capture_video:
+        check_video(args)
     envs = make_envs(args, args.num_envs)
     threshold = envs.spec.reward_threshold  # mean return at which Gymnasium calls this environment solved, or None
     agent = Agent(envs, args).to(args.device)
@@ -393,10 +473,8 @@ def train(args: Args) -> list[dict]:
 
     # 3. Run directory, logs
     run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
-    if run_dir.exists() and not saved:
-        can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-        raise InputError(f"--run-dir {run_dir} exists: {hint}")
+    if not saved:
+        make_run_dir(run_dir)
     if args.track:
         start_wandb(args, run_dir)
     writer = SummaryWriter(run_dir, purge_step=saved["global_step"] + 1 if saved else None)
@@ -429,6 +507,7 @@ def train(args: Args) -> list[dict]:
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None and args.device.startswith("cuda"):
             torch.cuda.set_rng_state(saved["cuda_rng"], args.device)
+    check_finite(args, "observation", next_obs, episode_length)
     obs[T] = torch.as_tensor(next_obs)
     start_time = time.perf_counter() - seconds
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
@@ -456,6 +535,8 @@ def train(args: Args) -> list[dict]:
             is_transition[t] = torch.as_tensor(~was_done)  # the step after done ignores its action: no transition
             episode_return += reward * ~was_done
             episode_length += ~was_done
+            check_finite(args, "reward", reward, episode_length)
+            check_finite(args, "observation", next_obs, episode_length)
             for i in np.flatnonzero(is_done):
                 finished.append((float(episode_return[i]), int(episode_length[i])))
                 episode_return[i] = episode_length[i] = 0
@@ -503,7 +584,10 @@ def train(args: Args) -> list[dict]:
 
         with torch.inference_mode():
             if not agent.actor(obs[T]).isfinite().all():
-                raise InputError(f"the policy is no longer finite at step {global_step}: lower --learning-rate")
+                raise InputError(
+                    f"the policy is no longer finite at step {global_step}: lower --learning-rate, or scale the "
+                    f"rewards (the largest is {float(rewards.abs().max()):g})"
+                )
 
         # 11. Metrics: the losses are means over every minibatch
         seconds = time.perf_counter() - start_time
@@ -582,8 +666,27 @@ def parse_args():
     return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
 
 
+def guard_output():
+    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+
+    def guarded(stream, method):
+        def call(*arguments):
+            try:
+                return method(*arguments)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what else is printed goes nowhere
+
+        return call
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            stream.write, stream.flush = guarded(stream, stream.write), guarded(stream, stream.flush)
+
+
 def main():
     """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    guard_output()
     run_dir = None
     try:
         args = parse_args()

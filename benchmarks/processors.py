@@ -73,11 +73,11 @@ def rlhf(args, run_dir):
     (accuracy,) = (row["reward/held_out_accuracy"] for row in metrics if "reward/held_out_accuracy" in row)
     return {
         "held-out pairs": accuracy,
-        "truly positive before": before["eval/gold"],
-        "truly positive": after["eval/gold"],
-        "KL": after["eval/kl"],
+        "truly positive before": before["objective/gold"],
+        "truly positive": after["objective/gold"],
+        "KL": after["objective/kl"],
         "largest KL": max(row["objective/kl"] for row in rollouts),
-        "distinct-2": after["eval/distinct_2"] / before["eval/distinct_2"] - 1,
+        "distinct-2": after["response/distinct_2"] / before["response/distinct_2"] - 1,
         "curve of KL": [round(row["objective/kl"], 3) for row in rollouts],
         "curve of truth": [round(row["objective/gold"], 3) for row in rollouts],
     }

@@ -1,11 +1,11 @@
-"""rlhf_gpt2_ppo.py, measured: five seeds of the default run, real sentences, a real judge. Hacking: claims/hacking.py.
+"""rlhf_gpt2_ppo.py, measured: one thread and two, real sentences, a real judge. The default run over seeds and
+instruction sets is processors.py, the first update rlhf_first_update.py, reward hacking claims/hacking.py.
 
-Run      python benchmarks/rlhf.py seeds                          (the default run, seeds 1 to 5; rlhf_seeds.png)
-         python benchmarks/rlhf.py threads                        (the default run on one thread and on two)
+Run      python benchmarks/rlhf.py threads                        (the default run on one thread and on two)
          python benchmarks/rlhf.py broken                         (stage 3 with one flag that it should not have)
          python benchmarks/rlhf.py sentences --shared ../shared   (reviews by people, GPT-2's BPE; rlhf_sentences.png)
          python benchmarks/rlhf.py judge --shared ../shared --judge DIR    (an instruct model's preferences)
-         python benchmarks/rlhf.py seeds --plot                   (redraws the figure from the kept results)
+         python benchmarks/rlhf.py sentences --plot               (redraws the figure from the kept results)
 Writes   benchmarks/results/rlhf_NAME.jsonl (raw: a line naming the machine, then lines of each run),
          for some a figure in docs/figures; models go to --work
 
@@ -49,23 +49,19 @@ def run(name, flags, work):
     return rows
 
 
-def seeds(args):
-    return [row for seed in range(1, 6) for row in run(f"seed {seed}", ["--seed", seed], args.work)]
-
-
 def threads(args):
     return [row for n in (1, 2) for row in run(f"{n} threads", ["--torch-threads", n], args.work)]
 
 
 def broken(args):
     """The runs of docs/3_rlhf.md that go wrong on purpose: the default run's stages, a flag of stage 3 changed."""
-    rows = run("sft", ["--stage", "sft"], args.work)
+    rows = run("sft", ["--stage", "sft", "--sft-steps", 200], args.work)
     sft = ["--model", args.work / "sft" / "sft"]
-    rows += run("reward", ["--stage", "reward", *sft], args.work)
+    rows += run("reward", ["--stage", "reward", "--reward-steps", 200, *sft], args.work)
     ppo = ["--stage", "ppo", *sft, "--reward-model", args.work / "reward" / "reward"]
     fast = ["--learning-rate", 1e-2, "--warmup-iterations", 0, "--ppo-iterations", 12]
     rows += run("learning rate 1e-2", [*ppo, *fast], args.work)
-    short = ["--missing-eos-penalty", 0, "--length-penalty", 0.3]
+    short = ["--missing-eos-penalty", 0, "--length-penalty", 0.3, "--learning-rate", 6e-4, "--warmup-iterations", 0]
     return rows + run("a token costs 0.3, a missing EOS nothing", [*ppo, *short], args.work)
 
 
@@ -124,7 +120,7 @@ def draw(path, figure):
     panels = Figure(figsize=(10, 6.5), layout="constrained").subplots(2, 2)
     titles = {"objective/scores": "score of the reward model", "objective/gold": ""}
     titles |= {"objective/kl": "KL to the reference, nats a response", "response/length": "tokens a response"}
-    titles["objective/gold"] = "the other reward model's score" if path.stem == "rlhf_sentences" else "truly positive"
+    titles["objective/gold"] = "the other reward model's score"
     runs = dict.fromkeys(row["run"] for row in rows if row.get("stage") == "ppo")
     for axes, (key, title) in zip(panels.flat, titles.items()):
         for name in runs:
@@ -138,7 +134,7 @@ def draw(path, figure):
 
 
 def main():
-    programs = {program.__name__: program for program in (seeds, threads, broken, sentences, judge)}
+    programs = {program.__name__: program for program in (threads, broken, sentences, judge)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=programs)
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_NAME")
@@ -156,8 +152,8 @@ def main():
         lines = [json.dumps(row, ensure_ascii=False).replace(str(args.work), "WORK") for row in (head, *rows)]
         lines = [line.replace(str(args.judge), "JUDGE").replace(str(ROOT.parent), "..") for line in lines]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if args.name in ("seeds", "sentences"):
-        draw(path, ROOT / "docs" / "figures" / f"rlhf_{args.name}.png")
+    if args.name == "sentences":
+        draw(path, ROOT / "docs" / "figures" / "rlhf_sentences.png")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ Run      python benchmarks/rlhf_first_update.py           (about 12 minutes on o
 Writes   benchmarks/results/rlhf_first_update.jsonl (raw: a line naming the machine, then a line a seed and change);
          models go to --work
 
-For each seed, stages 1 and 2 of the default run; then from the same models, the same first 96 responses and the same
-minibatches, the four gradient steps of iteration 1 with one thing changed. After each step: the k3 estimate of the KL
-to the sampler, a token, over the whole rollout. After the fourth: the KL to the reference of the next 96 responses, a
-response. At last, the first 12 iterations of the script itself, with and without warm-up: how far the mean weight of
-the policy moves in a step, as a share of the full learning rate, and the largest KL of a rollout.
+For each seed, stages 1 and 2 of 200 and 400 steps. Then, at a learning rate of 6e-4, from the same models, the same
+first 96 responses and the same minibatches, the four gradient steps of iteration 1 with one thing changed. After each
+step: the k3 estimate of the KL to the sampler, a token, over the whole rollout. After the fourth: the KL to the
+reference of the next 96 responses, a response. At last, the first 12 iterations of the script itself, with and without
+warm-up: how far the mean weight of the policy moves in a step, as a share of the full learning rate, and the largest KL
+of a rollout.
 """
 
 import argparse
@@ -47,10 +48,11 @@ def prepare(seed, work):
     """Stages 1 and 2 of a seed, unless they are there: (settings, tokenizer, prompts)."""
     sft, reward = str(work / f"{seed}_sft" / "sft"), str(work / f"{seed}_reward" / "reward")
     if not Path(sft).is_dir():
-        rlhf.train(rlhf.Args(stage="sft", seed=seed, run_dir=str(Path(sft).parent)))
+        rlhf.train(rlhf.Args(stage="sft", seed=seed, sft_steps=200, run_dir=str(Path(sft).parent)))
     if not Path(reward).is_dir():
-        rlhf.train(rlhf.Args(stage="reward", model=sft, seed=seed, run_dir=str(Path(reward).parent)))
-    args = rlhf.Args(stage="ppo", model=sft, reward_model=(reward,), seed=seed)
+        settings = {"model": sft, "seed": seed, "reward_steps": 400, "run_dir": str(Path(reward).parent)}
+        rlhf.train(rlhf.Args(stage="reward", **settings))
+    args = rlhf.Args(stage="ppo", model=sft, reward_model=(reward,), seed=seed, learning_rate=FULL)
     rows = rlhf.load_rows(args)
     texts, _ = rlhf.texts_and_pairs(rows[-(-len(rows) // 10) :], args)
     _, tokenizer = rlhf.start_model(args, sft)

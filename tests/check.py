@@ -20,8 +20,25 @@ def check(actual, expected, equation, case, rtol=1e-9, atol=1e-9):
         difference = (got - expected).abs()
         hint = ""
         if difference.max() < 1e-5 * expected.abs().max():
-            hint = " (as coarse as float32: a torch.zeros or .float() inside? torch.zeros_like keeps the dtype)"
+            hint = (
+                " (as coarse as float32. A Python float times a bool or integer tensor is float32: turn the tensor "
+                "into numbers of the others' dtype first, or use torch.where. torch.zeros and .float() are float32 "
+                "too: torch.zeros_like keeps the dtype)"
+            )
         pytest.fail(f"{message}\n  differs   by up to {float(difference.max()):.3g}{hint}", pytrace=False)
+
+
+def check_every_kind(function, masks, expected, equation, case):
+    """`function` gives `expected` whether the masks that it takes, lists of 0 and 1, are bool, integer or float."""
+    __tracebackhide__ = True
+    for kind in (torch.bool, torch.long, torch.float64):
+        case_of_kind = f"{case}, masks and dones of {kind}"
+        try:
+            result = function(*(torch.tensor(mask).to(kind) for mask in masks))
+        except Exception as error:
+            message = f"{equation}\n  case      {case_of_kind}\n  expected  {expected}\n  got       {error!r}"
+            pytest.fail(message, pytrace=False)
+        check(result, expected, equation, case_of_kind)
 
 
 def value_and_gradient(function, argument, *rest):

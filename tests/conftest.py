@@ -4,10 +4,16 @@ python -m pytest --script my_ppo.py     checks the equations of any file: those 
 python -m pytest --mutant FILE          runs the whole suite on FILE in place of the script of that name
 """
 
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import contract
 import gymnasium as gym
+import mutants
 import pytest
 import torch
+from script_summary import ScriptSummary
 
 # CartPole with a time limit of 12 steps, so that a random policy reaches both ends of an episode: the pole falls in
 # some, the limit cuts others. The second is the same without a vector form of its own.
@@ -17,6 +23,10 @@ for env_id, vector in (("ShortCartPole-v1", f"{CARTPOLE}VectorEnv"), ("ShortCart
         gym.register(env_id, f"{CARTPOLE}Env", vector_entry_point=vector, max_episode_steps=12, reward_threshold=475)
 
 
+def refuse(sentence):
+    pytest.exit(f"error: {sentence}", returncode=2)
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)
     for option in ("--script", "--mutant"):
@@ -24,23 +34,16 @@ def pytest_configure(config):
         if path is None:
             continue
         if not path.is_file():
-            raise pytest.UsageError(f"{option} {path}: there is no such file")
+            refuse(f"{option} {path}: there is no such file")
+        if option == "--mutant" and path.name not in mutants.SUITES:
+            refuse(f"--mutant takes a file with the name of a script: {mutants.no_such_script(path.name)}")
         if option == "--script":
             try:
                 contract.load_script(path)
             except (Exception, SystemExit) as error:
-                raise pytest.UsageError(
-                    f"--script {path} cannot be imported: {type(error).__name__}: {error}"
-                ) from None
-
-
-def pytest_collection_modifyitems(config, items):
-    """--script keeps the equation tests alone, those of the family that the file belongs to."""
-    if config.getoption("--script") is not None:
-        (family,) = scripts_of(config).values()
-        kept = [item for item in items if item.get_closest_marker("equation") and family in families_of(item.module)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+                refuse(f"--script {path} cannot be imported: {type(error).__name__}: {error}")
+            config.pluginmanager.register(ScriptSummary(path))
+            config.option.verbose, config.option.reportchars = -1, ""  # its own summary says it
 
 
 def scripts_of(config):
@@ -60,27 +63,22 @@ def pytest_generate_tests(metafunc):
     """A test that asks for an equation by its name runs once for every script of its families that has it."""
     scripts = {path: own for path, own in scripts_of(metafunc.config).items() if own in families_of(metafunc.module)}
     for name in sorted(EQUATIONS & set(metafunc.fixturenames)):  # one order in every process
-        cases = [(path, name, functions[name]) for path, functions in scripts.items() if name in functions]
-        ids = [path.stem for path, *_ in cases]
+        cases = [contract.Case(path, name, functions[name]) for path, functions in scripts.items() if name in functions]
+        ids = [case.path.stem for case in cases]
         metafunc.parametrize(name, cases, ids=ids, indirect=True, scope="session")
+    if "any_function" in metafunc.fixturenames:
+        cases = [contract.Case(path, *own) for path, functions in scripts.items() for own in functions.items()]
+        metafunc.parametrize("any_function", cases, ids=[f"{case.path.stem}-{case.name}" for case in cases])
 
 
 def find_equation(request):
     path, name, arguments = request.param
     function = getattr(contract.load_script(path), name, None)
     if function is None:
-        lacking = f"{path.name} defines no {name}"
-        if request.config.getoption("--script") is not None:
-            pytest.skip(lacking)
-        pytest.fail(lacking)
-    if contract.signature_error(function, arguments):
-        pytest.skip(f"{path.name}: the arguments of {name} are not the contract's, see test_arguments")
+        pytest.fail(f"{path.name} defines no {name}", pytrace=False)
+    if error := contract.signature_error(function, arguments):
+        pytest.fail(f"{path.name}: {error}", pytrace=False)
     return function
-
-
-@pytest.fixture(scope="session")
-def scripts(request):
-    return scripts_of(request.config)
 
 
 # a fixture for each equation: compute_gae, token_logprobs, …
@@ -240,3 +238,71 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
         return grpo.Args(**{**defaults, **changes})
 
     return make
+
+
+# ---- What a run shows, caught (test_*_reports.py) ----
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Instead of PNGs: for each picture its panels, each {label: its points} and "x", "y": the names of the axes."""
+    from matplotlib.figure import Figure
+
+    found = []
+
+    def keep(figure, path, **options):
+        found.append(
+            [
+                {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in axes.lines}
+                | {"x": axes.get_xlabel(), "y": axes.get_ylabel(), "legend": axes.get_legend() is not None}
+                for axes in figure.axes
+            ]
+        )
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return found
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Instead of progress bars: how each was made, how far it came, and what it showed beside."""
+    found = []
+
+    class Bar:
+        def __init__(self, steps=None, total=None, initial=0, **options):
+            self.steps, self.total, self.n, self.shown = steps, total, initial, []
+            self.options = options
+            found.append(self)
+
+        def __iter__(self):
+            for step in self.steps:
+                yield step
+                self.n += 1
+
+        def update(self, count):
+            self.n += count
+
+        def set_postfix(self, shown=(), refresh=True, **more):
+            self.shown.append({**dict(shown), **more})
+
+        def close(self):
+            pass
+
+    import tqdm
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(tqdm, "trange", lambda *limits, **options: Bar(range(*limits), **options))
+    return found
+
+
+@pytest.fixture
+def clock_of(monkeypatch):
+    """clock_of(script): its clock gains one second each time it is read."""
+
+    def start(script):
+        seconds = iter(range(1000, 100_000))
+        fake = SimpleNamespace(perf_counter=lambda: float(next(seconds)), strftime=time.strftime)
+        monkeypatch.setattr(script, "time", fake)
+
+    return start

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +36,18 @@ GRPO = {
     "grpo_token_loss": ["logprob", "old_logprob", "ref_logprob", "advantage", "clip_low", "clip_high", "beta"],
     "reduce_loss": ["loss", "mask", "reduction", "total_tokens", "total_sequences", "max_tokens"],
 }
+
+# every name once, those that others are made of before these others
+SIMPLE_FIRST = list(dict.fromkeys(["approx_kl", *RLHF, *PPO, *GRPO]))
+
+
+class Case(NamedTuple):
+    """A function that a test asks for by its name."""
+
+    path: Path
+    name: str
+    arguments: list
+
 
 # script → the contract that it fulfils. A test file says whose equations it checks in FAMILIES; without, PPO's
 SCRIPTS = {

@@ -6,6 +6,8 @@ python tests/mutants.py --write N FILE [SCRIPT]   writes SCRIPT, by default ppo_
 python -m pytest -m mutants        the same as a test: every one must be caught
 """
 
+import argparse
+import difflib
 import re
 import shutil
 import subprocess
@@ -18,18 +20,21 @@ ROOT = Path(__file__).resolve().parent.parent
 # script → the part of the suite that looks at it, quick tests first
 EQUATIONS = ("compute_gae", "clipped_policy_loss", "clipped_value_loss", "approx_kl")
 SUITES = {
-    "ppo_cartpole.py": [f"tests/test_{name}.py" for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "track")],
+    "ppo_cartpole.py": [
+        f"tests/test_{name}.py"
+        for name in (*EQUATIONS, "cartpole_loop", "cartpole_runs", "cartpole_reports", "track", "machinery")
+    ],
     "ppo_atari.py": [
         "tests/test_atari.py",
         "tests/test_track.py",
     ],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
-    "rlhf_gpt2_ppo.py": [f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "track")],
+    "rlhf_gpt2_ppo.py": [
+        f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "rlhf_reports", "track")
+    ],
     "grpo_llm.py": [
-        *(
-            f"tests/test_grpo_{name}.py"
-            for name in ("equations", "verifiers", "model", "families", "loop", "runs", "full_size")
-        ),
-        *("tests/test_grpo_adapters.py", "tests/test_grpo_reward_model.py", "tests/test_track.py"),
+        *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
+        *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families")),
+        "tests/test_track.py",
     ],
 }
 
@@ -128,7 +133,7 @@ CARTPOLE = [
     ("environment not restored on resume", '            restore_envs(envs, saved["envs"])\n', ""),
     (
         "checkpoint written in place",
-        "    torch.save(content, temporary)\n    os.replace(temporary, path)",
+        "    with written_aside(path) as temporary:\n        torch.save(content, temporary)",
         "    torch.save(content, path)",
     ),
     ("checkpoint unpickled without a guard", "weights_only=True", "weights_only=False"),
@@ -164,6 +169,25 @@ CARTPOLE = [
     ),
     ("evaluation counts later episodes", "returns += rewards * running", "returns += rewards"),
     ("W&B not told of TensorBoard", "sync_tensorboard=True)", "sync_tensorboard=False)"),
+    ("dones of 0 and 1 not taken", "    terminated, done = terminated.bool(), done.bool()\n", ""),
+    ("NaN of an environment goes on", "    if np.isfinite(numbers).all():\n", "    if True:\n"),
+    (
+        "the first environment is blamed",
+        "i = int(np.argmin(np.isfinite(numbers).reshape(len(numbers), -1).all(1)))",
+        "i = 0",
+    ),
+    (
+        "an evaluation that is cut late",
+        "while running.any() and steps < args.eval_max_steps:",
+        "while running.any() and steps < 10 * args.eval_max_steps:",
+    ),
+    ("a film is tried after training", "is_drawn = envs.render()[0] is not None", "is_drawn = True"),
+    ("two runs in one directory", "run_dir.mkdir(parents=True)", "run_dir.mkdir(parents=True, exist_ok=True)"),
+    ("half a file is left", "else temporary.unlink(missing_ok=True)", "else None"),
+    ("a full disk is a traceback", "        if isinstance(error, Exception):  # on", "        if False:  # on"),
+    ("a pipe that broke ends the run", "            except BrokenPipeError:", "            except FileNotFoundError:"),
+    ("letters that the terminal lacks", '            stream.reconfigure(errors="replace")\n', ""),
+    ("runs of one second share a name", "%H%M%S-%f}", "%H%M%S}"),
 ]
 
 ATARI = [
@@ -294,15 +318,15 @@ RLHF = [
     ("mask multiplied, NaN leaks", "return torch.where(mask, x, 0.0).sum() / mask", "return (x * mask).sum() / mask"),
     (
         "whitening loses the mean that it should keep",
-        "return whitened if shift_mean else torch.where(mask.bool(), whitened + mean, 0.0)",
+        "return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)",
         "return whitened",
     ),
     (
         "score on the last column",
-        "is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask.bool()",
+        "is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask",
         "is_last = nn.functional.one_hot(torch.full_like(last_real(mask), mask.shape[1] - 1), mask.shape[1]).bool()",
     ),
-    ("score on every token", "torch.where(is_last, score", "torch.where(mask.bool(), score"),
+    ("score on every token", "torch.where(is_last, score", "torch.where(mask, score"),
     ("KL penalty of the wrong sign", "-kl_coef * (logprob - ref_logprob)", "kl_coef * (logprob - ref_logprob)"),
     ("GAE reads the values of padding", "    values = torch.where(mask, values, 0.0)\n", ""),
     ("λ forgotten", "delta + gamma * gae_lambda * last", "delta + gamma * last"),
@@ -437,6 +461,18 @@ RLHF = [
         "own_pairs = pair_ids",
     ),
     ("after rated with other random numbers", '    torch.manual_seed(stage_seed(args, "rate"))\n', ""),
+    (
+        "masks of 0 and 1 not taken",
+        "    mask = mask.bool()\n    return torch.where(mask, x, 0.0).sum()",
+        "    return torch.where(mask, x, 0.0).sum()",
+    ),
+    (
+        "evaluations among the rollouts' points",
+        'f"eval/{name}" if stage == "eval" else name',
+        "name",
+    ),
+    ("perplexity after the first step", "if step + 1 == args.sft_steps:", "if step == 0:"),
+    ("bins of calibration half as fine", "((confidence - 0.5) * 2 * bins)", "((confidence - 0.5) * bins)"),
 ]
 
 # (script, what is wrong, the right text, the wrong text)
@@ -473,7 +509,7 @@ GRPO = [
     ("loss maximised", "loss = -torch.min(ratio", "loss = torch.min(ratio"),
     ("β ignored", "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss + kl_k3(logprob, ref_logprob)\n\n"),
     ("KL rewarded", "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss - beta * kl_k3(logprob, ref_logprob)\n\n"),
-    ("mask ignored", "    loss = torch.where(mask.bool(), loss, 0.0)\n", ""),
+    ("mask ignored", "    loss = torch.where(mask, loss, 0.0)\n", ""),
     (
         "sequences divided by the width of the batch",
         "(loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / total_sequences",
@@ -543,7 +579,7 @@ GRPO = [
     (
         "tokens after EOS go on",
         "going &= ~torch.isin(token, eos)\n        live",
-        "pass\n        live",
+        "live",
     ),
     (
         "one EOS of several",
@@ -551,15 +587,21 @@ GRPO = [
         "going &= token != eos[0]\n        live",
     ),
     (
+        "tokens after EOS go on, plainly",
+        "going &= ~torch.isin(token, eos)\n        if",
+        "if",
+    ),
+    (
         "positions of the sampler count padding",
-        "columns[None, Q + t : Q + t + 1], lengths[rows] + t",
-        "columns[None, Q + t : Q + t + 1], torch.full_like(token, Q + t)",
+        "lengths[rows] + t\n        if is_fixed",
+        "torch.full_like(token, Q + t)\n        if is_fixed",
     ),
     (
         "the sampler sees padding",
-        "attention_masks(model, seen[rows, None, None, : Q + t + 1], column",
-        "attention_masks(model, torch.ones_like(seen[rows, None, None, : Q + t + 1]), column",
+        "masks = attention_masks(model, seen[rows, None, None, : Q + t + 1],",
+        "masks = attention_masks(model, torch.ones_like(seen[rows, None, None, : Q + t + 1]),",
     ),
+    ("windows of attention ignored", 'if kind == "sliding_attention" and window:', "if False:"),
     ("rows that leave mix up the cache", "room[holes, :, :used] = room[movers, :, :used]", "pass"),
     (
         "positions go on through the row",
@@ -573,7 +615,7 @@ GRPO = [
     ),
     ("prompts see each other", "visible = same_prompt & (", "visible = ("),
     ("the prompt's last state missed", "                last = end - 1\n", "                last = end - 2\n"),
-    ("rows above their capacity", "            if needed > room or not", "            if needed > room + 5 or not"),
+    ("rows above their capacity", "            if needed > room or", "            if needed > room + 5 or"),
     (
         "rounded to the nearest",
         "    return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)",
@@ -728,18 +770,12 @@ GRPO = [
     ("the plan forgets gradients", "held = largest if away else gradients", "held = 0"),
     ("the plan learns from nothing", "for _ in rows[:2]:", "for _ in rows[:0]:"),
     ("fixed shapes see what was never written", "seen[rows] & (columns <= Q + t)", "seen[rows]"),
-    (
-        "fixed shapes write one column late",
-        "now = token, position, column[0], masks",
-        "now = token, position, column[0] - 1, masks",
-    ),
-    ("windows ignored", 'if kind == "sliding_attention" and window:', "if False:"),
     ("a window one token too wide", "keys[:, None, None, :] < window)", "keys[:, None, None, :] <= window)"),
     ("the paths are compared within the window alone", "for length in sorted({20, beyond}):", "for length in (20,):"),
     (
         "the paths are compared in evaluation mode",
-        "policy_logprobs(path, model.train(), prompts",
-        "policy_logprobs(path, model, prompts",
+        "path, model.train(), prompts, tokens",
+        "path, model, prompts, tokens",
     ),
     ("capped logits taken as the head makes them", "if odd_logits and not reason:", "if False:"),
     (
@@ -754,24 +790,11 @@ GRPO = [
     ),
     (
         "plain positions count padding",
-        "positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]",
-        "positions = torch.arange(attention_mask.shape[1], device=device).expand(B, -1)[:, -ids.shape[1] :]",
+        "positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[",
+        "positions = (torch.ones_like(attention_mask).cumsum(-1) - 1)[",
     ),
-    (
-        "plain scores one token late",
-        "logits_to_keep=kept).logits[:, -kept:-1]",
-        "logits_to_keep=kept).logits[:, -kept + 1 :]",
-    ),
-    (
-        "plain tokens after EOS go on",
-        "        going &= ~torch.isin(token, eos)\n        if not going.any():",
-        "        if not going.any():",
-    ),
-    (
-        "the reference scored by the other path",
-        "    model.plain_because = plain_because  # what was found out about the policy\n",
-        "",
-    ),
+    ("plain scores one token late", "kept).logits[:, -kept:-1]", "kept).logits[:, -kept + 1 :]"),
+    ("fixed shapes write one column late", "columns[None, Q + t : Q + t + 1]", "columns[None, Q + t - 1 : Q + t]"),
     (
         "unpacked weights kept for the backward pass",
         "Int8Linear.apply(x, module.weight, module.scale)",
@@ -805,8 +828,8 @@ GRPO = [
     ),
     (
         "a truncated answer gets the reward model's EOS",
-        "(told(args, group.problem), text, not cut)",
-        "(told(args, group.problem), text, True)",
+        "(prompt, text, not cut)",
+        "(prompt, text, True)",
     ),
     ("the first adapter dropped", "if base and not args.lora_rank:\n", "if False:\n"),
     (
@@ -829,6 +852,22 @@ GRPO = [
         "pad_id = tokenizer.pad_token_id or 0  # it",
     ),
     ("bytes taken for kilobytes", '1 if sys.platform == "darwin" else 1024', "1024"),
+    (
+        "groups of none divide by zero",
+        "if group_size < 1 or len(rewards) % group_size:",
+        "if len(rewards) % group_size:",
+    ),
+    (
+        "sequences in groups of none",
+        "if group_size < 1 or len(step_rewards) % group_size:",
+        "if len(step_rewards) % group_size:",
+    ),
+    (
+        "masks of 0 and 1 not taken",
+        "    mask = mask.bool()\n    loss = torch.where(mask",
+        "    loss = torch.where(mask",
+    ),
+    ("the first evaluation for the last", "for rows in (metrics, metrics[::-1]))", "for rows in (metrics, metrics))"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 
@@ -879,13 +918,21 @@ def catch(mutant, folder):
     return caught_by or killer(path)
 
 
-def write(number="", file="", script="ppo_cartpole.py"):
+def no_such_script(name):
+    """The sentence for a name that is none of the scripts'; it names the one that was probably meant."""
+    meant = difflib.get_close_matches(Path(name).name, SUITES, 1)
+    return f"{name} is none of {', '.join(SUITES)}{f': did you mean {meant[0]}?' if meant else ''}"
+
+
+def write(number="", file="", script="ppo_cartpole.py", *rest):
     """The exercise: script with its number-th bug, as file. Returns what went wrong, or None."""
     own = [mutant for mutant in MUTANTS if mutant[0] == script]
     if not own:
-        return f"{script} is none of {', '.join(SUITES)}"
+        return no_such_script(script)
     if not number.isdecimal() or not 1 <= int(number) <= len(own) or not file:
         return f"--write takes a number from 1 to {len(own)}, so many bugs {script} has here, and a file to write"
+    if rest:
+        return f"--write takes a number, a file and a script, got {' '.join(rest)} too"
     if not Path(file).resolve().parent.is_dir():
         return f"{file}: there is no such directory, mkdir it first"
     with tempfile.TemporaryDirectory() as folder:
@@ -893,18 +940,27 @@ def write(number="", file="", script="ppo_cartpole.py"):
     print(f"{file} is {script} with one wrong line")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--write"]:
-        if wrong := write(*sys.argv[2:5]):
-            print(f"error: {wrong}", file=sys.stderr)
-            sys.exit(2)
-        sys.exit()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", nargs="*", help=f"plant the bugs of these scripts alone: {', '.join(SUITES)}")
+    parser.add_argument("--write", nargs="+", metavar=("N", "FILE"), help="write one script with its N-th bug to FILE")
+    args = parser.parse_args()
+    if args.write:
+        if wrong := write(*args.write, *args.script):
+            parser.error(wrong)
+        return 0
+    if unknown := [name for name in args.script if name not in SUITES]:
+        parser.error(no_such_script(unknown[0]))
     survivors = 0
-    wanted = [mutant for mutant in MUTANTS if mutant[0] in (sys.argv[1:] or SUITES)]
+    wanted = [mutant for mutant in MUTANTS if mutant[0] in (args.script or SUITES)]
     for number, mutant in enumerate(wanted, start=1):
         with tempfile.TemporaryDirectory() as folder:
             caught_by = catch(mutant, folder)
         survivors += caught_by is None
         print(f"{number:3d}  {mutant[0]:16}  {mutant[1]:50}  {caught_by or 'SURVIVED'}", flush=True)
     print(f"{len(wanted)} mutants, {len(wanted) - survivors} caught")
-    sys.exit(1 if survivors else 0)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

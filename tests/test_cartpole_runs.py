@@ -9,6 +9,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -153,20 +154,6 @@ def test_killed_at_any_moment_it_goes_on(cartpole, tmp_path):
     assert_same_weights(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
-def test_a_checkpoint_is_never_half_written(cartpole, tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    cartpole.save(path, {"generation": 1})
-
-    def save_half(content, target):
-        Path(target).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(OSError, match="no space"):
-        cartpole.save(path, {"generation": 2})
-    assert torch.load(path, weights_only=True) == {"generation": 1}
-
-
 def test_checkpoints_come_when_asked(cartpole, small, monkeypatch):
     saved = []
     monkeypatch.setattr(cartpole, "save", lambda path, content: saved.append(len(content["metrics"])))
@@ -263,7 +250,7 @@ def test_default_command_line(command, tmp_path, monkeypatch):
     status, out, _ = command(*QUICK, "--save-model")
     assert status == 0
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"CartPole-v1__ppo_cartpole__1__\d{8}-\d{6}", run_dir.name)
+    assert re.fullmatch(r"CartPole-v1__ppo_cartpole__1__\d{8}-\d{6}-\d{6}", run_dir.name)
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "not solved" in out and "4 greedy episodes" in out and "tensorboard --logdir runs" in out
     for path in re.findall(r"runs/\S+", out):
@@ -340,6 +327,111 @@ def test_video(cartpole, small):
     frames = imageio.imread(video)
     assert 8 <= len(frames) <= 14 and frames.shape[1:] == (400, 600, 3)
     assert (frames[0] != frames[-1]).any()
+
+
+class Odd(gym.Env):
+    """An environment that takes no render_mode, cannot draw, and is odd from step 3 of its episodes on."""
+
+    observation_space, action_space = gym.spaces.Box(-9, 9, (2,), np.float64), gym.spaces.Discrete(2)
+
+    def __init__(self, reward=1.0, seen=0.0, length=5):
+        self.reward, self.seen, self.length, self.steps = reward, seen, length, 0
+
+    def observe(self):
+        return np.array([1.0, self.seen if self.steps >= 3 else 0.0])
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observe(), self.reward if self.steps >= 3 else 1.0, self.steps == self.length, False, {}
+
+
+class Drawn(Odd):
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        super().__init__(length=0)
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((16, 16, 3), 20 * (self.steps % 10), dtype=np.uint8)
+
+
+class Blank(Drawn):
+    def render(self):
+        return None
+
+
+for name, maker, options in (
+    ("Blank-v0", Blank, {}),
+    ("Odd-v0", Odd, {}),
+    ("NanReward-v0", Odd, {"reward": float("nan")}),
+    ("InfObservation-v0", Odd, {"seen": float("inf")}),
+    ("Endless-v0", Odd, {"length": 0}),
+    ("Drawn-v0", Drawn, {}),
+):
+    if name not in gym.registry:
+        gym.register(name, maker, kwargs=options)
+
+
+def test_an_environment_without_render_mode_and_with_float64(cartpole, small):
+    metrics = cartpole.train(small(env_id="Odd-v0", eval_episodes=2))
+    assert metrics[-1]["charts/eval_return"] == 5 == metrics[-1]["charts/episodic_return"]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "expected"),
+    [
+        ("NanReward-v0", "environment 0 returned nan in its reward, in step 3 of its episode"),
+        ("InfObservation-v0", "environment 0 returned inf in its observation, in step 3 of its episode"),
+    ],
+)
+def test_numbers_that_are_none_are_named(cartpole, small, env_id, expected):
+    """In training, and in the evaluation of a network that was trained elsewhere."""
+    args = small(env_id=env_id)
+    with pytest.raises(cartpole.InputError, match=f"--env-id {env_id}: {expected}"):
+        cartpole.train(args)
+    with pytest.raises(cartpole.InputError, match=expected):
+        cartpole.play(cartpole.Agent(cartpole.make_envs(args, 1), args), args, 2)
+
+
+def test_the_second_environment_is_the_one_that_is_named(cartpole, small):
+    observations = np.array([[0.0, 1.0], [2.0, np.nan]])
+    with pytest.raises(cartpole.InputError, match="environment 1 returned nan in its observation, in step 8 "):
+        cartpole.check_finite(small(), "observation", observations, [7, 8])
+    cartpole.check_finite(small(), "observation", np.ones((2, 3), np.uint8), [7, 8])
+
+
+def test_an_evaluation_that_never_ends_is_cut_and_says_so(cartpole, small, capsys):
+    metrics = cartpole.train(small(env_id="Endless-v0", eval_episodes=3, eval_max_steps=40))
+    assert metrics[-1]["charts/eval_return"] == 40
+    assert "3 of 3 episodes were cut after 40 steps, --eval-max-steps" in capsys.readouterr().out
+
+
+def test_a_film_that_never_ends_is_cut(cartpole, small):
+    """The second film takes the place of the first, and nothing lies beside it."""
+    import imageio.v3 as imageio
+
+    args = small(env_id="Drawn-v0", eval_episodes=1, eval_max_steps=20, capture_video=True)
+    cartpole.train(args)
+    cartpole.evaluate(cartpole.Agent(cartpole.make_envs(args, 1), args), args, Path(args.run_dir))
+    (video,) = (Path(args.run_dir) / "video").glob("*.mp4")
+    assert 19 <= len(imageio.imread(video)) <= 21
+    assert not list(Path(args.run_dir).glob("*.tmp"))
+
+
+def test_a_film_of_what_cannot_draw_is_refused_before_training(cartpole, small, command, tmp_path, monkeypatch):
+    flags = [*QUICK, "--capture-video", "--run-dir", tmp_path / "run"]
+    for env_id in ("Odd-v0", "Blank-v0"):
+        status, _, error = command(*flags, "--env-id", env_id)
+        assert status == 2 and f"{env_id} cannot draw itself" in error and "Traceback" not in error
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    status, _, error = command(*flags)
+    assert status == 2 and "pip install moviepy" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_track(cartpole, small, monkeypatch):

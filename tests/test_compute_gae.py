@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from check import check
+from check import check, check_every_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,6 +126,19 @@ def test_environments_do_not_mix(compute_gae):
     together = compute_gae(*stack([EXAMPLE, other]), 0.9, 0.8)
     alone = torch.cat([compute_gae(*stack([env]), 0.9, 0.8) for env in (EXAMPLE, other)], dim=1)
     check(together, alone, GAE, "two environments at once against one at a time")
+
+
+def test_dones_of_every_kind(compute_gae):
+    """bool, integer or float 0 and 1: people copy from code that has each."""
+    rewards, values, next_values, terminated, done = stack([EXAMPLE])
+    expected = [[2.6 + 0.45 * (0.7 + 0.45 * 4.5)], [0.7 + 0.45 * 4.5], [4.5], [2.7 - 0.45], [-1.0], [2.6]]
+    check_every_kind(
+        lambda *ends: compute_gae(rewards, values, next_values, *ends, 0.9, 0.5),
+        (terminated.tolist(), done.tolist()),
+        expected,
+        GAE,
+        "six steps, truncated at t=2, terminated at t=4, γ=0.9, λ=0.5",
+    )
 
 
 def test_inputs_are_left_alone(compute_gae):

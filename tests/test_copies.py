@@ -12,6 +12,7 @@ DIFFERENT = {
         "Args": "other defaults; sticky, episodic_life and bf16 for hidden_size",
         "Agent": "one convolutional network for two MLPs",
         "make_envs": "ale-py's emulator and the nine Atari details",
+        "check_video": "every game of ale-py can be drawn",
         "play": "whole games by a policy that samples, filmed by a second emulator",
         "evaluate": "it says games for greedy episodes",
         "train": "one network, games for episodes, several processes",
@@ -75,7 +76,16 @@ def test_copies_are_equal(one, other):
     assert different == declared.keys()
     equal = shared - different
     equations = SCRIPTS[one].keys() & SCRIPTS[other].keys() - different  # of two families: those that both have
-    assert {"InputError", "save", "check_device", "start_wandb", *equations} <= equal
+    assert {
+        "InputError",
+        "save",
+        "written_aside",
+        "make_run_dir",
+        "guard_output",
+        "check_device",
+        "start_wandb",
+        *equations,
+    } <= equal
     if (one.stem, other.stem) == ("rlhf_gpt2_ppo", "grpo_llm"):
         assert {"token_logprobs", "from_disk", "load", "parse_args", "resumed_args"} <= equal
     assert SCRIPTS[one] is not SCRIPTS[other] or equations == SCRIPTS[one].keys()

@@ -73,10 +73,10 @@ def test_printed_tables():
 
 
 def test_plain_python():
-    """Nothing is imported but math's exp and sqrt: no torch, no numpy."""
+    """The equations need math's exp and sqrt, printing the standard library: no torch, no numpy."""
     tree = ast.parse((ROOT / "gae_reference.py").read_text(encoding="utf-8"))
     imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert imports == ["from math import exp, sqrt"]
+    assert imports == ["import os", "import sys", "from io import TextIOWrapper", "from math import exp, sqrt"]
 
 
 def test_td_errors_by_hand():
@@ -173,6 +173,14 @@ def test_grpo_objective_by_hand(reduction, objective, kl):
     """Token terms: min(1.5, 1.28) | −1, −1, −0.8 (clipped at 1 − 0.2). k3 of one token: 2 − 1 − ln 2."""
     assert two_outputs(0.0, reduction) == pytest.approx(objective, abs=1e-12)
     assert two_outputs(0.04, reduction) == pytest.approx(objective - 0.04 * (1 - math.log(2)) * kl, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_ends_may_be_0_and_1(kind):
+    """terminated and done as 0 and 1, whole numbers or floats, mean what False and True do."""
+    numbers = {**EXAMPLE, **{name: [kind(end) for end in EXAMPLE[name]] for name in ("terminated", "done")}}
+    for form in (gae_double_sum, gae_n_step_average):
+        assert form(**numbers, gamma=0.9, gae_lambda=0.95) == form(**EXAMPLE, gamma=0.9, gae_lambda=0.95)
 
 
 def test_unknown_reduction():

@@ -5,7 +5,7 @@ import math
 import contract
 import pytest
 import torch
-from check import check, value_and_gradient
+from check import check, check_every_kind, value_and_gradient
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -87,9 +87,11 @@ def test_scale_and_shift_of_the_rewards(group_advantages):
     )
 
 
-def test_a_broken_group_is_refused(group_advantages):
-    with pytest.raises(ValueError, match="5"):
-        group_advantages(torch.zeros(5), 2)
+@pytest.mark.parametrize(("count", "group_size"), [(5, 2), (3, 4), (4, 0), (4, -2)])
+def test_what_is_no_whole_group_is_refused(group_advantages, count, group_size):
+    """ValueError, and its message holds the number of rewards. No group has 0 rewards, or −2."""
+    with pytest.raises(ValueError, match=str(count)):
+        group_advantages(torch.arange(count).double(), group_size)
 
 
 @settings(max_examples=100, deadline=None)
@@ -105,6 +107,18 @@ def test_groups_equal_the_reference(group_advantages, data, group_size, scale_by
 
 
 # ---- process_advantages ----
+
+
+@pytest.mark.parametrize(("count", "group_size"), [(5, 2), (3, 4), (4, 0), (4, -2)])
+def test_sequences_that_are_no_whole_groups_are_refused(process_advantages, count, group_size):
+    with pytest.raises(ValueError, match=str(count)):
+        process_advantages([[1.0]] * count, torch.zeros(count, 3, dtype=torch.long), group_size)
+
+
+def test_step_rewards_are_normalised_in_float64(process_advantages):
+    """They are Python floats: 1, 0, 0 become √2 and −1/√2 to the last digits of a float64."""
+    advantages = process_advantages([[1.0], [0.0], [0.0]], torch.zeros(3, 1, dtype=torch.long), 3)
+    check(advantages, [[math.sqrt(2)], [-math.sqrt(0.5)], [-math.sqrt(0.5)]], PROCESS, "one step each: 1, 0, 0")
 
 
 def test_process_hand_table(process_advantages):
@@ -319,6 +333,19 @@ def test_a_sequence_out_of_the_mask(reduce_loss, reduction):
     loss, mask = tensor([1.0, 3.0], [NAN, NAN]), torch.tensor([[1, 1], [0, 0]])
     expected = {"sequence": 2 / 2, "token": 4 / 2, "constant": 4 / (2 * 5)}[reduction]
     check(reduce_loss(loss, mask, reduction, 2, 2, 5), expected, REDUCE, f"{reduction}: losses 1, 3 | none")
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
+def test_reductions_by_a_mask_of_every_kind(reduce_loss, reduction):
+    """bool, integer or float 0 and 1: people copy from code that has each."""
+    expected = {"sequence": (3 + 5) / 2, "token": 14 / 4, "constant": 14 / 20}[reduction]
+    check_every_kind(
+        lambda m: reduce_loss(tensor(*TOKEN_LOSS), m, reduction, 4, 2, 10),
+        ([[1, 1, 1], [1, 0, 0]],),
+        expected,
+        REDUCE,
+        f"{reduction}: losses 1, 2, 6 | 5, NaN in the padding, at most 10 tokens",
+    )
 
 
 def test_an_unknown_reduction(reduce_loss):

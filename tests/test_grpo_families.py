@@ -24,15 +24,7 @@ LINEAR = {
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 3,
 }
-GPT2 = {
-    "vocab_size": 29,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 128,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+GPT2 = {"vocab_size": 29, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "eos_token_id": 1}
 GPT2["tie_word_embeddings"] = False  # tied, with weights as large as these, a token predicts itself
 BOTH = ["sliding_attention", "full_attention"]
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -133,7 +125,7 @@ def test_a_family_is_sampled_and_scored_as_by_itself(grpo, tiny_grpo, tmp_path, 
             theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
             assert theirs.tolist() == row[:length]
         tokens, logprobs, mask = grpo.sample(path, model, PROMPTS, noise_of(8), 0.8, EOS_IDS, 0)
-        assert 3 < int(mask.sum(-1).min()) + 3 < int(mask.sum(-1).max()) + 3 <= 15, "some end early"
+        assert mask.sum(-1).min() < mask.sum(-1).max(), "some end early"
         own = own_logprobs(reference, PROMPTS, tokens, mask, 0.8)
         torch.testing.assert_close(logprobs, own.detach(), rtol=0, atol=2e-4)
         scored = grpo.policy_logprobs(path, model.train(), PROMPTS, tokens, mask)
@@ -194,14 +186,13 @@ def test_plain_rows_hold_one_sequence_each_the_longest_first(grpo, tiny_grpo):
     assert sorted(i for rows in plan for row in rows for i in row) == sorted(lengths)
     assert all(len(row) == 1 for rows in plan for row in rows)
     sizes = [[6 * (i < 3) + 20 * (i > 2) + lengths[i] - 1 for (i,) in rows] for rows in plan]
-    flat = [size for row in sizes for size in row]
-    assert flat == sorted(flat, reverse=True)
+    assert [x for row in sizes for x in row] == sorted((x for row in sizes for x in row), reverse=True)
     assert all(len(row) == 1 or len(row) * row[0] <= 40 for row in sizes) and max(map(len, sizes)) > 1
 
 
 def test_rows_hold_several_answers_of_a_prompt(grpo, tiny_grpo):
-    """[G17] At the lengths of GSM8K, prompts of 120 and answers of 80, packed rows read at most 0.7 times the tokens of
-    plain rows, padding included; a row is never longer than a micro-batch unless a sequence is."""
+    """[G17] At the lengths of GSM8K, prompts of 120 and answers of 80, a packed row reads at most 0.7 times as much as
+    plain rows do, padding included; a row is never longer than a micro-batch unless a sequence is."""
     args, lengths = tiny_grpo(), dict.fromkeys(range(32), 80)
     counts = []
     for path in (args, grpo.replace(args, fast=False)):
@@ -284,14 +275,6 @@ def test_a_model_without_a_cache_is_refused(grpo, tiny_grpo, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_is_another_in_training_mode_is_refused(grpo, tiny_grpo, tmp_path, monkeypatch):
-    """As by a sampler in a router, or by a dropout that has another name: planted, dropout is left on."""
-    monkeypatch.setattr(grpo, "without_dropout", lambda model: model)
-    directory = build(grpo, tmp_path / "m", "gpt2", {**GPT2, "resid_pdrop": 0.3})
-    with pytest.raises(grpo.InputError, match=r"cannot be trained here: a forward pass in training mode differs by"):
-        grpo.load_model(tiny_grpo(), directory)
-
-
 def test_every_dropout_is_off(grpo, tiny_grpo, tmp_path):
     """[G14] Outside nn.Dropout too, where it is a float of a module or a config: training mode is evaluation mode."""
     dropouts = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
@@ -311,7 +294,16 @@ def test_every_dropout_is_off(grpo, tiny_grpo, tmp_path):
         assert not model.config.attention_dropout if name != "gpt2" else not model.config.attn_pdrop
 
 
+def test_a_model_that_is_another_in_training_mode_is_refused(grpo, tiny_grpo, tmp_path, monkeypatch):
+    """As by a dropout that goes by another name: planted, dropout is left on."""
+    monkeypatch.setattr(grpo, "without_dropout", lambda model: model)
+    directory = build(grpo, tmp_path / "m", "gpt2", {**GPT2, "resid_pdrop": 0.3})
+    with pytest.raises(grpo.InputError, match=r"cannot be trained here: a forward pass in training mode differs by"):
+        grpo.load_model(tiny_grpo(), directory)
+
+
 def test_a_sampler_in_the_router_is_refused(grpo, tiny_grpo, tmp_path):
+    """PhiMoE's: it samples only between experts that are nearly equal, so that a comparison may not see it."""
     directory = build(grpo, tmp_path / "m", "phimoe", {**COMMON, **EXPERTS, "sliding_window": None})
     with pytest.raises(grpo.InputError, match="its routers sample their experts in training mode"):
         grpo.load_model(tiny_grpo(), directory)
@@ -320,7 +312,7 @@ def test_a_sampler_in_the_router_is_refused(grpo, tiny_grpo, tmp_path):
 # ---- Whole runs on the plain path ----
 
 
-@pytest.mark.parametrize("options", [{"beta": 0.1, "num_epochs": 2}, {"lora_rank": 2, "beta": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "num_epochs": 2}, {"lora_rank": 2, "beta": 0.1}])
 def test_a_plain_run_is_a_fast_run(grpo, tiny_grpo, options, capsys):
     """--no-fast changes rounding alone, for a policy with reference and adapter too, and says so."""
     if "lora_rank" in options:

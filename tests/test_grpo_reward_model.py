@@ -124,6 +124,19 @@ def test_the_reward_model_is_told_what_the_policy_is(grpo, tiny_grpo, with_templ
     assert grpo.answers_of(tiny_grpo(model=None), group, torch.tensor([True, False]))[0][0] == "1+1"
 
 
+def test_messages_are_the_turns_that_the_reward_model_reads(grpo, tiny_grpo, with_template, stage_3):
+    """The row's own messages, then the completion; without a template there is no form for them."""
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"})
+    group = grpo.Group(grpo.Problem("2+2?", "4", messages=messages), [], None, None, None, ["4"])
+    (answer,) = grpo.answers_of(tiny_grpo(), group, torch.tensor([False]))
+    tokenizer = AutoTokenizer.from_pretrained(with_template)
+    text = tokenizer.decode(grpo.reward_ids(tokenizer, *answer))
+    turns = ("[system] Be brief.", "[user] 2+2?", "[assistant] 4")
+    assert text == "<|endoftext|>" + "".join(f"{turn}<|endoftext|>" for turn in turns)
+    with pytest.raises(grpo.InputError, match="no chat template for prompts that are lists of messages"):
+        grpo.reward_ids(AutoTokenizer.from_pretrained(stage_3 / "reward"), *answer)
+
+
 def test_beyond_its_context_the_end_is_read(grpo, tiny_grpo, stage_3):
     """The answer is at the end; a context of 64 positions has no room for the beginning."""
     model, tokenizer = grpo.load_reward_model(tiny_grpo(reward_model=str(stage_3 / "reward")))

@@ -87,7 +87,7 @@ def test_default_command_line(command, grpo, tmp_path, monkeypatch, task, proces
     status, out, error = command(*SHORT, *words)
     assert status == 0, error
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"{task}__grpo_llm__1__\d{{8}}-\d{{6}}", run_dir.name)
+    assert re.fullmatch(rf"{task}__grpo_llm__1__\d{{8}}-\d{{6}}-\d{{6}}", run_dir.name)
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     for text in ("4 held-out problems   before    after", "greedy", "pass@1", "pass@2", "maj@2", "reward  tokens"):
         assert text in out
@@ -532,6 +532,7 @@ def test_messages_go_to_the_chat_template(grpo, tiny_grpo, tiny_chat, no_picture
     data = write_rows(tmp_path / "d.jsonl", chats("user", "assistant", "user"))
     args = tiny_grpo(task="jsonl", data=data, model=tiny_chat(CHAT), instruction=None)
     shown, generate = [], grpo.generate
+    monkeypatch.setattr(grpo, "why_plain", lambda *_: "")  # it samples as well, from prompts of its own
     monkeypatch.setattr(
         grpo, "generate", lambda model, prompts, *more: shown.extend(prompts) or generate(model, prompts, *more)
     )
@@ -587,6 +588,7 @@ def test_prompts_beyond_the_context_are_left_out(grpo, tiny_grpo, no_picture, tm
     rows = [{"prompt": f"{'1+' * (10 if i < 3 else 1)}{i:02}", "answer": i} for i in range(20)]  # and a newline
     data = write_rows(tmp_path / "d.jsonl", rows)
     shown, generate = [], grpo.generate
+    monkeypatch.setattr(grpo, "why_plain", lambda *_: "")  # it samples as well, from prompts of its own
     monkeypatch.setattr(
         grpo, "generate", lambda model, prompts, *more: shown.extend(prompts) or generate(model, prompts, *more)
     )
@@ -728,7 +730,7 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
         (["--reduction", "mean"], "invalid choice"),
         (["--no-such-flag"], "no-such-flag"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoTokenizer"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoModelForCausalLM"),
         (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
         (["--resume", "/nowhere"], "/nowhere/checkpoint.pt is not a file"),
         (["--num-problems", "20"], "different problems are too few for steps of 32"),

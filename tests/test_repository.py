@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -122,31 +123,46 @@ def test_every_script_keeps_the_contract():
 
 
 @pytest.fixture
-def pytest_on(request, tmp_path):
+def pytest_on(tmp_path):
     """Run `python -m pytest --script` on a text as a reader would; returns (exit status, output)."""
 
-    def run(text):
-        import sys
-
-        path = tmp_path / "my_ppo.py"
+    def run(text, name="my_ppo.py", option="--script"):
+        path = tmp_path / name
         path.write_text(text, encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "--script", path, "-p", "no:cacheprovider"]
+        words = [option, str(path)] if option != "--script=" else [f"--script={path}"]
+        command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return result.returncode, result.stdout + result.stderr
 
     return run
 
 
-def test_script_option_passes_a_right_copy_and_names_what_is_lacking(pytest_on):
+def section(output):
+    """The lines of the summary, which stands before any failure at length."""
+    before = output.split("= FAILURES =")[0]
+    return re.search(r"=+ summary of \S+ =+\n(.*?)\n\n", before, re.DOTALL).group(1).strip().splitlines()
+
+
+def without(source, name, following):
+    """A script's text less one of its functions."""
+    return source[: source.index(f"def {name}")] + source[source.index(f"def {following}") :]
+
+
+@pytest.mark.parametrize("option", ["--script", "--script="])
+def test_script_option_passes_a_right_copy_and_names_what_is_lacking(pytest_on, option):
+    """One line for each function that is missing, and no failure."""
     source = read(ROOT / "ppo_cartpole.py")
     start = source.index("def compute_gae")
     equation = source[start : source.index("def clipped_policy_loss")]
-    status, output = pytest_on("import torch\n\n" + equation)
+    status, output = pytest_on("import torch\n\n" + equation, option=option)
     assert status == 0, output
     assert "passed" in output and "failed" not in output
-    for name in ("clipped_policy_loss", "clipped_value_loss", "approx_kl"):
-        assert f"my_ppo.py defines no {name}" in output
-    assert "defines no compute_gae" not in output
+    missing = ("clipped_policy_loss", "clipped_value_loss", "approx_kl")
+    assert section(output) == [
+        "1 of 4 correct; my_ppo.py defines no clipped_policy_loss",
+        *(f"my_ppo.py defines no {name}" for name in missing[1:]),
+    ]
+    assert all(output.count(name) == 1 for name in missing), output
 
 
 def test_script_option_says_which_equation_is_wrong(pytest_on):
@@ -154,9 +170,53 @@ def test_script_option_says_which_equation_is_wrong(pytest_on):
     source = read(ROOT / "ppo_cartpole.py").replace("torch.where(terminated, 0.0", "torch.where(done, 0.0")
     status, output = pytest_on(source)
     assert status == 1
+    (summary,) = section(output)
+    assert summary.startswith("3 of 4 correct; compute_gae is wrong: ")
+    assert re.search(r"expected \[.+\], got \[", summary) and len(summary) < 300
     assert "GAE Eq. 16" in output and "expected  [[1.5]]" in output and "got       [[-1.0]]" in output
     assert "one step, truncated: r=1, V=2, V(next)=5, γ=0.5" in output
     assert "PPO Eq. 7" not in output  # the other equations are right
+
+
+def test_script_option_says_simple_functions_first(pytest_on):
+    """kl_k3 is wrong, so is what calls it; one function raises, one is missing; a test of two blames the wrong one."""
+    source = read(ROOT / "grpo_llm.py").replace("return log_ratio.expm1() - log_ratio", "return -log_ratio")
+    source = source.replace("groups = rewards.view(-1, group_size)", "groups = rewards.view(7, 7, 7)")
+    status, output = pytest_on(without(source, "reduce_loss", "sequence_logprob"), "my_grpo.py")
+    assert status == 1
+    lines = section(output)
+    assert lines[0].startswith("1 of 6 correct; group_advantages is wrong: RuntimeError: shape '[7, 7, 7]' is invalid")
+    starts = [
+        "process_advantages is wrong: ",
+        "kl_k3 is wrong: ",
+        "grpo_token_loss is wrong: ",
+        "my_grpo.py defines no",
+    ]
+    assert [line.startswith(start) for line, start in zip(lines[1:], starts)] == [True] * 4, lines
+    assert lines[4:] == [
+        "my_grpo.py defines no reduce_loss",
+        "Begin with the first: what calls a wrong function is wrong too.",
+    ]
+
+
+def test_script_option_does_not_blame_a_right_function_that_is_tested_beside_a_wrong_one(pytest_on):
+    source = read(ROOT / "grpo_llm.py").replace(
+        "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss + kl_k3(logprob, ref_logprob)\n\n"
+    )
+    status, output = pytest_on(source, "my_grpo.py")
+    assert status == 1
+    assert len(section(output)) == 1 and section(output)[0].startswith("5 of 6 correct; grpo_token_loss is wrong: ")
+
+
+def test_script_option_names_the_cause_of_a_rounding_to_float32(pytest_on):
+    """γλ times a bool is a float32, in an equation that is right."""
+    right = "gamma * gae_lambda * torch.where(done[t], 0.0, last)"
+    source = read(ROOT / "ppo_cartpole.py")
+    assert right in source
+    status, output = pytest_on(source.replace(right, "gamma * gae_lambda * (~done[t]) * last"))
+    assert status == 1
+    (summary,) = section(output)
+    assert "A Python float times a bool or integer tensor is float32" in summary
 
 
 @pytest.mark.parametrize(
@@ -165,8 +225,49 @@ def test_script_option_says_which_equation_is_wrong(pytest_on):
         ("def compute_gae(rewards, values):\n    return rewards\n", "this one takes (rewards, values)"),
         ("import nothing_of_this_name\n", "cannot be imported: ModuleNotFoundError"),
         ("def broken(:\n", "cannot be imported: SyntaxError"),
+        ("x = 1\n", "defines none of the functions that can be checked"),
     ],
 )
 def test_script_option_explains_what_it_cannot_check(pytest_on, text, expected):
     status, output = pytest_on(text)
     assert status != 0 and expected in output
+    assert "Traceback" not in output
+
+
+def test_mutant_option_names_the_script_that_was_meant(pytest_on):
+    status, output = pytest_on("x = 1\n", "ppo_cartpol.py", "--mutant")
+    assert status == 2
+    assert "ppo_cartpol.py is none of " in output and "did you mean ppo_cartpole.py?" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "expected"),
+    [
+        (["--help"], 0, "python tests/mutants.py --write N FILE [SCRIPT]"),
+        (["grpo_lm.py"], 2, "did you mean grpo_llm.py?"),
+        (["--write", "1", "bug.py", "xyz"], 2, "xyz is none of ppo_cartpole.py"),
+        (["--write", "0", "bug.py"], 2, "--write takes a number from 1 to"),
+        (["--write", "1", "nowhere/bug.py"], 2, "there is no such directory"),
+        (["--wrong"], 2, "unrecognized arguments: --wrong"),
+    ],
+)
+def test_mutants_command_line(words, status, expected, tmp_path):
+    """Help is help, and a mistake is a sentence with exit status 2; nothing is planted."""
+    command = [sys.executable, ROOT / "tests" / "mutants.py", *words]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert (run.returncode, list(tmp_path.iterdir())) == (status, [])
+    assert expected in run.stdout + run.stderr and "Traceback" not in run.stderr
+
+
+PAGES = {"1_ppo.md": "ppo_cartpole.py", "3_rlhf.md": "rlhf_gpt2_ppo.py", "4_grpo.md": "grpo_llm.py"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_signatures_of_the_exercises_are_those_of_the_script(page):
+    """Names, order and defaults, one line for each function of the contract."""
+    block = re.search(r'^signatures = """\n(.*?)"""', read(ROOT / "docs" / page), re.MULTILINE | re.DOTALL).group(1)
+    on_page = dict(re.findall(r"^(\w+)(\([^)]*\))", block, re.MULTILINE))
+    script = ROOT / PAGES[page]
+    module = load_script(script)
+    assert on_page == {name: str(inspect.signature(getattr(module, name))) for name in SCRIPTS[script]}

@@ -5,7 +5,7 @@ import math
 import contract
 import pytest
 import torch
-from check import check, value_and_gradient
+from check import check, check_every_kind, value_and_gradient
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -100,6 +100,17 @@ def test_masked_mean(masked_mean):
     check(slope, [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]], MEAN, "gradient, NaN in the padding")
 
 
+def test_means_by_a_mask_of_every_kind(masked_mean, masked_whiten):
+    """bool, integer or float 0 and 1: people copy from code that has each."""
+    x, mask = tensor([1.0, 3.0, NAN], [5.0, NAN, NAN]), [[1, 1, 0], [1, 0, 0]]
+    check_every_kind(lambda m: masked_mean(x, m), (mask,), 3.0, MEAN, "1, 3 and 5")
+    root = math.sqrt(8 / 3 + 1e-8)
+    kept = [[3 - 2 / root, 3.0, 0.0], [3 + 2 / root, 0.0, 0.0]]
+    check_every_kind(lambda m: masked_whiten(x, m, False), (mask,), kept, WHITEN, "1, 3 and 5, mean kept")
+    shifted = [[-2 / root, 0.0, 0.0], [2 / root, 0.0, 0.0]]
+    check_every_kind(lambda m: masked_whiten(x, m, True), (mask,), shifted, WHITEN, "1, 3 and 5")
+
+
 def test_masked_mean_of_nothing(masked_mean):
     check(masked_mean(tensor([1.0, NAN]), tensor([0.0, 0.0])), 0.0, MEAN, "mask all 0")
 
@@ -160,6 +171,18 @@ def test_score_lands_on_the_last_real_token(kl_penalized_rewards):
     check(rewards, expected, REWARDS, "π twice as close: KL 1 a token, β = 0.1; masks 111, 110, 100, 000")
 
 
+def test_rewards_by_a_mask_of_every_kind(kl_penalized_rewards):
+    logprob, score = tensor([-1.0, -1.0, NAN], [-1.0, NAN, NAN]), tensor(1.0, 2.0)
+    expected = [[-0.1, 0.9, 0.0], [1.9, 0.0, 0.0]]
+    check_every_kind(
+        lambda m: kl_penalized_rewards(score, logprob, logprob * 2, m, 0.1),
+        ([[1, 1, 0], [1, 0, 0]],),
+        expected,
+        REWARDS,
+        "KL 1 a token, β = 0.1, scores 1 and 2",
+    )
+
+
 # ---- compute_gae ----
 
 
@@ -197,6 +220,17 @@ def test_gae_equals_the_reference(compute_gae, case, gamma, gae_lambda):
                 GAE,
                 f"{form.__name__}, γ={gamma}, λ={gae_lambda}, response {response}, NaN in the padding",
             )
+
+
+def test_gae_by_a_mask_of_every_kind(compute_gae):
+    rewards, values = tensor([0.0, 5.0, NAN], [2.0, NAN, NAN]), tensor([1.0, 2.0, 100.0], [0.5, 100.0, 100.0])
+    check_every_kind(
+        lambda m: compute_gae(rewards, values, m, 1.0, 0.5),
+        ([[1, 1, 0], [1, 0, 0]],),
+        [[1.0 + 0.5 * 3.0, 3.0, 0.0], [1.5, 0.0, 0.0]],
+        GAE,
+        "r = 0, 5 | 2, V = 1, 2 | 0.5, γ = 1, λ = 0.5",
+    )
 
 
 def test_gae_leaves_its_inputs_alone(compute_gae):
@@ -247,6 +281,23 @@ def test_value_loss_equals_the_reference(clipped_value_loss, case, clip_coef):
         check(loss, sum(x for x, _ in expected) / len(rows), V_CLIP, text)
         check(slope[mask.bool()], [d / len(rows) for _, d in expected], V_CLIP, f"gradient by V, {text}")
         check(slope[~mask.bool()], [0.0] * int((mask == 0).sum()), V_CLIP, f"gradient off the mask, {text}")
+
+
+def test_losses_by_a_mask_of_every_kind(clipped_policy_loss, clipped_value_loss):
+    """ρ = 1.5 and 1 with Â = 2 and −1: clipped at 1.2. V moves from 1 by 1 and by 0 towards R = 3: held at 1.2."""
+    logprob, old = tensor([math.log(1.5), 0.0, NAN]), tensor([0.0, 0.0, NAN])
+    advantage, mask = tensor([2.0, -1.0, NAN]), ([[1, 1, 0]],)
+    check_every_kind(
+        lambda m: clipped_policy_loss(logprob, old, advantage, m, 0.2), mask, -(2.4 - 1) / 2, L_CLIP, "ρ = 1.5 and 1"
+    )
+    value, old_value, returns = tensor([2.0, 1.0, NAN]), tensor([1.0, 1.0, NAN]), tensor([3.0, 3.0, NAN])
+    check_every_kind(
+        lambda m: clipped_value_loss(value, old_value, returns, m, 0.2),
+        mask,
+        0.5 * (1.8**2 + 2.0**2) / 2,
+        V_CLIP,
+        "V = 2 and 1, V_old = 1, R = 3",
+    )
 
 
 def test_losses_in_float32(clipped_policy_loss, clipped_value_loss):

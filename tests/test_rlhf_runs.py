@@ -515,16 +515,19 @@ def test_tensorboard_scalars(rlhf, tiny, tmp_path):
     explained = set(
         re.findall(r"^\| `(\w+/\w+)`", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE)
     )
-    found = set()
+    found, evaluated = set(), set()
     for stage in ("sft", "reward", "ppo"):
         events = EventAccumulator(str(tmp_path / "run" / "logs" / stage))
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            found.add(tag)
-            logged = [event.value for event in events.Scalars(tag)]
-            stages = (stage, "eval") if stage == "ppo" else (stage,)
-            returned = [row[tag] for row in metrics if row["stage"] in stages and tag in row]
-            assert sorted(logged) == pytest.approx(sorted(returned), rel=1e-5, abs=1e-7) and logged
+            name = tag.removeprefix("eval/")  # the policies before and after are no points of the rollouts' curves
+            found.add(name)
+            logged = [(event.step, event.value) for event in events.Scalars(tag)]
+            rows = [row for row in metrics if row["stage"] == (stage if name == tag else "eval") and name in row]
+            assert [step for step, _ in logged] == [row["step"] for row in rows] != []
+            assert [value for _, value in logged] == pytest.approx([row[name] for row in rows], rel=1e-5, abs=1e-7)
+        evaluated = {tag for tag in events.Tags()["scalars"] if tag.startswith("eval/")}
+    assert evaluated >= {"eval/objective/kl", "eval/objective/gold", "eval/response/distinct_2"}
     names = "objective/scores objective/kl objective/rlhf_reward objective/gold policy/clipfrac policy/approx_kl "
     names += "policy/entropy val/ratio val/loss time/tokens_per_second response/eos_rate"
     assert set(names.split()) <= found <= explained
@@ -536,7 +539,7 @@ def test_default_command_line(command, tiny, tmp_path, monkeypatch):
     status, out, error = command(*flags(tiny(), "run_dir"))
     assert status == 0, error
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"grammar__rlhf_gpt2_ppo__1__\d{8}-\d{6}", run_dir.name)
+    assert re.fullmatch(r"grammar__rlhf_gpt2_ppo__1__\d{8}-\d{6}-\d{6}", run_dir.name)
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     for text in ("truly positive", "before  ", "after   ", "perplexity", "held out accuracy", "ppo update", "next  "):
         assert text in out

@@ -31,7 +31,7 @@ import rlhf_gpt2_ppo as rlhf  # noqa: E402
 FILE = RESULTS / "claims_hacking.jsonl"
 COMMON = {"reward_batch_size": 32, "eval_prompts": 256, "checkpoint_every": 0}
 PPO = {"num_texts": 4000, "ppo_iterations": 25, "anneal_lr": False, "ent_coef": 0.0, "adaptive_kl": False}
-PPO["warmup_iterations"] = 0
+PPO |= {"warmup_iterations": 0, "learning_rate": 6e-4}
 WEAK = {"num_texts": 400, "reward_steps": 60, "ensemble": 4}
 LENGTH = {"length_penalty": 0.02}
 ARMS = {  # name → reward models, flags of stage 3
@@ -66,7 +66,7 @@ def stages_before(seed, work):
     """Stage 1 and the reward models of a seed, unless they are there: (stage 1's, {kind: directories})."""
     sft = str(work / "sft" / "sft")
     if not Path(sft).is_dir():
-        run(work / "sft", stage="sft", seed=seed)
+        run(work / "sft", stage="sft", seed=seed, sft_steps=200)
     weak = [str(work / "weak" / name) for name in ("reward", "reward2", "reward3", "reward4")]
     kinds = {"weak": weak[:1], "ensemble": weak, "good": [str(work / "good" / "reward")]}
     for kind, settings in (("weak", WEAK), ("good", {"reward_steps": 120})):

@@ -65,7 +65,13 @@ def resident(name):
 def run_ppo(job):
     import rlhf_gpt2_ppo as rlhf
 
-    settings = {"num_texts": 4000, "kl_coef": job["beta"], "adaptive_kl": False, "ent_coef": 0.0}
+    settings = {
+        "num_texts": 4000,
+        "kl_coef": job["beta"],
+        "adaptive_kl": False,
+        "ent_coef": 0.0,
+        "warmup_iterations": 0,
+    }
     settings |= {"learning_rate": RATE, "eval_prompts": 1, "checkpoint_every": 0}
     settings |= {"ppo_iterations": job["iterations"], "batch_size": job["batch"], "micro_batch_size": job["micro"]}
     settings |= {"model": job["sft"], "reward_model": (job["reward"],), "run_dir": job["run_dir"], "seed": job["seed"]}
@@ -170,7 +176,7 @@ def stages_before(seed, work):
     sft, reward = work / "sft" / "sft", work / "good" / "reward"
     if not sft.is_dir():
         shutil.rmtree(sft.parent, ignore_errors=True)  # of a series that was stopped in the middle of it
-        rlhf.train(rlhf.Args(stage="sft", seed=seed, checkpoint_every=0, run_dir=str(sft.parent)))
+        rlhf.train(rlhf.Args(stage="sft", seed=seed, sft_steps=200, checkpoint_every=0, run_dir=str(sft.parent)))
     if not reward.is_dir():
         shutil.rmtree(reward.parent, ignore_errors=True)
         settings = {"reward_batch_size": 32, "reward_steps": 120, "eval_prompts": 256, "checkpoint_every": 0}
