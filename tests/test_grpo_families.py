@@ -294,6 +294,13 @@ def test_every_dropout_is_off(grpo, tiny_grpo, tmp_path):
         assert not model.config.attention_dropout if name != "gpt2" else not model.config.attn_pdrop
 
 
+def test_a_cap_that_is_not_felt_yet_is_found(grpo, tiny_grpo, tmp_path):
+    """Logits far below their cap: no comparison finds it, but training can make them grow."""
+    kind, settings, _ = MODELS["capped"]
+    directory = build(grpo, tmp_path / "m", kind, {**settings, "final_logit_softcapping": 1e4})
+    assert "final_logit_softcapping" in grpo.load_model(tiny_grpo(), directory)[0].plain_because
+
+
 def test_a_model_that_is_another_in_training_mode_is_refused(grpo, tiny_grpo, tmp_path, monkeypatch):
     """As by a dropout that goes by another name: planted, dropout is left on."""
     monkeypatch.setattr(grpo, "without_dropout", lambda model: model)
