@@ -133,7 +133,7 @@ class Args:
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # global norm that the gradient is cut to
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or 2 bytes of state a parameter
-    micro_batch_tokens: int = 0  # tokens in a forward pass of training, never its gradient; 0: 2048, on a GPU 8192
+    micro_batch_tokens: int = 0  # tokens in one forward pass of training, the same gradient; 0: 2048, on a GPU 8192
     fast: bool = True  # shared-prompt cache and packed rows, where they are right for the model; else the plain path
     logprob_tokens: int = 1024  # tokens whose logits exist at once
     offload: bool = False  # gradients, 8-bit state and reference in host memory; the device holds the weights alone
