@@ -346,7 +346,7 @@ def pass_at_k(num_samples, num_right, k):
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
-# ---- Problems ----
+# ---- Problems and rewards ----
 
 
 class Problem(NamedTuple):
@@ -378,23 +378,6 @@ def write_sum(rng, args):
         lines.append(f"{before}{operator}{term}={total}")
         values.append(str(total))
     return Problem(prompt, str(total), (*values, str(total)), "\n".join([*lines, f"#{total}"]))
-
-
-def write_countdown(rng, args):
-    """Numbers and a target that they reach: joined two at a time by an operator that leaves a whole number."""
-    numbers = [rng.randint(1, args.max_term) for _ in range(args.terms)]
-    parts = [(str(number), number) for number in numbers]
-    while len(parts) > 1:
-        (left, a), (right, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-        choices = (
-            [("+", a + b), ("*", a * b)]
-            + [("-", a - b)] * (a >= b)
-            + [("/", a // b if b else 0)] * (b > 0 and a % b == 0)
-        )
-        operator, value = rng.choice([choice for choice in choices if choice[1] <= 1000] or choices)
-        parts.append((f"({left}{operator}{right})", value))
-    expression, target = parts[0]
-    return Problem(f"{','.join(map(str, numbers))}={target}", str(target), (), expression[1:-1], tuple(numbers))
 
 
 def load_problems(args):
@@ -433,83 +416,6 @@ def load_problems(args):
     return problems[held_out:], problems[:held_out]
 
 
-def say(line):
-    """Print a line, in one process of several."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line)
-
-
-def read_rows(args):
-    """(where it stands, row) of each row of the file, or of gsm8k from the Hub."""
-    if args.data is None:
-        import datasets
-
-        datasets.disable_progress_bars()
-        try:
-            rows = list(datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True))
-        except Exception as error:
-            raise InputError(f"gsm8k cannot be fetched: {error}. --data takes a file in its form") from error
-        return [(f"gsm8k, row {number}", row) for number, row in enumerate(rows, start=1)]
-    rows, form = [], f"--data {args.data} is no file of JSON lines"
-    try:
-        with open(args.data, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
-            lines = list(file)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
-    if "".join(lines[:10]).lstrip().startswith("["):
-        raise InputError(f"{form} but a JSON array: write each of its rows on a line of its own")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"--data {args.data}, line {number}", json.loads(line)))
-            json.dumps(rows[-1], ensure_ascii=False).encode()  # fails at half an emoji, which no tokenizer reads
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
-            raise InputError(f"{form}: line {number} cannot be read: {reason}") from error
-    return rows
-
-
-def read_problem(args, row):
-    """A row {"question", "answer"} in gsm8k's form, "… <<48/2=24>>24 … #### 72"; or {"prompt", "answer"}."""
-    names = ("question", "answer") if args.task == "gsm8k" else ("prompt", "answer")
-    if not isinstance(row, dict) or not set(names) <= row.keys():
-        found = ", ".join(row) if isinstance(row, dict) else shortened(row)
-        raise InputError(f"task {args.task} needs rows with {' and '.join(names)}, found {found}")
-    prompt, answer = (row[name] for name in names)
-    messages = ()
-    if args.task == "jsonl" and isinstance(prompt, list):
-        messages = tuple(prompt)
-        are_whole = all(isinstance(x, dict) and None not in (x.get("role"), x.get("content")) for x in messages)
-        if not messages or not are_whole or not messages[-1]["content"]:
-            raise InputError(f"each message needs role and content, found {shortened(prompt)}")
-        if messages[-1]["role"] == "assistant":
-            raise InputError("the last message must not be the assistant's, which the model is to write")
-        if args.instruction is not None:
-            raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    if not isinstance(prompt, str) or not prompt.strip():
-        kinds = "a text" if args.task == "gsm8k" else "a text or a list of messages"
-        raise InputError(f"{names[0]} must be {kinds}, found {shortened(prompt)}")
-    if not (isinstance(answer, (str, int)) or is_finite_number(answer)) or not str(answer).strip():
-        raise InputError(f"answer must be a text or a number, found {shortened(answer)}")
-    prompt, answer = prompt.strip(), str(answer).strip()
-    if args.task == "jsonl":
-        return Problem(prompt, answer, messages=messages)
-    worked, _, final = answer.partition("####")
-    final = final.strip()
-    if not final:
-        raise InputError(f"task gsm8k needs #### before the answer, found {answer[-60:]!r}")
-    values = (*re.findall(r"=([^=<>]*)>>", worked), final)
-    return Problem(prompt, final, values, re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}")
-
-
-def shortened(value, length=60):
-    """As Python writes it, on one line and cut to a length."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}…"
-
-
 def problems_from(problems, positions, seed):
     """Those at some positions of an endless stream that shuffles the problems anew each epoch."""
     chosen, orders = [], {}
@@ -526,210 +432,12 @@ def seeded(*names):
     return torch.Generator().manual_seed(zlib.crc32(repr(names).encode()))
 
 
-# ---- Verifiers and rewards ----
-
-# One way of writing what has several: hyphens and minus signs, quotation marks, spaces, powers
-ONE_WAY = str.maketrans(
-    dict.fromkeys("‐‑‒–−－", "-")
-    | dict.fromkeys("’‘", "'")
-    | dict.fromkeys("“”", '"')
-    | dict.fromkeys("\t\u00a0\u2009\u202f\u3000", " ")
-    | {"²": "^2", "³": "^3", "°": ""}
-)
-REWRITTEN = [  # (pattern, what it is written as)
-    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}", r"\1"),
-    (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\^(?:\\circ|\{\\circ\})", ""),
-    (r"\\[,;: ]|\\quad|~", " "),
-    (r"\{,\}", ","),
-    (r"\\([$%])", r"\1"),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-]
-NUMBER = re.compile(
-    r"(?P<root>√|\\sqrt(?:\[[0-9]+\])? ?\{?|\}\{)?"
-    # after a digit, a letter or a parenthesis a minus subtracts, elsewhere it is a sign
-    r"(?P<minus>(?<![0-9A-Za-z)\]}^])-)?[$€£¥₹]?"
-    # no digits of a word, an exponent or an index: the 2 of cm2, m^2, s^{-2}, x_2
-    r"(?<![0-9A-Za-z_^])(?<![_^][-{])(?<!\^\{-)(?<![0-9]\.)"
-    r"(?:(?P<whole>[0-9]{1,9}) (?=[0-9]+/[0-9]))?"  # 1 1/2
-    # commas, apostrophes and spaces count between groups of three digits; "2 3 100" is three numbers
-    r"(?P<digits>(?:[0-9]{1,3}(?:[,'][0-9]{3})+(?![0-9])|(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])|[0-9]+)"
-    r"(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-    r"(?:[eE](?P<e>[+-]?[0-9]{1,3})(?![0-9A-Za-z])"  # 1e3
-    r"| ?(?:[x×*·⋅]|\\times|\\cdot) ?10\^(?P<ten>-?[0-9]{1,3}|\{-?[0-9]{1,3}\})"  # 1.5 × 10^3
-    r"|\^(?P<power>-?[0-9]{1,2}|\{-?[0-9]{1,2}\}))?"  # 2^10
-    r"(?: ?/ ?(?P<divisor>[0-9]+(?![0-9.])))?"  # 1/2
-    r"(?P<unread>[:/.][0-9][0-9:/.]*|\^|[√π]| ?\\(?:pi|sqrt|frac)|[xyzi](?![A-Za-z]))?"  # 10:30, 1.2.3, 2π, 3x
-    r"(?: ?%)?"
-)
-
-
-def one_way(text):
-    """Text with signs and LaTeX that mean the same written in one way, so that all that follows reads one of them."""
-    if text.isascii() and not re.search(r"[\\*{~\t]", text):
-        return text
-    text = unicodedata.normalize("NFC", text).translate(ONE_WAY)
-    for pattern, replacement in REWRITTEN:
-        text = re.sub(pattern, replacement, text)
-    return re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text)
-
-
-def slashed(text):
-    """½ and \\frac{1}{2} as 1/2, and 1\\frac12 as 1 1/2, which NUMBER can read."""
-    text = one_way(text)
-    if text.isascii() and "\\frac" not in text:
-        return text
-    for sign, fraction in (("½", "1/2"), ("¼", "1/4"), ("¾", "3/4")):
-        text = re.sub(f"(-?){sign}", rf" \g<1>{fraction}", text)
-    text = re.sub(r"(?<=[0-9])\\frac", r" \\frac", text)
-    return re.sub(r"\\frac(?:\{(-?[0-9]+)\}|([0-9])) ?(?:\{([0-9]+)\}|([0-9]))", r"\1\2/\3\4", text)
-
-
-def value_of(match):
-    """The exact value of what NUMBER found; None where it is the beginning of something else: 10:30, 2π, √2."""
-    if len(match[0]) > 40 or match["root"] or match["unread"]:
-        return None
-    digits = re.sub(r"[,' ]", "", match["digits"])
-    value = Fraction(digits) if "." in digits else int(digits)
-    try:
-        if match["e"] or match["ten"]:
-            value *= Fraction(10) ** int((match["e"] or match["ten"]).strip("{}"))
-        if match["power"]:
-            value = Fraction(value) ** int(match["power"].strip("{}"))
-        if match["divisor"]:
-            value = int(match["whole"] or 0) + Fraction(value) / int(match["divisor"])
-    except ZeroDivisionError:
-        return None
-    return -value if match["minus"] else value
-
-
-def as_number(text):
-    """The exact value of a number as people write it, 28,080 or −3 or $1.50 or 1/2 or 1e3; None for anything else."""
-    match = NUMBER.fullmatch(slashed(text)) if len(text) <= 60 else None
-    return value_of(match) if match else None
-
-
 def last_number(text):
     """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
     match = None
     for match in NUMBER.finditer(ending(slashed(ending(text)))):  # noqa: B007
         pass
     return value_of(match) if match else None
-
-
-def ending(text):
-    """The last 2,000 characters, without the rest of a word or number that the cut halves."""
-    return text if len(text) <= 2000 else text[-2000:].lstrip(".," + string.ascii_letters + string.digits)
-
-
-def countdown_value(expression, numbers):
-    """Value of an expression of + - * / that uses each number once, else None: parsed, never evaluated [G20]."""
-    expression = expression.replace("×", "*").replace("÷", "/").replace("−", "-")
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
-    used = []
-
-    def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            used.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp):
-            left, right = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Add):
-                return left + right
-            if isinstance(node.op, ast.Sub):
-                return left - right
-            if isinstance(node.op, ast.Mult):
-                return left * right
-            if isinstance(node.op, ast.Div) and right:
-                return left / right
-        raise ValueError
-
-    try:
-        result = value(tree)
-    except ValueError:
-        return None
-    return result if Counter(used) == Counter(numbers) else None
-
-
-STOPS = " \n.,;:?…。，：！？"
-QUOTES = ('""', "''", "**", "__", "«»", "「」")
-LEAD_IN = re.compile(
-    r"^(?:(?:so|thus|hence|therefore)\b,? ?"
-    r"|(?:the |my )?(?:final |correct )?(?:answer|solution|result)(?: is\b| ?[:=]) ?:? ?"
-    r"|(?:it is|it's|that is|this is|i get|we get|option|choice)\b:? ?|= ?"
-    r"|(?:la |die )?(?:respuesta|réponse|antwort|ответ|答案|答え)(?: (?:es|est|ist|lautet)\b|是|为|は| ?[:：]) ?:? ?)+",
-    re.IGNORECASE,
-)
-
-
-def bare(text):
-    """Text without what only surrounds an answer: dollars, \\boxed, Markdown, quotation marks, outer punctuation."""
-    text = re.sub(r"\\boxed(?![A-Za-z])|\\[()\[\]]|\$|\*\*|`|^ *#+", "", one_way(text)).strip()
-    size = -1
-    while len(text) != size:
-        size = len(text)
-        ends_in_word = re.search(r"[^\W\d]{2}!+$", text[-4:])  # Yes! but not 5! or n!
-        text = text.rstrip(STOPS + "!" * bool(ends_in_word)).lstrip(" \n¿¡")
-        if len(text) > 1 and text[0] + text[-1] in QUOTES:
-            text = text[1:-1]
-    option = re.fullmatch(r"\(?(\w+)\)", text)  # (A), A)
-    return option[1] if option else text
-
-
-def without_lead_in(line):
-    """The answer in "The answer is Paris."; all of the line where nothing else would be left."""
-    return bare(LEAD_IN.sub("", bare(line))) or bare(line)
-
-
-def unboxed(text):
-    """What stands in the last \\boxed{…}; all of the text where there is none."""
-    starts = [match.end() for match in re.finditer(r"\\boxed ?\{", text)]
-    depth = 1
-    for position in range(starts[-1], len(text)) if starts else ():
-        depth += (text[position] == "{") - (text[position] == "}")
-        if not depth:
-            return text[starts[-1] : position]
-    return text
-
-
-def last_line(text):
-    """The last line that says anything, of the last \\boxed{…} or of all; twenty lines are looked at."""
-    return next((line for line in unboxed(ending(text)).splitlines()[:-21:-1] if bare(line)), "")
-
-
-def number_as_value(match):
-    value = value_of(match)
-    return match[0] if value is None else f" {value} "
-
-
-def key(text):
-    """What two equal texts share: no case, numbers by their value, spaces between words and between digits alone."""
-    if len(text) > 200:
-        return " ".join(text.casefold().split())
-    text = " ".join(NUMBER.sub(number_as_value, slashed(text.casefold())).split())
-    return re.sub(r"(?<![^\W\d_]) (?!\d)|(?<!\d) (?![^\W\d_])", "", text)
-
-
-def wanted_number(problem):
-    """The value of an answer that is a number, else None."""
-    return as_number(bare(unboxed(problem.answer)))
-
-
-def final_answer(problem, completion):
-    """What a completion answers, in a form that can be compared and counted; None for no answer."""
-    if problem.numbers:
-        lines = completion.strip().splitlines()
-        expression = lines[-1].partition("=")[0].strip() if lines else ""
-        return countdown_value(expression, problem.numbers)
-    if wanted_number(problem) is not None:
-        return last_number(unboxed(ending(completion)))
-    return key(without_lead_in(last_line(completion))) or None
 
 
 def is_right(problem, completion):
@@ -755,112 +463,6 @@ def is_right(problem, completion):
     formulas = re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", line)
     line = "".join(formulas[-1]) if formulas else without_lead_in(line)
     return same_mathematics(as_latex(wanted), as_latex(line))
-
-
-def check_answer(problem):
-    """Refuse an answer that no completion could ever match, and one that needs math-verify where it is missing."""
-    if not is_right(problem, problem.answer):
-        shown = repr(problem.answer[:60])
-        raise InputError(f"nothing could match the answer {shown}: empty but for punctuation, or too long")
-    if wanted_number(problem) is None and is_mathematics(problem.answer):
-        math_verifier()
-
-
-# ---- Mathematics, by math-verify in a process of its own ----
-
-FUNCTIONS = "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi"
-
-
-def has_words(text):
-    """Is there a word that is no name of a function? Up to three letters in a row may be a product, abc."""
-    letters = re.sub(rf"\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTIONS})(?![A-Za-z])", " ", text)
-    return bool(re.search(r"[^\W\d_]{4}|\b(?:or|and|not|no|yes|is|in|to|of|the)\b", letters, re.IGNORECASE))
-
-
-OPERATION = re.compile(
-    r"\\[A-Za-z]|[√π∞]|[+*^=<>≤≥≠×·∪∩] *[\w\\({\[|.-]"  # a command of LaTeX, an operator with something behind it
-    r"|[(\[{].*,.*[)\]}]"  # a list
-    r"|(?<![A-Za-z\d])\d+[A-Za-z](?![A-Za-z])"  # 2x
-    r"|(?<![A-Za-z])[A-Za-z] ?[-/] ?(?:[A-Za-z](?![A-Za-z])|[\d(])|[\d)] ?[-/] ?[A-Za-z](?![A-Za-z])"  # x-1, 1/x
-)
-
-
-def is_mathematics(answer):
-    """Is the wanted answer a formula? It is one if it has no words and an OPERATION, or dollars around it. Dates, times
-    and scores are texts, so digits with - / . : alone are no operation, and neither is the - of x-ray."""
-    return not has_words(bare(answer)) and bool(OPERATION.search(bare(answer)) or re.search(r"\$.+\$", answer))
-
-
-def as_latex(text):
-    """A formula as LaTeX, however it was typed: x**10, x^(n+1), sqrt(2), √2, >=."""
-    text = bare(text)
-    text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
-    text = re.sub(r"(?:√|\\sqrt) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)
-    text = re.sub(r"\^(?:\(([^()]*)\)|(-?\d+))", r"^{\1\2}", text)
-    for sign, command in ((">=", "\\ge "), ("<=", "\\le "), ("∞", "\\infty "), ("∪", "\\cup "), ("·", "\\cdot ")):
-        text = text.replace(sign, command)
-    return text
-
-
-@lru_cache(maxsize=10_000)
-def same_mathematics(wanted, given):
-    """Do two formulas in LaTeX mean the same? Never if the given one has words or more than 200 characters, if the
-    brackets of a list differ, or if an equation stands for an expression. Else math-verify decides, in 3 seconds."""
-    given = given if "=" in wanted else re.sub(r"^[A-Za-z](?:\([a-z]\))? ?= ?", "", given)  # y = x^2
-    if not re.fullmatch(r"[ -~Α-ω≤≥≠×÷]{1,200}", given) or has_words(given) or ("=" in given) > ("=" in wanted):
-        return False
-    ends = [re.sub(r"\\([{}])", r"\1", text) for text in (wanted, given)]
-    if re.fullmatch(r"[(\[{].*,.*[)\]}]", ends[0]) and len({text[0] + text[-1] for text in ends}) > 1:
-        return False
-    with MATH_LOCK:
-        worker, verdict = math_verifier(), ""
-        try:
-            worker.stdin.write(json.dumps([wanted, given]) + "\n")
-            worker.stdin.flush()
-            verdict = worker.stdout.readline()
-        except BrokenPipeError:
-            pass
-        finally:
-            if not verdict:  # its time was up, or ours was interrupted: no late verdict may be read as the next one's
-                worker.kill()
-                worker.communicate()
-                math_verifier.cache_clear()
-    return verdict == "True\n"
-
-
-# math-verify limits its time by signals, which work in the main thread alone and do not stop a long product of
-# integers. Here a process that took too long ends itself, and the next formula starts another.
-MATH_LOCK = threading.Lock()
-MATH_WORKER = """
-import faulthandler, json, sys
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
-
-config = LatexExtractionConfig(True, -1, NormalizationConfig(True, False, True, False, "none", False))
-
-def is_same(*formulas):
-    parsed = [parse(f"${text}$", [config], "no_fallback", parsing_timeout=None) for text in formulas]
-    return verify(*parsed, float_rounding=12, timeout_seconds=None)
-
-print(is_same("(x+1)^2", "x^2 + 2x + 1"), flush=True)  # what is loaded for the first formula is no formula's time
-for line in sys.stdin:
-    faulthandler.dump_traceback_later(3, exit=True)
-    verdict = is_same(*json.loads(line))
-    faulthandler.cancel_dump_traceback_later()
-    print(verdict, flush=True)
-"""
-
-
-@cache
-def math_verifier():
-    """The process that compares formulas."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise InputError("an answer is mathematics: pip install math-verify to compare it")
-    command, pipe = [sys.executable, "-c", MATH_WORKER], subprocess.PIPE
-    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-    if worker.stdout.readline() != "True\n":
-        raise InputError(f"an answer is mathematics, and math-verify does not work in {sys.executable}")
-    return worker
 
 
 def step_rewards_of(problem, completion):
@@ -892,24 +494,70 @@ def reward_parts(args, problem, completion, num_tokens, is_truncated):
     return parts
 
 
+class Rating(NamedTuple):
+    rewards: torch.Tensor  # (G,)
+    parts: dict  # name: (G,), which add up to them
+    is_truncated: torch.Tensor  # (G,) no EOS within max_tokens
+    step_rewards: list  # G lists
+    step_ids: torch.Tensor  # (G, T) step of each token, −1 for none
+
+
+def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
+    """What a group's completions earned, whole and step by step; step is named where a reward is no finite number."""
+    is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
+    columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
+    rows = [reward_parts(args, group.problem, *column) for column in columns]
+    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
+        raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
+    parts = {name: [row[name] for row in rows] for name in rows[0]}
+    if reward_model:
+        scores = score_texts(*reward_model, answers_of(args, group, is_truncated))
+        parts["model"] = (args.reward_model_weight * scores).tolist()
+    for name, rewards in parts.items():
+        for reward, text in zip(rewards, group.texts):
+            if not is_finite_number(reward):
+                raise InputError(
+                    f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
+                    f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
+                )
+    parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
+    step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
+    step_ids = step_ids_of(tokenizer, group, step_of_line)
+    return Rating(torch.stack(list(parts.values())).sum(0), parts, is_truncated, list(step_rewards), step_ids)
+
+
+def has_variance(args, rating):
+    """Whether a group's rewards differ; where they do not, its advantages are all 0 and it teaches nothing [G10]."""
+    if args.supervision == "process":
+        return len({reward for rewards in rating.step_rewards for reward in rewards}) > 1
+    return len(set(rating.rewards.tolist())) > 1
+
+
+def advantages_of(args, rewards):
+    """(B,) advantages from (B,) rewards. The baselines keep GRPO's loss: at ρ = 1 it has the policy gradient."""
+    if args.algorithm == "reinforce":  # the mean over everything as the baseline (Williams 1992)
+        total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
+        return rewards - total / count
+    if args.algorithm == "rloo":  # the mean of the other G − 1 answers (Kool et al. 2019; Ahmadian et al. 2024)
+        return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
+    if args.algorithm == "rft":  # imitate the right answers, nothing else (DeepSeekMath §5.2.1)
+        return (rewards > 0).float()
+    return group_advantages(rewards, args.group_size, args.scale_by_std)
+
+
+def step_ids_of(tokenizer, group, step_of_line):
+    """(G, T) step of each token: that of the line it stands in; a newline belongs to the line that it ends."""
+    ids = torch.full(group.tokens.shape, -1)
+    for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
+        line = 0
+        for t, text in enumerate(tokenizer.batch_decode([[token] for token in row[:length]], skip_special_tokens=True)):
+            ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]
+            line += text.count("\n")
+    return ids
+
+
 # ---- Model ----
-
-
-def check_device(device):
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
-
-
-def from_disk(kind, name, **options):
-    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
-    import transformers
-
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
 
 
 def new_tokenizer():
@@ -983,38 +631,6 @@ def load_model(args, name, is_compared=True):
     return model, tokenizer, eos_ids
 
 
-def base_of_adapter(name):
-    """Name of the model that a saved PEFT adapter was trained on; None if `name` is no adapter."""
-    from transformers.utils import find_adapter_config_file
-
-    try:
-        path = find_adapter_config_file(name)
-    except OSError:  # neither a directory nor a name that the Hub could have
-        path = None
-    if path is None:
-        return None
-    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise InputError(f"{name} is an adapter, and its adapter_config.json does not say of which model")
-    return base
-
-
-def with_adapter(model, name):
-    """The model with a saved LoRA adapter on it, which can be trained further."""
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise InputError(f"{name} is an adapter, which needs peft: pip install peft") from error
-    try:
-        kind = PeftConfig.from_pretrained(name).peft_type
-        if kind != "LORA":
-            raise ValueError(f"it is of the kind {kind.value}, and only LoRA can be trained further")
-        return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
-    except (OSError, ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"the adapter {name} does not fit {model.name_or_path}: {line}") from error
-
-
 def without_dropout(model):
     """No dropout and no jitter, in modules and configs [G14]: with it, the ratio would compare two networks."""
     modules = list(model.modules())
@@ -1027,183 +643,60 @@ def without_dropout(model):
     return model
 
 
-class Int8Linear(torch.autograd.Function):
-    """x Wᵀ for a frozen W in 8 bits [G29]. codes (out, in) int8, scale (out,): Wᵢⱼ = scaleᵢ codesᵢⱼ.
+# ---- Sampling and log-probabilities ----
 
-    Backward makes W again from its codes: autograd, left alone, keeps each layer's from the forward pass until then,
-    which is the whole model unpacked.
+
+class Group(NamedTuple):
+    problem: Problem
+    prompt: list  # its tokens
+    tokens: torch.Tensor  # (G, T)
+    logprobs: torch.Tensor  # (G, T) as the sampler saw them
+    mask: torch.Tensor  # (G, T) 1 up to and with the first EOS
+    texts: list  # G completions
+
+
+def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, temperature, names):
+    """A group for each problem, at most generate_rows sequences at once. names: what seeds the noise of each."""
+    prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
+    noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
+    at_once, groups = max(args.generate_rows // group_size, 1), []
+    pad_id = 0  # it is read nowhere; the tokenizer's own may lie outside the embedding
+    with whole(model):
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            rows = noise[part].flatten(0, 1)
+            output = sample(args, model, prompts[part], rows, temperature, eos_ids, pad_id)
+            columns = (x.cpu().split(group_size) for x in output)
+            for problem, prompt, tokens, logprobs, mask in zip(problems[part], prompts[part], *columns):
+                completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
+                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+                groups.append(Group(problem, prompt, tokens, logprobs, mask, texts))
+    return groups
+
+
+def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
+    """G completions of each prompt, as plain_sample() or generate() say, by the path that is taken for this model."""
+    settings = noise.to(args.device), temperature, eos_ids, pad_id
+    if not is_fast(args, model):
+        return plain_sample(model, prompts, *settings)
+    is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
+    return generate(model, prompts, *settings, is_fixed)
+
+
+def sample_token(logits, noise, temperature):
+    """One token a row of logits (B, V) by noise (B,) uniform in [0, 1), and its log-probability. Temperature 0: greedy.
+
+    By the cumulative sum: torch.multinomial over a vocabulary of 49k takes many times as long on a CPU.
     """
-
-    @staticmethod
-    def forward(ctx, x, codes, scale):
-        ctx.codes, ctx.scale = codes, scale
-        return torch.nn.functional.linear(x, codes.to(x.dtype)) * scale
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return (gradient * ctx.scale) @ ctx.codes.to(gradient.dtype), None, None
-
-
-def int8_linear(module, x):
-    y = Int8Linear.apply(x, module.weight, module.scale)
-    return y if module.bias is None else y + module.bias
-
-
-@torch.no_grad()
-def quantize(model, device):
-    """Every linear layer but the head in 8 bits, in place, each on its way to the device: at most one is there whole.
-
-    A row's largest weight becomes ±127. The scale is rounded to the model's dtype before it divides: what it then
-    multiplies is what was divided, and no error of its own is left in the product.
-    """
-    layers = [x for x in model.modules() if isinstance(x, torch.nn.Linear) and x is not model.get_output_embeddings()]
-    if not layers:
-        raise InputError(f"--quantize knows torch's linear layers, and {type(model).__name__} has none but the head")
-    for layer in layers:
-        weight = layer.weight.to(device)
-        scale = (weight.abs().amax(-1).float() / 127).clamp(min=1e-30).to(weight.dtype)
-        codes = (weight.float() / scale[:, None].float()).round_().clamp_(-127, 127).to(torch.int8)
-        layer.weight = torch.nn.Parameter(codes, requires_grad=False)
-        layer.register_buffer("scale", scale)
-        layer.forward = partial(int8_linear, layer)
-
-
-def load_reference(args, name, plain_because=""):
-    """A frozen copy of the model that the policy begins as: on the device, or waiting on the host."""
-    device = "cpu" if args.offload else args.device
-    model = load_model(replace(args, device=device), name, is_compared=False)[0].requires_grad_(False)
-    model.plain_because = plain_because  # what was found out about the policy
-    return stream_weights(model, args.device) if args.offload else model
-
-
-COMPARED_TOKENS = 8192  # the longest prompt on which the two paths are compared
-
-
-def why_plain(args, model, tokenizer, name):
-    """Why the fast path is not taken with this model; "" if it is, because it gives what the plain path gives.
-
-    They are compared after short prompts, then after one that is longer than any window of attention. A model that the
-    plain path gets wrong is refused. Rounding makes 0.0000 nats a token in float32, and up to 0.015 in bfloat16, where
-    a router that changes its mind makes 0.05; a wrong mask or position makes 0.025 and more, a sampler in a router 0.2.
-    """
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    windows = [x for key, x in config.to_dict().items() if type(x) is int and ("window" in key or "chunk" in key)]
-    beyond = max([x for x in windows if x < context], default=0) + 20
-    text = "".join(f"{i}+{i * i}={i + i * i}, " for i in range(min(beyond, COMPARED_TOKENS)))
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    is_exact = model.dtype == torch.float32 and args.quantize == "none"
-    if config.model_type == "phimoe":  # only where experts are nearly equal, so that no comparison finds it for sure
-        raise InputError(f"{name} cannot be trained here: its routers sample their experts in training mode")
-    odd_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
-    odd_logits = [key for key, x in config.to_dict().items() if "logit" in key and isinstance(x, float) and x != 1]
-    reason = "" if args.fast else "--no-fast"
-    if odd_logits and not reason:  # a cap is hardly felt, and not found, before the logits have grown
-        reason = f"{', '.join(odd_logits)} of its config: the fast path takes logits as the head makes them"
-    if beyond > COMPARED_TOKENS and not reason:
-        reason = f"a window of attention is longer than the {COMPARED_TOKENS} tokens of a comparison"
-    for length in sorted({20, beyond}):  # the first is quick and finds most faults
-        prompts = [tokens[:5], tokens[: min(length, context - 12, COMPARED_TOKENS)]]
-        plain = differences(args, model, prompts, is_fast=False)
-        if isinstance(plain, Exception):
-            raise InputError(f"{name} cannot be trained here: it cannot sample with a cache: {one_line(plain)}")
-        for what, difference in zip(("sampling with a cache", "a forward pass in training mode"), plain):
-            if not difference < (1e-3 if is_exact else 0.1):
-                raise InputError(f"{name} cannot be trained here: {what} differs by {difference:.2g} nats a token")
-        fast = () if reason else differences(args, model, prompts, is_fast=True)
-        if isinstance(fast, Exception):
-            reason, fast = f"the shared cache or packed rows do not fit it: {one_line(fast)}", ()
-        for what, difference, own in zip(("with the shared cache", "in packed rows"), fast, plain):
-            if not difference < (1e-3 if is_exact else max(0.02, 1.5 * own)):
-                reason = f"log-probabilities {what} differ by {difference:.2g} nats a token"
-    return f"{', '.join(sorted(odd_layers))} layers: {reason}" if reason and odd_layers and args.fast else reason
-
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-@torch.no_grad()
-def differences(args, model, prompts, is_fast):
-    """By how much a path differs from one forward pass a sequence, without padding, in evaluation mode: mean nats a
-    token of the sampler, with rows that end early, and of the trainer in training mode. Or what it raises.
-    """
-    path = replace(args, fast=is_fast, temperature=1.0)
-    noise = torch.rand(3 * len(prompts), 12, generator=torch.Generator().manual_seed(0))
-    eos_ids = list(range(0, model.get_input_embeddings().num_embeddings, 16))  # so that about half of the rows end
-    try:
-        tokens, sampled, mask = sample(path, model, prompts, noise, 1.0, eos_ids, 0)
-        trained = policy_logprobs(path, model.train(), prompts, tokens, mask)
-        model.eval()
-        rows = [(prompts[i // 3 : i // 3 + 1], tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
-        right = torch.cat([plain_logprobs(model, *row, 1.0) for row in rows])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return error
-    finally:
-        model.eval()
-    return tuple(float((logprobs - right).abs().sum() / mask.sum()) for logprobs in (sampled, trained))
-
-
-def told(args, problem):
-    """The problem in the words that the model is shown."""
-    if args.model is None:
-        return problem.prompt
-    return (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
-
-
-def encode_prompt(args, tokenizer, problem):
-    """Token list of what the model is shown: the problem alone, or the instruction in the model's own chat form."""
-    text = told(args, problem)
-    if args.model is None:
-        return tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
-    if not tokenizer.chat_template:
-        if problem.messages:
-            raise InputError(f"{args.model} has no chat template for prompts that are lists of messages: bring texts")
-        ids = tokenizer(f"{text}\n")["input_ids"]
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # nothing should follow an EOS: some append one
-    messages = list(problem.messages) or [{"role": "user", "content": text}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template refuses what it does not know, such as a system role, in its own words
-        prompt = shortened(problem.prompt)
-        raise InputError(f"the chat template of {args.model} refuses the prompt {prompt}: {error}") from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def context_of(model):
-    """Tokens that a model has positions for; inf where its configuration knows no limit."""
-    config = model.config.get_text_config()
-    found = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "max_seq_len")]
-    return max(found) if max(found) > 0 else math.inf
-
-
-def those_that_fit(args, model, tokenizer, problems, held_out):
-    """(problems, held_out) without those that leave no room for max_tokens in the model's context; it says how many.
-
-    Beyond their context models with learned positions fail, and those with rotary ones write what nobody taught them.
-    """
-    context, sizes = context_of(model), {}
-    for problem in problems + held_out:  # the small model has a token a character: no need to encode thousands
-        ids = encode_prompt(args, tokenizer, problem) if args.model else f"{problem.prompt}\n"
-        sizes[problem.prompt] = len(ids)
-    room = context - args.max_tokens
-    fitting = [[problem for problem in part if sizes[problem.prompt] <= room] for part in (problems, held_out)]
-    num_over = len(problems + held_out) - sum(map(len, fitting))
-    if not num_over:
-        return fitting
-    over = (
-        f"{num_over:,} of {len(sizes):,} prompts, up to {max(sizes.values()):,} tokens long, and --max-tokens "
-        f"{args.max_tokens} exceed the model's context of {context:,}"
-    )
-    if len(fitting[0]) < args.prompts_per_step or len(fitting[1]) < int(os.environ.get("WORLD_SIZE", 1)):
-        raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
-    say(f"            {over}: they are left out, {len(fitting[0]):,} and {len(fitting[1]):,} are left")
-    return fitting
-
-
-# ---- Sampling and log-probabilities, plain: right for any causal language model ----
+    logits = logits.float()
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.zeros_like(logits[:, 0])
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    token = torch.searchsorted(sums, noise[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
+    return token[:, 0], (weights.gather(-1, token) / total).log()[:, 0]
 
 
 @torch.no_grad()
@@ -1241,6 +734,16 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
     return tokens, logprobs, mask
 
 
+def policy_logprobs(args, model, prompts, tokens, mask):
+    """(B, T) log-probabilities of completions with gradient, 0 off the mask, as train() makes them."""
+    lengths = {i: length for i, length in enumerate(lengths_of(mask)) if length}
+    logprobs = torch.zeros(mask.shape, device=args.device)
+    for rows in plan_for(args, model, list(map(len, prompts)), lengths, len(tokens) // len(prompts)):
+        order = torch.tensor([i for row in rows for i in row], device=args.device)
+        logprobs = logprobs.index_put((order,), micro_batch_logprobs(args, model, prompts, tokens, mask, rows))
+    return logprobs
+
+
 def plain_logprobs(model, prompts, tokens, mask, temperature):
     """(B, T) log-probabilities with gradient, 0 off the mask: a row a sequence, padded on the right.
 
@@ -1265,860 +768,18 @@ def lengths_of(mask):
     return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1).tolist()
 
 
-# ---- Generation ----
-
-
-def is_fast(args, model):
-    """Whether the fast path is taken: load_model() has compared it with the plain one on this model."""
-    return args.fast and not getattr(model, "plain_because", "")
-
-
-def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
-    """G completions of each prompt, as plain_sample() or generate() say, by the path that is taken for this model."""
-    settings = noise.to(args.device), temperature, eos_ids, pad_id
-    if not is_fast(args, model):
-        return plain_sample(model, prompts, *settings)
-    is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
-    return generate(model, prompts, *settings, is_fixed)
-
-
-def sample_token(logits, noise, temperature):
-    """One token a row of logits (B, V) by noise (B,) uniform in [0, 1), and its log-probability. Temperature 0: greedy.
-
-    By the cumulative sum: torch.multinomial over a vocabulary of 49k takes many times as long on a CPU.
-    """
-    logits = logits.float()
-    if temperature == 0:
-        token = logits.argmax(-1)
-        return token, torch.zeros_like(logits[:, 0])
-    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
-    sums = weights.cumsum(-1)
-    total = sums[:, -1:]
-    token = torch.searchsorted(sums, noise[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
-    return token[:, 0], (weights.gather(-1, token) / total).log()[:, 0]
-
-
-def new_cache(model, rows, length):
-    """Keys and values of `rows` sequences, with room for `length` tokens: one that grows copies itself each token."""
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        """What transformers' layers ask of a cache layer, with the prompts' keys and values shared by their groups."""
-
-        def lazy_initialization(self, keys, values):
-            self.dtype, self.device = keys.dtype, keys.device
-            self.room = [x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
-            self.used, self.live, self.column, self.is_initialized = 0, rows, None, True
-
-        def update(self, keys, values, *args, **kwargs):
-            if not self.is_initialized:  # the prompts: each is written once for each of its group
-                self.lazy_initialization(keys, values)
-                self.used = keys.shape[2]
-                for room, x in zip(self.room, (keys, values)):
-                    room.view(len(x), -1, *room.shape[1:])[:, :, :, : self.used] = x[:, None]
-                return keys, values
-            if self.column is not None:
-                for room, x in zip(self.room, (keys, values)):
-                    room[: self.live].index_copy_(2, self.column, x)
-                return tuple(room[: self.live] for room in self.room)
-            self.used += keys.shape[2]
-            for room, x in zip(self.room, (keys, values)):
-                room[: self.live, :, self.used - x.shape[2] : self.used] = x
-            return tuple(room[: self.live, :, : self.used] for room in self.room)
-
-        def get_seq_length(self):
-            return self.used if self.is_initialized else 0
-
-        def fill(self, holes, movers, live, used):
-            """Rows `movers` take the places `holes`; the first `live` rows remain, `used` tokens of each."""
-            for room in self.room:
-                room[holes, :, :used] = room[movers, :, :used]
-            self.live = live
-
-    return Cache(layers=[RoomyLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
-
-
-def attention_masks(model, visible, queries, keys):
-    """{kind of layer: additive mask, 0 where a token sees another, −max where not}.
-
-    visible (R, 1, Lq, Lk) bool; queries, keys: positions (R, Lq) and (R, Lk), whose difference a window limits.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    masks = {}
-    for kind in dict.fromkeys(kinds):
-        seen = visible
-        if kind == "sliding_attention" and window:
-            seen = visible & (queries[:, None, :, None] - keys[:, None, None, :] < window)
-        lowest = torch.finfo(model.dtype).min
-        masks[kind] = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, lowest)
-    return masks
-
-
-def last_states(model, ids, positions, masks, cache=None):
-    """The states before the head, (R, L, d). Where layers are of several kinds, transformers takes a dict of masks."""
-    return model.base_model(
-        ids,
-        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
-
-
-def fixed_step(model, cache, token, position, column, masks):
-    """The step of one token on tensors that stay where they are, whatever was seen so far [G28].
-
-    Attention is over the cache's full length, masked. Nothing of it depends on t but what the tensors hold, so a GPU
-    can replay it as one CUDA graph: else the small kernels of a token wait for Python, not for memory.
-    """
-    kept = [x.clone() for x in (token, position, column, *masks.values())]
-    for layer in cache.layers:
-        layer.column = kept[2]
-
-    def compute():
-        own = dict(zip(masks, kept[3:]))
-        return model.get_output_embeddings()(last_states(model, kept[0][:, None], kept[1][:, None], own, cache)[:, -1])
-
-    graph = None
-    if token.is_cuda:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what is set up at the first call must not be captured
-            compute()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = compute()
-
-    def step(token, position, column, masks):
-        for own, x in zip(kept, (token, position, column, *masks.values())):
-            own.copy_(x)
-        if graph is None:
-            return compute()
-        graph.replay()
-        return logits
-
-    return step
-
-
 @torch.no_grad()
-def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False):
-    """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
-
-    prompts: P token lists; B = P·G and G consecutive rows belong to a prompt. From the whole distribution at the
-    temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9]. Each prompt is read once
-    and its keys and values are shared by the group [G1]; rows that are done leave the batch. A row's completion
-    depends on its prompt and its noise alone, not on the rows beside it [G23]. is_fixed: shapes change only when half
-    of the rows are done.
-    """
-    B, T = noise.shape
-    group_size, device = B // len(prompts), model.device
-    Q = max(map(len, prompts))
-    queries = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    seen = torch.arange(Q, device=device) >= Q - lengths[:, None]  # padding on the left: all end in the same column
-    positions = (seen.cumsum(-1) - 1).clamp(min=0)
-    cache = new_cache(model, B, Q + T)
-    head, eos, noise = model.get_output_embeddings(), torch.tensor(eos_ids, device=device), noise.to(device)
-    state = model.base_model(
-        queries, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
-    )
-    logits = head(state.last_hidden_state[:, -1]).repeat_interleave(group_size, 0)
-    del state  # what the prefill made
-    lengths = lengths.repeat_interleave(group_size)
-    seen = torch.cat([seen, seen.new_ones(len(prompts), T)], 1).repeat_interleave(group_size, 0)
-
-    tokens = torch.full((B, T), pad_id, device=device)
-    logprobs, mask = torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.long, device=device)
-    rows = torch.arange(B, device=device)  # which sequence each row of the batch is
-    going, columns, step = torch.ones_like(rows, dtype=torch.bool), torch.arange(Q + T, device=device), None
-    for t in range(T):
-        token, logprob = sample_token(logits, noise[rows, t], temperature)
-        on = rows[going]
-        tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1
-        going &= ~torch.isin(token, eos)
-        live = int(going.sum())
-        if live == 0 or t + 1 == T:
-            break
-        if live <= (len(rows) // 2 if is_fixed else len(rows) - 1):
-            # the last rows that go on take the places of those that are done
-            holes = (~going[:live]).nonzero()[:, 0]
-            movers = live + going[live:].nonzero()[:, 0]
-            for layer in cache.layers:
-                if layer.is_initialized:  # some models' layers share the keys of others
-                    layer.fill(holes, movers, live, Q + t)
-            keep = torch.arange(live, device=device)
-            keep[holes] = movers
-            rows, token, going, step = rows[keep], token[keep], going[keep], None
-        column, position = columns[None, Q + t : Q + t + 1], lengths[rows] + t
-        if is_fixed:
-            masks = attention_masks(model, (seen[rows] & (columns <= Q + t))[:, None, None], column, columns[None])
-            now = token, position, column[0], masks
-            step = step or fixed_step(model, cache, *now)
-            logits = step(*now)
-            continue
-        masks = attention_masks(model, seen[rows, None, None, : Q + t + 1], column, columns[None, : Q + t + 1])
-        logits = head(last_states(model, token[:, None], position[:, None], masks, cache)[:, -1])
-    return tokens, logprobs, mask
-
-
-class Group(NamedTuple):
-    problem: Problem
-    prompt: list  # its tokens
-    tokens: torch.Tensor  # (G, T)
-    logprobs: torch.Tensor  # (G, T) as the sampler saw them
-    mask: torch.Tensor  # (G, T) 1 up to and with the first EOS
-    texts: list  # G completions
-
-
-def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, temperature, names):
-    """A group for each problem, at most generate_rows sequences at once. names: what seeds the noise of each."""
-    prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
-    noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
-    at_once, groups = max(args.generate_rows // group_size, 1), []
-    pad_id = 0  # it is read nowhere; the tokenizer's own may lie outside the embedding
+def score(args, model, sequences, micro_batches):
+    """(B, T) log-probabilities of the sequences under a model, 0 where the micro-batches do not reach."""
+    logprobs = torch.zeros(sequences[2].shape)
     with whole(model):
-        for start in range(0, len(prompts), at_once):
-            part = slice(start, start + at_once)
-            rows = noise[part].flatten(0, 1)
-            output = sample(args, model, prompts[part], rows, temperature, eos_ids, pad_id)
-            columns = (x.cpu().split(group_size) for x in output)
-            for problem, prompt, tokens, logprobs, mask in zip(problems[part], prompts[part], *columns):
-                completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
-                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-                groups.append(Group(problem, prompt, tokens, logprobs, mask, texts))
-    return groups
-
-
-# ---- Training on packed rows ----
-
-
-class Batch(NamedTuple):
-    sequences: torch.Tensor  # (S,) rows of the rollout that are in it
-    ids: torch.Tensor  # (R, L) tokens: a prompt, its completions, the next prompt, …
-    positions: torch.Tensor  # (R, L) each completion goes on where its prompt ended
-    visible: torch.Tensor  # (R, 1, L, L) which token sees which
-    sources: torch.Tensor  # (N,) where in ids, flat, the state before each completion token is
-    targets: torch.Tensor  # (N,) those tokens
-    places: tuple  # (N,), (N,): sequence in this batch and t of each
-
-
-def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens):
-    """Which sequences share a row, and which rows a micro-batch: lists of lists of sequence indices [G17].
-
-    Completions of a prompt share it in a row of row_tokens at most, or of the longest sequence's; with row_tokens 0
-    each has a row of its own. The longest rows come first: what does not fit into memory fails at once. A sequence's
-    last token is never read, only predicted.
-    """
-    total = {i: prompt_lengths[i // group_size] + length - 1 for i, length in lengths.items()}
-    capacity = max([row_tokens, *total.values()])
-    groups = {}
-    for i in sorted(lengths, key=lambda i: -lengths[i]):
-        groups.setdefault(i // group_size, []).append(i)
-    rows, room = [], 0
-    for group, members in groups.items():
-        new_to_row = True
-        for i in members:
-            needed = lengths[i] - 1 + prompt_lengths[group] * new_to_row
-            if needed > room or not row_tokens:
-                rows.append([])
-                needed, room = total[i], capacity
-            rows[-1].append(i)
-            room -= needed
-            new_to_row = False
-    sizes = {id(row): row_size(row, prompt_lengths, lengths, group_size) for row in rows}
-    rows.sort(key=lambda row: -sizes[id(row)])
-    micro_batches, longest = [], 0
-    for row in rows:
-        if not micro_batches or (len(micro_batches[-1]) + 1) * longest > micro_batch_tokens:
-            micro_batches.append([])
-            longest = sizes[id(row)]
-        micro_batches[-1].append(row)
-    return micro_batches
-
-
-def plan_for(args, model, prompt_lengths, lengths, group_size):
-    """plan_rows() with rows as long as is quickest; on the plain path each sequence has a row of its own.
-
-    With k answers of a tokens behind a prompt of p, a sequence costs p/k + a tokens, and a token 1 + L/c in a row of
-    L = p + k·a, where c is the length at which attention costs as much as the rest: about 1,500. Least at the L below.
-    """
-    on_gpu, row_tokens = args.device.startswith("cuda"), 0
-    micro_batch_tokens = args.micro_batch_tokens or (8192 if on_gpu and is_fast(args, model) else 2048)
-    if is_fast(args, model) and lengths:
-        p = sum(prompt_lengths[i // group_size] for i in lengths) / len(lengths)
-        row_tokens = min(int(p + (p * (p + 1500)) ** 0.5), micro_batch_tokens)
-    return plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens)
-
-
-def row_size(row, prompt_lengths, lengths, group_size):
-    prompts = {i // group_size for i in row}
-    return sum(prompt_lengths[p] for p in prompts) + sum(lengths[i] - 1 for i in row)
-
-
-def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
-    """Prompts (P token lists), tokens and mask (B, T), rows of indices → a Batch, padded at the ends of rows alone."""
-    lengths = lengths_of(mask)
-    size = max(row_size(row, list(map(len, prompts)), lengths, group_size) for row in rows)
-    ids, positions, prompt_of, owner = (torch.full((len(rows), size), x) for x in (0, 0, -1, -2))
-    sequences, sources, targets, places = [], [], [], []
-    for r, row in enumerate(rows):
-        end, current = 0, None
-        for i in row:
-            if i // group_size != current:
-                current = i // group_size
-                prompt = torch.tensor(prompts[current])
-                span = slice(end, end + len(prompt))
-                ids[r, span], positions[r, span] = prompt, torch.arange(len(prompt))
-                prompt_of[r, span], owner[r, span] = current, -1
-                end += len(prompt)
-                last = end - 1
-            completion = tokens[i, : lengths[i]]
-            span = slice(end, end + lengths[i] - 1)
-            ids[r, span], positions[r, span] = completion[:-1], len(prompt) + torch.arange(lengths[i] - 1)
-            prompt_of[r, span], owner[r, span] = current, i
-            scored = mask[i, : lengths[i]].nonzero()[:, 0].tolist()  # zeros before the last 1 are read, not scored
-            before = (last, *range(end, end + lengths[i] - 1))
-            sources += [r * size + before[t] for t in scored]
-            targets.append(completion[scored])
-            places += [(len(sequences), t) for t in scored]
-            sequences.append(i)
-            end += lengths[i] - 1
-    same_prompt = prompt_of[:, :, None] == prompt_of[:, None, :]
-    visible = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))
-    visible &= torch.ones(size, size, dtype=torch.bool).tril()
-    tensors = (torch.tensor(sequences), ids, positions, visible[:, None], torch.tensor(sources), torch.cat(targets))
-    return Batch(*(x.to(device) for x in tensors), tuple(torch.tensor(places, device=device).T))
-
-
-def logprobs_of(head, hidden, targets, temperature):
-    """Log-probabilities (N,) in float32 of targets (N,) after the states hidden (N, d)."""
-    return token_logprobs(head(hidden).float(), targets, temperature)
-
-
-def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
-    """(S, T) log-probabilities of a batch's completions, 0 off their masks.
-
-    Logits are made for logprob_tokens tokens at a time and, where gradients are wanted, made again in the backward
-    pass [G16]: whole, they are the largest tensor of all, 8 × 1,024 tokens × 152k words × 4 bytes = 5 GB.
-    """
-    masks = attention_masks(model, batch.visible, batch.positions, batch.positions)
-    hidden = last_states(model, batch.ids, batch.positions, masks).flatten(0, 1)[batch.sources]
-    head, parts = model.get_output_embeddings(), []
-    for states, targets in zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(logprobs_of, head, states, targets, temperature, use_reentrant=False))
-        else:
-            parts.append(logprobs_of(head, states, targets, temperature))
-    logprobs = torch.zeros(len(batch.sequences), max_tokens, device=hidden.device)
-    return logprobs.index_put(batch.places, torch.cat(parts))
-
-
-def micro_batch_logprobs(args, model, prompts, tokens, mask, rows):
-    """(S, T) log-probabilities of the sequences in a micro-batch's rows, by the path that is taken for this model."""
-    group_size, order = len(tokens) // len(prompts), [i for row in rows for i in row]
-    if not is_fast(args, model):
-        own = tokens[order].to(args.device), mask[order].to(args.device)
-        return plain_logprobs(model, [prompts[i // group_size] for i in order], *own, args.temperature)
-    batch = pack_rows(prompts, tokens, mask, rows, group_size, args.device)
-    packed_logprobs = getattr(model, "packed_logprobs", partial(completion_logprobs, model))  # --shard has its own
-    return packed_logprobs(batch, tokens.shape[1], args.temperature, args.logprob_tokens)
-
-
-def policy_logprobs(args, model, prompts, tokens, mask):
-    """(B, T) log-probabilities of completions with gradient, 0 off the mask, as train() makes them."""
-    lengths = {i: length for i, length in enumerate(lengths_of(mask)) if length}
-    logprobs = torch.zeros(mask.shape, device=args.device)
-    for rows in plan_for(args, model, list(map(len, prompts)), lengths, len(tokens) // len(prompts)):
-        order = torch.tensor([i for row in rows for i in row], device=args.device)
-        logprobs = logprobs.index_put((order,), micro_batch_logprobs(args, model, prompts, tokens, mask, rows))
+        for rows in micro_batches:
+            order = [i for row in rows for i in row]
+            logprobs[order] = micro_batch_logprobs(args, model, *sequences, rows).cpu()
     return logprobs
 
 
-# ---- Optimizer ----
-
-
-def round_stochastically(x):
-    """float32 → bfloat16, up or down with the chances that make the mean right [G18].
-
-    Rounded to the nearest, a step below 1/256 of a weight is lost, every time: at lr 1e-6 nearly all are.
-    """
-    # of each random 64 bits four weights' noise is made, from −2¹⁵ to 2¹⁵ − 1; a bfloat16 is a float32's upper half
-    noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
-    noise = noise.view(torch.int16)[: x.numel()].view(x.shape)
-    return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)
-
-
-class AdamW8bit:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) with 2 bytes of state a parameter [G19] (Dettmers et al. 2022).
-
-    Both moments are kept in blocks of 256, a float32 maximum for each and an 8-bit logarithm for each element: √v to
-    within 2.2% over 16 octaves below the block's maximum, m to within 4.4%. bfloat16 weights are rounded
-    stochastically.
-    Works through a parameter in slices, in place: no float32 copy of a large one ever exists, and on a CPU the passes
-    over a slice stay in its cache, 4 times faster than through memory.
-    """
-
-    BLOCK = 256
-
-    def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, offload=False):
-        self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
-        self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
-        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-        self.at_once = 1 << 16 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
-        self.state = []
-        for parameter in self.param_groups[0]["params"]:
-            blocks = -(-own_part(parameter).numel() // self.BLOCK)
-            kinds = (self.BLOCK, torch.int8), (self.BLOCK, torch.uint8), (1, torch.float32), (1, torch.float32)
-            zeros = zeros_on_host if offload else torch.zeros
-            self.state.append([zeros((blocks, n), dtype=kind, device=parameter.device) for n, kind in kinds])
-            if offload:
-                keep_gradient_on_host(parameter)
-
-    def zero_grad(self):
-        for parameter in self.param_groups[0]["params"]:
-            parameter.grad = parameter.host_gradient = None
-
-    @torch.no_grad()
-    def step(self):
-        self.steps += 1
-        for parameter, state in zip(self.param_groups[0]["params"], self.state):
-            if (gradient := gradient_of(parameter)) is None:
-                continue
-            weights, gradients = own_part(parameter).view(-1), gradient.reshape(-1)
-            for start in range(0, len(weights), self.at_once):
-                part = slice(start, start + self.at_once)
-                blocks = slice(start // self.BLOCK, (start + self.at_once) // self.BLOCK)
-                kept = [x[blocks] for x in state]
-                near = [x.to(weights.device) for x in kept]  # the same ones, if they are not on the host
-                self.step_slice(weights[part], gradients[part].to(weights.device).float(), near)
-                for own, new in zip(kept, near):
-                    own.copy_(new)
-
-    def step_slice(self, weights, gradients, state):
-        (beta1, beta2), count = self.betas, len(weights)
-        padded = torch.nn.functional.pad(gradients, (0, state[0].numel() - count)).view(-1, self.BLOCK)
-        m, root_v = self.decode(*state)
-        m.lerp_(padded, 1 - beta1)
-        root_v.square_().lerp_(padded.square(), 1 - beta2).sqrt_()
-        self.encode(m, root_v, state)
-        root_v.div_((1 - beta2**self.steps) ** 0.5).add_(self.eps)
-        update, lr = m.div_(root_v).view(-1)[:count], self.param_groups[0]["lr"]
-        new = weights.float() * (1 - lr * self.weight_decay)
-        new.sub_(update, alpha=lr / (1 - beta1**self.steps))
-        weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
-
-    def decode(self, m_codes, v_codes, m_max, v_max):
-        m = torch.exp2((m_codes.float().abs_() - 127).div_(8)).mul_(m_max).mul_(m_codes.sign())
-        # √v's code 0 is the smallest value, not 0, or its weight's next step would be divided by nothing
-        return m, torch.exp2((v_codes.float() - 255).div_(16)).mul_(v_max)
-
-    def encode(self, m, root_v, state):
-        m_codes, v_codes, m_max, v_max = state
-        for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
-            size = x.abs()
-            maxima.copy_(size.amax(-1, keepdim=True))
-            code = size.div_(maxima.clamp(min=1e-38)).log2_().mul_(octave).add_(top).round_()
-            codes.copy_(code.clamp_(0, top).mul_(x.sign()))
-
-    def state_dict(self):
-        return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}
-
-    def load_state_dict(self, saved):
-        self.steps = saved["steps"]
-        for (parameter, own), kept in zip(self.pairs(), saved["state"]):
-            for mine, other in zip(own, self.moved(parameter, kept, scattered)):
-                mine.copy_(other)
-
-    def pairs(self):
-        return zip(self.param_groups[0]["params"], self.state)
-
-    def moved(self, parameter, state, move):
-        """A sharded parameter's state, of this process to that of all or back: its blocks are others then [G27]."""
-        if own_part(parameter) is parameter:
-            return state
-        shape = own_part(parameter).shape if move is gathered else parameter.shape
-        moments = [x.flatten()[: shape.numel()].view(shape).to(parameter.device) for x in self.decode(*state)]
-        moments = [move(x, parameter).flatten() for x in moments]
-        padding = -len(moments[0]) % self.BLOCK
-        moments = [torch.nn.functional.pad(x, (0, padding)).view(-1, self.BLOCK) for x in moments]
-        new = [torch.empty(len(moments[0]), x.shape[1], dtype=x.dtype, device=moments[0].device) for x in state]
-        self.encode(*moments, new)
-        return new
-
-
-def new_optimizer(args, model):
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": (0.9, 0.95)}
-    if args.optimizer == "adamw8bit":
-        return AdamW8bit(parameters, **settings, offload=args.offload)
-    optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
-    optimizer.param_groups[0]["initial_lr"] = args.learning_rate
-    return optimizer
-
-
-def gradient_of(parameter):
-    """The parameter's gradient, on the device or on the host; None if there is none."""
-    on_host = getattr(parameter, "host_gradient", None)
-    return own_part(parameter.grad) if on_host is None else on_host
-
-
-def cut_gradients(parameters, max_norm, are_shards=False):
-    """Scale their gradients in place to a global norm of max_norm at most. Returns the norm that they had.
-
-    The list of gradients is this function's own: one that outlived the step would keep them beside the next ones.
-    """
-    gradients = [x for x in map(gradient_of, parameters) if x is not None]
-    norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm()
-    norm = (over_ranks(norm.square()).sqrt() if are_shards else norm).item()
-    if norm > max_norm:
-        for gradient in gradients:
-            gradient.mul_(max_norm / (norm + 1e-6))
-    return norm
-
-
-# ---- What waits in host memory (--offload) ----
-
-
-def zeros_on_host(shape, dtype, device):
-    """Zeros in host memory, page-locked where they are to meet a GPU: copies are faster then. Not by pin_memory=True,
-    which rounds each tensor up to a power of 2."""
-    host = torch.zeros(shape, dtype=dtype)
-    if torch.device(device).type == "cuda" and host.nbytes >= 1 << 20:
-        cuda, pointer = torch.cuda.cudart(), host.data_ptr()
-        torch.cuda.check_error(cuda.cudaHostRegister(pointer, host.nbytes, 0))
-        weakref.finalize(host.untyped_storage(), cuda.cudaHostUnregister, pointer)  # before others get the address
-    return host
-
-
-def keep_gradient_on_host(parameter):
-    """Its gradient leaves the device as soon as backward has made it, and micro-batches add up on the host [G24].
-
-    The gradients are never on the device together. Steps taken inside backward would save as much, but they could
-    neither add up micro-batches nor know the global norm.
-    """
-    host = zeros_on_host(parameter.shape, parameter.dtype, parameter.device)
-
-    def leave(parameter):
-        if parameter.host_gradient is None:
-            parameter.host_gradient = host.copy_(parameter.grad)
-        else:
-            host.add_(parameter.grad.cpu())
-        parameter.grad = None
-
-    parameter.host_gradient = None
-    parameter.register_post_accumulate_grad_hook(leave)
-
-
-def stream_weights(model, device):
-    """A frozen model whose weights wait on the host: each module's visit the device for its forward pass [G25]."""
-    for parameter in model.parameters():
-        host = zeros_on_host(parameter.shape, parameter.dtype, device)
-        parameter.data = host.copy_(parameter.data)
-    for buffer in model.buffers():  # small: the positions' frequencies
-        buffer.data = buffer.data.to(device)
-
-    def come(module, inputs):
-        for parameter in module.parameters(recurse=False):
-            parameter.on_host = parameter.data
-            parameter.data = parameter.data.to(device, non_blocking=True, copy=True)
-
-    def go(module, inputs, output):
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.on_host
-
-    for module in model.modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(come)
-            module.register_forward_hook(go)
-    return model
-
-
-# ---- Weights in parts over the processes (--shard) ----
-
-
-def shard(args, model):
-    """FSDP2, in place [G27]: a process keeps its part of each parameter; a layer's are whole while it computes.
-
-    completion_logprobs becomes the model's method packed_logprobs, because FSDP gathers around methods that it knows.
-    Gradients are summed over the processes, not averaged: the loss has the totals of all of them.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
-    count = model.config.get_text_config().num_hidden_layers
-    layers = next(x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == count)
-    mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh)
-    model.packed_logprobs = partial(completion_logprobs, model)
-    register_fsdp_forward_method(model, "packed_logprobs")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    with torch.no_grad():
-        idle_pass(args, model)  # the first pass tells FSDP which module is the outermost
-    model.reshard()
-
-
-def idle_pass(args, model):
-    """A pass over one token: where a process has fewer micro-batches, it must still join in the gathering."""
-    one = torch.ones(1, 1, dtype=torch.long)
-    return policy_logprobs(args, model, [[0]], one, one)
-
-
-@contextmanager
-def whole(model):
-    """A sharded model gathered once for many passes without gradients: a token each would gather it each time."""
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
-    for module in parts:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in parts:
-            module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
-
-
-def own_part(x):
-    """This process's part of a tensor that is sharded; any other as it is."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def gathered(x, like=None):
-    """All of a tensor that is sharded, or whose parts are sharded like another, on the host; any other as it is."""
-    if like is not None:
-        from torch.distributed.tensor import DTensor
-
-        x = DTensor.from_local(x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
-
-
-def scattered(x, like):
-    """This process's part of a tensor that every process has, sharded like another."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, like.device_mesh, like.placements).to_local()
-
-
-# ---- Rewards and advantages of a rollout ----
-
-
-class Rating(NamedTuple):
-    rewards: torch.Tensor  # (G,)
-    parts: dict  # name: (G,), which add up to them
-    is_truncated: torch.Tensor  # (G,) no EOS within max_tokens
-    step_rewards: list  # G lists
-    step_ids: torch.Tensor  # (G, T) step of each token, −1 for none
-
-
-def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
-    """What a group's completions earned, whole and step by step; step is named where a reward is no finite number."""
-    is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
-    columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
-    rows = [reward_parts(args, group.problem, *column) for column in columns]
-    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
-        found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
-        raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
-    parts = {name: [row[name] for row in rows] for name in rows[0]}
-    if reward_model:
-        scores = score_texts(*reward_model, answers_of(args, group, is_truncated))
-        parts["model"] = (args.reward_model_weight * scores).tolist()
-    for name, rewards in parts.items():
-        for reward, text in zip(rewards, group.texts):
-            if not is_finite_number(reward):
-                raise InputError(
-                    f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
-                    f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
-                )
-    parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
-    step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
-    step_ids = step_ids_of(tokenizer, group, step_of_line)
-    return Rating(torch.stack(list(parts.values())).sum(0), parts, is_truncated, list(step_rewards), step_ids)
-
-
-def is_finite_number(x):
-    """Whether x is a number, of Python, numpy or torch, that float32 can hold; neither NaN nor a text."""
-    try:
-        return not isinstance(x, (str, bytes)) and abs(float(x)) <= torch.finfo(torch.float32).max
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return False
-
-
-def has_variance(args, rating):
-    """Whether a group's rewards differ; where they do not, its advantages are all 0 and it teaches nothing [G10]."""
-    if args.supervision == "process":
-        return len({reward for rewards in rating.step_rewards for reward in rewards}) > 1
-    return len(set(rating.rewards.tolist())) > 1
-
-
-def advantages_of(args, rewards):
-    """(B,) advantages from (B,) rewards. The baselines keep GRPO's loss: at ρ = 1 it has the policy gradient."""
-    if args.algorithm == "reinforce":  # the mean over everything as the baseline (Williams 1992)
-        total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
-        return rewards - total / count
-    if args.algorithm == "rloo":  # the mean of the other G − 1 answers (Kool et al. 2019; Ahmadian et al. 2024)
-        return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
-    if args.algorithm == "rft":  # imitate the right answers, nothing else (DeepSeekMath §5.2.1)
-        return (rewards > 0).float()
-    return group_advantages(rewards, args.group_size, args.scale_by_std)
-
-
-def step_ids_of(tokenizer, group, step_of_line):
-    """(G, T) step of each token: that of the line it stands in; a newline belongs to the line that it ends."""
-    ids = torch.full(group.tokens.shape, -1)
-    for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
-        line = 0
-        for t, text in enumerate(tokenizer.batch_decode([[token] for token in row[:length]], skip_special_tokens=True)):
-            ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]
-            line += text.count("\n")
-    return ids
-
-
-# ---- A learned reward model, R_φ ----
-
-
-def load_reward_model(args):
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = from_disk("AutoModelForSequenceClassification", args.reward_model, **options)
-    if info["missing_keys"] or model.config.num_labels != 1:
-        raise InputError(f"{args.reward_model} is no reward model: it has no trained head with one output")
-    tokenizer = from_disk("AutoTokenizer", args.reward_model)
-    if tokenizer.cls_token and not tokenizer.chat_template:
-        raise InputError(f"{args.reward_model} is an encoder without a chat template; how it reads pairs is not known")
-    return model.to(args.device).eval(), tokenizer
-
-
-def answers_of(args, group, is_truncated):
-    """What a reward model reads of a group: G (prompt, completion, has it ended), the prompt a text or messages."""
-    prompt = list(group.problem.messages) or told(args, group.problem)
-    return [(prompt, text, not cut) for text, cut in zip(group.texts, is_truncated.tolist())]
-
-
-def reward_ids(tokenizer, prompt, text, has_ended):
-    """Token list of an answer in the form that the reward model was trained on [G30]: its tokenizer's chat template
-    where there is one; else that of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response ended."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
-        except Exception as error:  # a template refuses in its own words what it does not know
-            raise InputError(f"the reward model's chat template refuses the answer {text[:60]!r}: {error}") from error
-        return tokenizer(whole, add_special_tokens=False)["input_ids"]
-    if not isinstance(prompt, str):
-        raise InputError("the reward model has no chat template for prompts that are lists of messages: bring texts")
-    prompt_ids, ids = tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
-    return [*prompt_ids, *ids, *[tokenizer.eos_token_id] * (has_ended and tokenizer.eos_token_id is not None)]
-
-
-def raw_scores(model, tokenizer, answers):
-    """(N,) scores of (prompt, completion, has it ended), with gradients. Of what exceeds the context, the end is read.
-
-    Padding is on the right, by a token that none of them holds: by it the head finds each row's last one.
-    """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    rows = [reward_ids(tokenizer, *answer) for answer in answers]
-    if max(map(len, rows)) > context:
-        warnings.warn(f"of an answer beyond its context the reward model reads the last {context} tokens", stacklevel=2)
-    rows = [row[-context:] for row in rows]
-    padding = min(set(range(1 + sum(map(len, rows)))).difference(*rows))
-    model.config.get_text_config().pad_token_id = padding
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=model.device)
-    return model(input_ids=ids, attention_mask=(ids != padding).long()).logits[:, 0]
-
-
-@torch.no_grad()
-def score_texts(model, tokenizer, answers):
-    """(N,) scores, normalised by what rlhf_gpt2_ppo.py keeps in the config, if it is there."""
-    scores = raw_scores(model, tokenizer, answers).cpu()
-    return (scores - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_std", 1.0)
-
-
-def continue_reward_model(args, model, tokenizer, optimizer, pairs, replay, step):
-    """Train R_φ on (right, wrong) pairs of texts of the last rollouts, a tenth of each batch from earlier ones [G13]
-    (DeepSeekMath Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
-    rng, losses = random.Random(f"{args.seed} reward {step}"), []
-    for _ in range(args.reward_model_steps):
-        batch = [rng.choice(replay) if replay and i % 10 == 0 else rng.choice(pairs) for i in range(20)]
-        right, wrong = raw_scores(model, tokenizer, [text for pair in batch for text in pair]).view(-1, 2).T
-        loss = -torch.nn.functional.logsigmoid(right - wrong).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
-
-
-# ---- Files, evaluation ----
-
-
-@contextmanager
-def written_aside(path):
-    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except BaseException as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
-        raise
-
-
-def save(path, content):
-    with written_aside(path) as temporary:
-        torch.save(content, temporary)
-
-
-def load(path, *keys):
-    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file: --resume takes a run directory")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["args"] = Args(**content["args"])
-        missing = set(keys) - content.keys()
-    except Exception as error:
-        raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
-    if missing:
-        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
-    return content
-
-
-def save_model(directory, model, tokenizer, weights=None):
-    """A normal transformers directory, written aside and renamed. weights: in place of the model's own."""
-    with written_aside(directory) as temporary:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-
-
-def start_wandb(args, run_dir):
-    try:
-        import wandb
-    except ImportError as error:
-        with suppress(OSError):
-            run_dir.rmdir()  # still empty
-        raise InputError("--track needs Weights & Biases: pip install wandb") from error
-    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
-    try:
-        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
-    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
-        with suppress(OSError):
-            run_dir.rmdir()  # still empty
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
+# ---- Training ----
 
 
 def evaluate(args, model, tokenizer, eos_ids, problems):
@@ -2150,284 +811,6 @@ def majority_at_k(answers, right, k):
     return won / len(starts)
 
 
-def draw_curves(metrics, path):
-    """PNG of what was logged, a panel for each kind."""
-    from matplotlib.figure import Figure
-
-    panels = Figure(figsize=(14, 10), layout="constrained").subplots(3, 3)
-    kinds = (
-        ("reward/",),
-        ("eval/",),
-        ("groups/", "completion/truncated", "completion/eos", "policy/clip"),
-        ("completion/length",),
-        ("policy/entropy", "kl/"),
-        ("policy/ratio", "policy/sampler_gap"),
-        ("policy/grad_norm",),
-        ("time/generate", "time/train"),
-        ("memory/",),
-    )
-    for axes, prefixes in zip(panels.flat, kinds):
-        for name in dict.fromkeys(name for row in metrics for name in row if name.startswith(prefixes)):
-            points = [(row["step"], row[name]) for row in metrics if name in row]
-            axes.plot(*zip(*points), label=name, marker="o" if len(points) < 12 else "")
-        axes.set(xlabel="step")
-        if axes.lines:  # there is no ratio in a run that was never taught
-            axes.legend(fontsize="small")
-    with written_aside(path) as temporary:
-        axes.figure.savefig(temporary, dpi=100, format="png")
-
-
-# ---- What memory a run needs, on paper (--plan) ----
-
-GPU_CONTEXT = 0.8e9  # bytes that a GPU holds before the first tensor: assumed, it differs by card and driver
-
-
-def counter_of_bytes(known):
-    """A context that counts the bytes of the tensors made in it: .alive now, .peak at most. The known ones are free."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    seen = weakref.WeakSet(x.untyped_storage() for x in known)
-
-    class Counter(TorchDispatchMode):
-        alive = peak = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            output = function(*args, **(kwargs or {}))
-            for x in tree_leaves(output):
-                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in seen:
-                    seen.add(storage)
-                    self.alive += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage.nbytes())
-            self.peak = max(self.peak, self.alive)
-            return output
-
-        def free(self, count):
-            self.alive -= count
-
-    return Counter()
-
-
-def model_on_paper(args):
-    """The policy made from its configuration alone; on the meta device its weights are shapes without content."""
-    import transformers
-
-    if args.model is None:
-        model = new_model(new_tokenizer())
-    else:
-        config = from_disk("AutoConfig", base_of_adapter(args.model) or args.model)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
-    model = without_dropout(model).eval()
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    if args.quantize != "none":
-        quantize(model, "meta")
-    if args.lora_rank:
-        with warnings.catch_warnings(action="ignore"):  # the weights of a saved adapter are not needed
-            add_adapter(args, model)
-    return model
-
-
-def on_cpu_on_paper(model):
-    """Meta tensors replaced, under FakeTensorMode, by those that pass for a CPU's: its attention is the fused one."""
-    made = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, x in own.items():
-                if x is not None and x not in made:
-                    new = torch.empty(x.shape, dtype=x.dtype)
-                    made[x] = torch.nn.Parameter(new, x.requires_grad) if own is module._parameters else new
-                own[name] = None if x is None else made[x]  # a tied weight stays one
-
-
-@torch.no_grad()
-def sample_on_paper(args, model, prompts, group_size):
-    """What generate() makes at its ends: the prefill, and the last token of sequences of full length. The cache."""
-    rows, length = prompts * group_size, args.plan + args.max_tokens
-    cache, head = new_cache(model, rows, length), model.get_output_embeddings()
-    for count, new, seen in ((prompts, args.plan, args.plan), (rows, 1, length)):
-        ids = torch.zeros(count, new, dtype=torch.long)
-        visible = torch.ones(count, 1, new, seen, dtype=torch.bool)
-        masks = attention_masks(model, visible, ids, torch.zeros(1, seen, dtype=torch.long))
-        logits = head(last_states(model, ids, ids, masks, cache)[:, -1]).repeat_interleave(rows // count, 0)
-        sample_token(logits, torch.zeros(rows), args.temperature)
-        for layer in cache.layers:
-            layer.used = length - 1
-    return sum(room.nbytes for layer in cache.layers for room in layer.room)
-
-
-def memory_plan(args):
-    """{what: (bytes on the device, bytes on the host)}, the peaks of a step's phases last [G26]; a reward model aside.
-
-    The phases are run on tensors without content, so that what is counted is what the code does: the longest
-    micro-batch, forward and backward; the prefill and the last token of the largest batch of samples; the update.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map
-
-    Q, T, G, count = args.plan, args.max_tokens, args.group_size, 1 << 25
-    P = max(args.prompts_per_step // int(os.environ.get("WORLD_SIZE", 1)), 1)
-    for_gpu = bool(args.gpu_memory) or args.device.startswith("cuda")
-    paper = FakeTensorMode()
-    with torch.device("meta"):
-        model = model_on_paper(args)
-    with paper:
-        on_cpu_on_paper(model)
-        parameters = list(model.parameters())
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        optimizer = new_optimizer(replace(args, offload=False), model)
-    weights = sum(x.nbytes for x in (*parameters, *model.buffers()))
-    if args.beta and args.lora_rank and args.model and base_of_adapter(args.model):
-        weights += sum(x.nbytes for x in trained)  # the adapter as it began, which is the reference
-    gradients, largest = sum(x.nbytes for x in trained), max(x.nbytes for x in trained)
-    state = 2 * gradients if args.optimizer == "adamw" else sum(x.nbytes for own in optimizer.state for x in own)
-    reference = weights if args.beta and not args.lora_rank else 0
-
-    # learning from the two longest micro-batches; scoring the first
-    device = "cuda" if for_gpu else "cpu"
-    rows = plan_for(replace(args, device=device), model, [Q] * P, dict.fromkeys(range(P * G), T), G)
-    tokens = torch.zeros(P * G, T, dtype=torch.long)
-    batch = pack_rows([[0] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
-    batch = tree_map(paper.from_tensor, batch)
-    settings = T, args.temperature, args.logprob_tokens
-    with paper, torch.no_grad(), counter_of_bytes(parameters) as scoring:
-        completion_logprobs(model, batch, *settings)
-    for parameter in trained if args.offload else ():
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    model.train()
-    with paper, counter_of_bytes(parameters) as learning:
-        for _ in rows[:2]:
-            completion_logprobs(model, batch, *settings).sum().backward()
-    model.eval()
-    for parameter in trained:
-        parameter.grad = None
-
-    # sampling, for training and for both kinds of evaluation
-    sampling = cache = 0
-    for prompts, group_size in {(P, G), (args.eval_problems, 1), (args.eval_problems, args.eval_samples)}:
-        prompts = min(prompts, max(args.generate_rows // group_size, 1))
-        with paper, counter_of_bytes(parameters) as counter:
-            cache = max(cache, sample_on_paper(args, model, prompts, group_size))
-        sampling = max(sampling, counter.peak)
-
-    # the update of a large parameter; torch's needs nothing
-    with paper:
-        parameter = torch.nn.Parameter(torch.zeros(min(count, largest // trained[0].itemsize), dtype=trained[0].dtype))
-        parameter.grad = torch.zeros_like(parameter)
-        update = new_optimizer(replace(args, offload=False), torch.nn.ParameterList([parameter]))
-        if args.optimizer == "adamw8bit":
-            update.at_once = 1 << 24 if for_gpu else update.at_once
-            with counter_of_bytes([parameter, parameter.grad, *update.state[0]]) as updating:
-                update.step()
-
-    away = args.offload
-    held = largest if away else gradients
-    visiting = max(x.nbytes for x in parameters) if reference and away else reference
-    always = weights + (0 if away else state + reference) + (GPU_CONTEXT if for_gpu else 0)
-    table = {
-        "weights": (weights, 0),
-        "gradients": (held, gradients if away else 0),
-        "optimizer state": (0, state) if away else (state, 0),
-        "reference": (visiting, reference if away else 0),
-        "keys and values": (cache, 0),
-        "activations and logits": (learning.peak - held, 0),
-        "GPU context, assumed": (GPU_CONTEXT if for_gpu else 0, 0),
-    }
-    host = sum(on_host for _, on_host in table.values())
-    peaks = {
-        "peak of sampling": sampling,
-        "peak of scoring": scoring.peak + (visiting if away else 0) if args.beta or args.updates > 1 else 0,
-        "peak of learning": learning.peak,
-        "peak of the update": updating.peak + (0 if away else gradients)
-        if args.optimizer == "adamw8bit"
-        else gradients,
-    }
-    table |= {name: (always + more, host) for name, more in peaks.items() if more}
-    return table | {"peak": max(row for name, row in table.items() if name.startswith("peak"))}
-
-
-def print_plan(args):
-    plan = memory_plan(args)
-    print(f"{'GB':38}{'device':>15}{'host':>10}")
-    for name, (device, host) in plan.items():
-        print(f"{name:38}{device / 1e9:15.3f}{host / 1e9:10.3f}")
-    if args.gpu_memory:
-        spare = args.gpu_memory - plan["peak"][0] / 1e9
-        fits = f"fits, {spare:.1f} to spare" if spare >= 0 else f"does not fit, {-spare:.1f} too many"
-        print(f"of {args.gpu_memory:g} GB: {fits}")
-
-
-# ---- Training ----
-
-
-def warm_start(args, model, tokenizer, problems, held_out):
-    """Supervised steps on worked solutions, until some answers are right: GRPO can only choose among samples."""
-    from tqdm import trange
-
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    bar = trange(args.warm_start_steps, desc="warm start")
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = args.warm_start_learning_rate * min((step + 1) / 50, 1.0)
-        count = args.warm_start_batch_size
-        batch = problems_from(problems, range(step * count, (step + 1) * count), f"{args.seed} warm start")
-        prompts = [encode_prompt(args, tokenizer, problem) for problem in batch]
-        solutions = [[*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], eos] for problem in batch]
-        longest = max(map(len, solutions))
-        tokens = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in solutions])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in solutions])
-        loss = -policy_logprobs(replace(args, temperature=1.0), model, prompts, tokens, mask).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 25 == 24:
-            names = [("warm start", i) for i in range(len(held_out))]
-            groups = sample_groups(args, model, tokenizer, [eos], held_out, 1, args.temperature, names)
-            right = sum(is_right(group.problem, group.texts[0]) for group in groups) / len(groups)
-            bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.2f}", refresh=False)
-            if right >= args.warm_start:
-                break
-    bar.close()
-
-
-# what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = (
-    "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
-    "cuda_graph fast save_merged"
-)
-
-
-def make_run_dir(run_dir):
-    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError as error:
-        can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
-
-
-def new_run_dir(args):
-    return f"runs/{args.task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
-def resumed_args(run_dir):
-    """The settings with which train() goes on with the run in run_dir."""
-    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
-
-
-@torch.no_grad()
-def score(args, model, sequences, micro_batches):
-    """(B, T) log-probabilities of the sequences under a model, 0 where the micro-batches do not reach."""
-    logprobs = torch.zeros(sequences[2].shape)
-    with whole(model):
-        for rows in micro_batches:
-            order = [i for row in rows for i in row]
-            logprobs[order] = micro_batch_logprobs(args, model, *sequences, rows).cpu()
-    return logprobs
-
-
 def describe(args, seen):
     """What a reader wants to know of the sampled (group, rating)s, each a mean over all processes' share of it."""
     rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
@@ -2449,63 +832,6 @@ def describe(args, seen):
     return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
 
 
-def pairs_of(args, group, rating):
-    """(right, wrong) pairs of one group's answers, as the verifier says: what a reward model learns from."""
-    texts = answers_of(args, group, rating.is_truncated)
-    is_right = rating.parts["verifier"].bool().tolist()
-    right = [text for text, it_is in zip(texts, is_right) if it_is]
-    return list(zip(right, [text for text, it_is in zip(texts, is_right) if not it_is]))
-
-
-def print_samples(group, rating, count=4):
-    print(f"\n{group.problem.prompt}    right is {group.problem.answer}\n  reward  tokens  completion")
-    for text, reward, length in list(zip(group.texts, rating.rewards.tolist(), group.mask.sum(-1).tolist()))[:count]:
-        print(f"  {reward:6.2f}  {length:6d}  {' / '.join(text.splitlines())[:100]}")
-
-
-def add_adapter(args, model):
-    """LoRA (Hu et al. 2021) on every linear layer of the model, in place, or the adapter that --model names; PEFT's
-    handle of it. The model's name is saved with it: a directory's in full, so that it loads from any other."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError("--lora-rank needs peft: pip install peft") from error
-    if args.model and base_of_adapter(args.model):
-        adapter = with_adapter(model, args.model)
-    else:
-        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        adapter = get_peft_model(model, config)
-    config = adapter.peft_config["default"]
-    if config.r != args.lora_rank:
-        raise InputError(
-            f"--model {args.model} is an adapter of rank {config.r}: --lora-rank {config.r} trains it further, "
-            "without --lora-rank it is merged and the whole model trained"
-        )
-    if os.path.isdir(config.base_model_name_or_path):
-        config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
-    without_dropout(model)  # an adapter can bring its own
-    return adapter
-
-
-@contextmanager
-def as_begun(adapter, start):
-    """The policy as the run found it, the reference [G22]: with its new adapter off, or with the weights that the
-    adapter of --model had, `start`."""
-    if not start:
-        with adapter.disable_adapter():
-            yield
-        return
-    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    now = [parameter.data for parameter in trained]
-    for parameter, weights in zip(trained, start):
-        parameter.data = weights
-    try:
-        yield
-    finally:
-        for parameter, weights in zip(trained, now):
-            parameter.data = weights
-
-
 def learning_rate_of(args, step):
     """Rises over warmup_steps, then falls to 0 over the rest, if it is to."""
     if step < args.warmup_steps:
@@ -2514,29 +840,17 @@ def learning_rate_of(args, step):
     return args.learning_rate * (remaining if args.anneal_lr else 1.0)
 
 
-def peak_memory(device):
-    """Bytes: of tensors on a GPU since the start, or of the whole process on a CPU; None on Windows, which hides it."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def over_ranks(tensor, operation="SUM"):
+    """The tensor, summed (or so) over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
 
 
 def log(writer, metrics, step, row):
     for name, number in row.items() if writer else ():
         writer.add_scalar(name, number, step)
     metrics.append({"step": step, **row})
-
-
-def over_ranks(tensor, operation="SUM"):
-    """The tensor, summed (or so) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
-    return tensor
 
 
 def train(args: Args) -> list[dict]:
@@ -2858,6 +1172,1705 @@ def train(args: Args) -> list[dict]:
         other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"
         print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
     return metrics
+
+
+# ==== Machinery: the same mathematics, fast and large; files, logs, flags. A first reader can stop here ====
+
+
+# ---- Problems: the other tasks, files ----
+
+
+def write_countdown(rng, args):
+    """Numbers and a target that they reach: joined two at a time by an operator that leaves a whole number."""
+    numbers = [rng.randint(1, args.max_term) for _ in range(args.terms)]
+    parts = [(str(number), number) for number in numbers]
+    while len(parts) > 1:
+        (left, a), (right, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        choices = (
+            [("+", a + b), ("*", a * b)]
+            + [("-", a - b)] * (a >= b)
+            + [("/", a // b if b else 0)] * (b > 0 and a % b == 0)
+        )
+        operator, value = rng.choice([choice for choice in choices if choice[1] <= 1000] or choices)
+        parts.append((f"({left}{operator}{right})", value))
+    expression, target = parts[0]
+    return Problem(f"{','.join(map(str, numbers))}={target}", str(target), (), expression[1:-1], tuple(numbers))
+
+
+def say(line):
+    """Print a line, in one process of several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
+def read_rows(args):
+    """(where it stands, row) of each row of the file, or of gsm8k from the Hub."""
+    if args.data is None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            rows = list(datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True))
+        except Exception as error:
+            raise InputError(f"gsm8k cannot be fetched: {error}. --data takes a file in its form") from error
+        return [(f"gsm8k, row {number}", row) for number, row in enumerate(rows, start=1)]
+    rows, form = [], f"--data {args.data} is no file of JSON lines"
+    try:
+        with open(args.data, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
+            lines = list(file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
+    if "".join(lines[:10]).lstrip().startswith("["):
+        raise InputError(f"{form} but a JSON array: write each of its rows on a line of its own")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"--data {args.data}, line {number}", json.loads(line)))
+            json.dumps(rows[-1], ensure_ascii=False).encode()  # fails at half an emoji, which no tokenizer reads
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+            raise InputError(f"{form}: line {number} cannot be read: {reason}") from error
+    return rows
+
+
+def read_problem(args, row):
+    """A row {"question", "answer"} in gsm8k's form, "… <<48/2=24>>24 … #### 72"; or {"prompt", "answer"}."""
+    names = ("question", "answer") if args.task == "gsm8k" else ("prompt", "answer")
+    if not isinstance(row, dict) or not set(names) <= row.keys():
+        found = ", ".join(row) if isinstance(row, dict) else shortened(row)
+        raise InputError(f"task {args.task} needs rows with {' and '.join(names)}, found {found}")
+    prompt, answer = (row[name] for name in names)
+    messages = ()
+    if args.task == "jsonl" and isinstance(prompt, list):
+        messages = tuple(prompt)
+        are_whole = all(isinstance(x, dict) and None not in (x.get("role"), x.get("content")) for x in messages)
+        if not messages or not are_whole or not messages[-1]["content"]:
+            raise InputError(f"each message needs role and content, found {shortened(prompt)}")
+        if messages[-1]["role"] == "assistant":
+            raise InputError("the last message must not be the assistant's, which the model is to write")
+        if args.instruction is not None:
+            raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    if not isinstance(prompt, str) or not prompt.strip():
+        kinds = "a text" if args.task == "gsm8k" else "a text or a list of messages"
+        raise InputError(f"{names[0]} must be {kinds}, found {shortened(prompt)}")
+    if not (isinstance(answer, (str, int)) or is_finite_number(answer)) or not str(answer).strip():
+        raise InputError(f"answer must be a text or a number, found {shortened(answer)}")
+    prompt, answer = prompt.strip(), str(answer).strip()
+    if args.task == "jsonl":
+        return Problem(prompt, answer, messages=messages)
+    worked, _, final = answer.partition("####")
+    final = final.strip()
+    if not final:
+        raise InputError(f"task gsm8k needs #### before the answer, found {answer[-60:]!r}")
+    values = (*re.findall(r"=([^=<>]*)>>", worked), final)
+    return Problem(prompt, final, values, re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}")
+
+
+def shortened(value, length=60):
+    """As Python writes it, on one line and cut to a length."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def is_finite_number(x):
+    """Whether x is a number, of Python, numpy or torch, that float32 can hold; neither NaN nor a text."""
+    try:
+        return not isinstance(x, (str, bytes)) and abs(float(x)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+# ---- Verifiers: is an answer right? ----
+
+# One way of writing what has several: hyphens and minus signs, quotation marks, spaces, powers
+ONE_WAY = str.maketrans(
+    dict.fromkeys("‐‑‒–−－", "-")
+    | dict.fromkeys("’‘", "'")
+    | dict.fromkeys("“”", '"')
+    | dict.fromkeys("\t\u00a0\u2009\u202f\u3000", " ")
+    | {"²": "^2", "³": "^3", "°": ""}
+)
+REWRITTEN = [  # (pattern, what it is written as)
+    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}", r"\1"),
+    (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\^(?:\\circ|\{\\circ\})", ""),
+    (r"\\[,;: ]|\\quad|~", " "),
+    (r"\{,\}", ","),
+    (r"\\([$%])", r"\1"),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+]
+NUMBER = re.compile(
+    r"(?P<root>√|\\sqrt(?:\[[0-9]+\])? ?\{?|\}\{)?"
+    # after a digit, a letter or a parenthesis a minus subtracts, elsewhere it is a sign
+    r"(?P<minus>(?<![0-9A-Za-z)\]}^])-)?[$€£¥₹]?"
+    # no digits of a word, an exponent or an index: the 2 of cm2, m^2, s^{-2}, x_2
+    r"(?<![0-9A-Za-z_^])(?<![_^][-{])(?<!\^\{-)(?<![0-9]\.)"
+    r"(?:(?P<whole>[0-9]{1,9}) (?=[0-9]+/[0-9]))?"  # 1 1/2
+    # commas, apostrophes and spaces count between groups of three digits; "2 3 100" is three numbers
+    r"(?P<digits>(?:[0-9]{1,3}(?:[,'][0-9]{3})+(?![0-9])|(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])|[0-9]+)"
+    r"(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"(?:[eE](?P<e>[+-]?[0-9]{1,3})(?![0-9A-Za-z])"  # 1e3
+    r"| ?(?:[x×*·⋅]|\\times|\\cdot) ?10\^(?P<ten>-?[0-9]{1,3}|\{-?[0-9]{1,3}\})"  # 1.5 × 10^3
+    r"|\^(?P<power>-?[0-9]{1,2}|\{-?[0-9]{1,2}\}))?"  # 2^10
+    r"(?: ?/ ?(?P<divisor>[0-9]+(?![0-9.])))?"  # 1/2
+    r"(?P<unread>[:/.][0-9][0-9:/.]*|\^|[√π]| ?\\(?:pi|sqrt|frac)|[xyzi](?![A-Za-z]))?"  # 10:30, 1.2.3, 2π, 3x
+    r"(?: ?%)?"
+)
+
+
+def one_way(text):
+    """Text with signs and LaTeX that mean the same written in one way, so that all that follows reads one of them."""
+    if text.isascii() and not re.search(r"[\\*{~\t]", text):
+        return text
+    text = unicodedata.normalize("NFC", text).translate(ONE_WAY)
+    for pattern, replacement in REWRITTEN:
+        text = re.sub(pattern, replacement, text)
+    return re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text)
+
+
+def slashed(text):
+    """½ and \\frac{1}{2} as 1/2, and 1\\frac12 as 1 1/2, which NUMBER can read."""
+    text = one_way(text)
+    if text.isascii() and "\\frac" not in text:
+        return text
+    for sign, fraction in (("½", "1/2"), ("¼", "1/4"), ("¾", "3/4")):
+        text = re.sub(f"(-?){sign}", rf" \g<1>{fraction}", text)
+    text = re.sub(r"(?<=[0-9])\\frac", r" \\frac", text)
+    return re.sub(r"\\frac(?:\{(-?[0-9]+)\}|([0-9])) ?(?:\{([0-9]+)\}|([0-9]))", r"\1\2/\3\4", text)
+
+
+def value_of(match):
+    """The exact value of what NUMBER found; None where it is the beginning of something else: 10:30, 2π, √2."""
+    if len(match[0]) > 40 or match["root"] or match["unread"]:
+        return None
+    digits = re.sub(r"[,' ]", "", match["digits"])
+    value = Fraction(digits) if "." in digits else int(digits)
+    try:
+        if match["e"] or match["ten"]:
+            value *= Fraction(10) ** int((match["e"] or match["ten"]).strip("{}"))
+        if match["power"]:
+            value = Fraction(value) ** int(match["power"].strip("{}"))
+        if match["divisor"]:
+            value = int(match["whole"] or 0) + Fraction(value) / int(match["divisor"])
+    except ZeroDivisionError:
+        return None
+    return -value if match["minus"] else value
+
+
+def as_number(text):
+    """The exact value of a number as people write it, 28,080 or −3 or $1.50 or 1/2 or 1e3; None for anything else."""
+    match = NUMBER.fullmatch(slashed(text)) if len(text) <= 60 else None
+    return value_of(match) if match else None
+
+
+def ending(text):
+    """The last 2,000 characters, without the rest of a word or number that the cut halves."""
+    return text if len(text) <= 2000 else text[-2000:].lstrip(".," + string.ascii_letters + string.digits)
+
+
+def countdown_value(expression, numbers):
+    """Value of an expression of + - * / that uses each number once, else None: parsed, never evaluated [G20]."""
+    expression = expression.replace("×", "*").replace("÷", "/").replace("−", "-")
+    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    used = []
+
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp):
+            left, right = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Add):
+                return left + right
+            if isinstance(node.op, ast.Sub):
+                return left - right
+            if isinstance(node.op, ast.Mult):
+                return left * right
+            if isinstance(node.op, ast.Div) and right:
+                return left / right
+        raise ValueError
+
+    try:
+        result = value(tree)
+    except ValueError:
+        return None
+    return result if Counter(used) == Counter(numbers) else None
+
+
+STOPS = " \n.,;:?…。，：！？"
+QUOTES = ('""', "''", "**", "__", "«»", "「」")
+LEAD_IN = re.compile(
+    r"^(?:(?:so|thus|hence|therefore)\b,? ?"
+    r"|(?:the |my )?(?:final |correct )?(?:answer|solution|result)(?: is\b| ?[:=]) ?:? ?"
+    r"|(?:it is|it's|that is|this is|i get|we get|option|choice)\b:? ?|= ?"
+    r"|(?:la |die )?(?:respuesta|réponse|antwort|ответ|答案|答え)(?: (?:es|est|ist|lautet)\b|是|为|は| ?[:：]) ?:? ?)+",
+    re.IGNORECASE,
+)
+
+
+def bare(text):
+    """Text without what only surrounds an answer: dollars, \\boxed, Markdown, quotation marks, outer punctuation."""
+    text = re.sub(r"\\boxed(?![A-Za-z])|\\[()\[\]]|\$|\*\*|`|^ *#+", "", one_way(text)).strip()
+    size = -1
+    while len(text) != size:
+        size = len(text)
+        ends_in_word = re.search(r"[^\W\d]{2}!+$", text[-4:])  # Yes! but not 5! or n!
+        text = text.rstrip(STOPS + "!" * bool(ends_in_word)).lstrip(" \n¿¡")
+        if len(text) > 1 and text[0] + text[-1] in QUOTES:
+            text = text[1:-1]
+    option = re.fullmatch(r"\(?(\w+)\)", text)  # (A), A)
+    return option[1] if option else text
+
+
+def without_lead_in(line):
+    """The answer in "The answer is Paris."; all of the line where nothing else would be left."""
+    return bare(LEAD_IN.sub("", bare(line))) or bare(line)
+
+
+def unboxed(text):
+    """What stands in the last \\boxed{…}; all of the text where there is none."""
+    starts = [match.end() for match in re.finditer(r"\\boxed ?\{", text)]
+    depth = 1
+    for position in range(starts[-1], len(text)) if starts else ():
+        depth += (text[position] == "{") - (text[position] == "}")
+        if not depth:
+            return text[starts[-1] : position]
+    return text
+
+
+def last_line(text):
+    """The last line that says anything, of the last \\boxed{…} or of all; twenty lines are looked at."""
+    return next((line for line in unboxed(ending(text)).splitlines()[:-21:-1] if bare(line)), "")
+
+
+def number_as_value(match):
+    value = value_of(match)
+    return match[0] if value is None else f" {value} "
+
+
+def key(text):
+    """What two equal texts share: no case, numbers by their value, spaces between words and between digits alone."""
+    if len(text) > 200:
+        return " ".join(text.casefold().split())
+    text = " ".join(NUMBER.sub(number_as_value, slashed(text.casefold())).split())
+    return re.sub(r"(?<![^\W\d_]) (?!\d)|(?<!\d) (?![^\W\d_])", "", text)
+
+
+def wanted_number(problem):
+    """The value of an answer that is a number, else None."""
+    return as_number(bare(unboxed(problem.answer)))
+
+
+def final_answer(problem, completion):
+    """What a completion answers, in a form that can be compared and counted; None for no answer."""
+    if problem.numbers:
+        lines = completion.strip().splitlines()
+        expression = lines[-1].partition("=")[0].strip() if lines else ""
+        return countdown_value(expression, problem.numbers)
+    if wanted_number(problem) is not None:
+        return last_number(unboxed(ending(completion)))
+    return key(without_lead_in(last_line(completion))) or None
+
+
+def check_answer(problem):
+    """Refuse an answer that no completion could ever match, and one that needs math-verify where it is missing."""
+    if not is_right(problem, problem.answer):
+        shown = repr(problem.answer[:60])
+        raise InputError(f"nothing could match the answer {shown}: empty but for punctuation, or too long")
+    if wanted_number(problem) is None and is_mathematics(problem.answer):
+        math_verifier()
+
+
+# ---- Mathematics, by math-verify in a process of its own ----
+
+FUNCTIONS = "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi"
+
+
+def has_words(text):
+    """Is there a word that is no name of a function? Up to three letters in a row may be a product, abc."""
+    letters = re.sub(rf"\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTIONS})(?![A-Za-z])", " ", text)
+    return bool(re.search(r"[^\W\d_]{4}|\b(?:or|and|not|no|yes|is|in|to|of|the)\b", letters, re.IGNORECASE))
+
+
+OPERATION = re.compile(
+    r"\\[A-Za-z]|[√π∞]|[+*^=<>≤≥≠×·∪∩] *[\w\\({\[|.-]"  # a command of LaTeX, an operator with something behind it
+    r"|[(\[{].*,.*[)\]}]"  # a list
+    r"|(?<![A-Za-z\d])\d+[A-Za-z](?![A-Za-z])"  # 2x
+    r"|(?<![A-Za-z])[A-Za-z] ?[-/] ?(?:[A-Za-z](?![A-Za-z])|[\d(])|[\d)] ?[-/] ?[A-Za-z](?![A-Za-z])"  # x-1, 1/x
+)
+
+
+def is_mathematics(answer):
+    """Is the wanted answer a formula? It is one if it has no words and an OPERATION, or dollars around it. Dates, times
+    and scores are texts, so digits with - / . : alone are no operation, and neither is the - of x-ray."""
+    return not has_words(bare(answer)) and bool(OPERATION.search(bare(answer)) or re.search(r"\$.+\$", answer))
+
+
+def as_latex(text):
+    """A formula as LaTeX, however it was typed: x**10, x^(n+1), sqrt(2), √2, >=."""
+    text = bare(text)
+    text = re.sub(rf"(?<![\\A-Za-z])({FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
+    text = re.sub(r"(?:√|\\sqrt) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"\^(?:\(([^()]*)\)|(-?\d+))", r"^{\1\2}", text)
+    for sign, command in ((">=", "\\ge "), ("<=", "\\le "), ("∞", "\\infty "), ("∪", "\\cup "), ("·", "\\cdot ")):
+        text = text.replace(sign, command)
+    return text
+
+
+@lru_cache(maxsize=10_000)
+def same_mathematics(wanted, given):
+    """Do two formulas in LaTeX mean the same? Never if the given one has words or more than 200 characters, if the
+    brackets of a list differ, or if an equation stands for an expression. Else math-verify decides, in 3 seconds."""
+    given = given if "=" in wanted else re.sub(r"^[A-Za-z](?:\([a-z]\))? ?= ?", "", given)  # y = x^2
+    if not re.fullmatch(r"[ -~Α-ω≤≥≠×÷]{1,200}", given) or has_words(given) or ("=" in given) > ("=" in wanted):
+        return False
+    ends = [re.sub(r"\\([{}])", r"\1", text) for text in (wanted, given)]
+    if re.fullmatch(r"[(\[{].*,.*[)\]}]", ends[0]) and len({text[0] + text[-1] for text in ends}) > 1:
+        return False
+    with MATH_LOCK:
+        worker, verdict = math_verifier(), ""
+        try:
+            worker.stdin.write(json.dumps([wanted, given]) + "\n")
+            worker.stdin.flush()
+            verdict = worker.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            if not verdict:  # its time was up, or ours was interrupted: no late verdict may be read as the next one's
+                worker.kill()
+                worker.communicate()
+                math_verifier.cache_clear()
+    return verdict == "True\n"
+
+
+# math-verify limits its time by signals, which work in the main thread alone and do not stop a long product of
+# integers. Here a process that took too long ends itself, and the next formula starts another.
+MATH_LOCK = threading.Lock()
+MATH_WORKER = """
+import faulthandler, json, sys
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+config = LatexExtractionConfig(True, -1, NormalizationConfig(True, False, True, False, "none", False))
+
+def is_same(*formulas):
+    parsed = [parse(f"${text}$", [config], "no_fallback", parsing_timeout=None) for text in formulas]
+    return verify(*parsed, float_rounding=12, timeout_seconds=None)
+
+print(is_same("(x+1)^2", "x^2 + 2x + 1"), flush=True)  # what is loaded for the first formula is no formula's time
+for line in sys.stdin:
+    faulthandler.dump_traceback_later(3, exit=True)
+    verdict = is_same(*json.loads(line))
+    faulthandler.cancel_dump_traceback_later()
+    print(verdict, flush=True)
+"""
+
+
+@cache
+def math_verifier():
+    """The process that compares formulas."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise InputError("an answer is mathematics: pip install math-verify to compare it")
+    command, pipe = [sys.executable, "-c", MATH_WORKER], subprocess.PIPE
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    if worker.stdout.readline() != "True\n":
+        raise InputError(f"an answer is mathematics, and math-verify does not work in {sys.executable}")
+    return worker
+
+
+# ---- A learned reward model, R_φ ----
+
+
+def load_reward_model(args):
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_disk("AutoModelForSequenceClassification", args.reward_model, **options)
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise InputError(f"{args.reward_model} is no reward model: it has no trained head with one output")
+    tokenizer = from_disk("AutoTokenizer", args.reward_model)
+    if tokenizer.cls_token and not tokenizer.chat_template:
+        raise InputError(f"{args.reward_model} is an encoder without a chat template; how it reads pairs is not known")
+    return model.to(args.device).eval(), tokenizer
+
+
+def answers_of(args, group, is_truncated):
+    """What a reward model reads of a group: G (prompt, completion, has it ended), the prompt a text or messages."""
+    prompt = list(group.problem.messages) or told(args, group.problem)
+    return [(prompt, text, not cut) for text, cut in zip(group.texts, is_truncated.tolist())]
+
+
+def reward_ids(tokenizer, prompt, text, has_ended):
+    """Token list of an answer in the form that the reward model was trained on [G30]: its tokenizer's chat template
+    where there is one; else that of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response ended."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+        except Exception as error:  # a template refuses in its own words what it does not know
+            raise InputError(f"the reward model's chat template refuses the answer {text[:60]!r}: {error}") from error
+        return tokenizer(whole, add_special_tokens=False)["input_ids"]
+    if not isinstance(prompt, str):
+        raise InputError("the reward model has no chat template for prompts that are lists of messages: bring texts")
+    prompt_ids, ids = tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
+    return [*prompt_ids, *ids, *[tokenizer.eos_token_id] * (has_ended and tokenizer.eos_token_id is not None)]
+
+
+def raw_scores(model, tokenizer, answers):
+    """(N,) scores of (prompt, completion, has it ended), with gradients. Of what exceeds the context, the end is read.
+
+    Padding is on the right, by a token that none of them holds: by it the head finds each row's last one.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    rows = [reward_ids(tokenizer, *answer) for answer in answers]
+    if max(map(len, rows)) > context:
+        warnings.warn(f"of an answer beyond its context the reward model reads the last {context} tokens", stacklevel=2)
+    rows = [row[-context:] for row in rows]
+    padding = min(set(range(1 + sum(map(len, rows)))).difference(*rows))
+    model.config.get_text_config().pad_token_id = padding
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=model.device)
+    return model(input_ids=ids, attention_mask=(ids != padding).long()).logits[:, 0]
+
+
+@torch.no_grad()
+def score_texts(model, tokenizer, answers):
+    """(N,) scores, normalised by what rlhf_gpt2_ppo.py keeps in the config, if it is there."""
+    scores = raw_scores(model, tokenizer, answers).cpu()
+    return (scores - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_std", 1.0)
+
+
+def pairs_of(args, group, rating):
+    """(right, wrong) pairs of one group's answers, as the verifier says: what a reward model learns from."""
+    texts = answers_of(args, group, rating.is_truncated)
+    is_right = rating.parts["verifier"].bool().tolist()
+    right = [text for text, it_is in zip(texts, is_right) if it_is]
+    return list(zip(right, [text for text, it_is in zip(texts, is_right) if not it_is]))
+
+
+def continue_reward_model(args, model, tokenizer, optimizer, pairs, replay, step):
+    """Train R_φ on (right, wrong) pairs of texts of the last rollouts, a tenth of each batch from earlier ones [G13]
+    (DeepSeekMath Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
+    rng, losses = random.Random(f"{args.seed} reward {step}"), []
+    for _ in range(args.reward_model_steps):
+        batch = [rng.choice(replay) if replay and i % 10 == 0 else rng.choice(pairs) for i in range(20)]
+        right, wrong = raw_scores(model, tokenizer, [text for pair in batch for text in pair]).view(-1, 2).T
+        loss = -torch.nn.functional.logsigmoid(right - wrong).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+# ---- Models: from disk, prompts, the warm start ----
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def from_disk(kind, name, **options):
+    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+
+
+def told(args, problem):
+    """The problem in the words that the model is shown."""
+    if args.model is None:
+        return problem.prompt
+    return (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
+
+
+def encode_prompt(args, tokenizer, problem):
+    """Token list of what the model is shown: the problem alone, or the instruction in the model's own chat form."""
+    text = told(args, problem)
+    if args.model is None:
+        return tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
+    if not tokenizer.chat_template:
+        if problem.messages:
+            raise InputError(f"{args.model} has no chat template for prompts that are lists of messages: bring texts")
+        ids = tokenizer(f"{text}\n")["input_ids"]
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # nothing should follow an EOS: some append one
+    messages = list(problem.messages) or [{"role": "user", "content": text}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template refuses what it does not know, such as a system role, in its own words
+        prompt = shortened(problem.prompt)
+        raise InputError(f"the chat template of {args.model} refuses the prompt {prompt}: {error}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def context_of(model):
+    """Tokens that a model has positions for; inf where its configuration knows no limit."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "max_seq_len")]
+    return max(found) if max(found) > 0 else math.inf
+
+
+def those_that_fit(args, model, tokenizer, problems, held_out):
+    """(problems, held_out) without those that leave no room for max_tokens in the model's context; it says how many.
+
+    Beyond their context models with learned positions fail, and those with rotary ones write what nobody taught them.
+    """
+    context, sizes = context_of(model), {}
+    for problem in problems + held_out:  # the small model has a token a character: no need to encode thousands
+        ids = encode_prompt(args, tokenizer, problem) if args.model else f"{problem.prompt}\n"
+        sizes[problem.prompt] = len(ids)
+    room = context - args.max_tokens
+    fitting = [[problem for problem in part if sizes[problem.prompt] <= room] for part in (problems, held_out)]
+    num_over = len(problems + held_out) - sum(map(len, fitting))
+    if not num_over:
+        return fitting
+    over = (
+        f"{num_over:,} of {len(sizes):,} prompts, up to {max(sizes.values()):,} tokens long, and --max-tokens "
+        f"{args.max_tokens} exceed the model's context of {context:,}"
+    )
+    if len(fitting[0]) < args.prompts_per_step or len(fitting[1]) < int(os.environ.get("WORLD_SIZE", 1)):
+        raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
+    say(f"            {over}: they are left out, {len(fitting[0]):,} and {len(fitting[1]):,} are left")
+    return fitting
+
+
+def warm_start(args, model, tokenizer, problems, held_out):
+    """Supervised steps on worked solutions, until some answers are right: GRPO can only choose among samples."""
+    from tqdm import trange
+
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    bar = trange(args.warm_start_steps, desc="warm start")
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = args.warm_start_learning_rate * min((step + 1) / 50, 1.0)
+        count = args.warm_start_batch_size
+        batch = problems_from(problems, range(step * count, (step + 1) * count), f"{args.seed} warm start")
+        prompts = [encode_prompt(args, tokenizer, problem) for problem in batch]
+        solutions = [[*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], eos] for problem in batch]
+        longest = max(map(len, solutions))
+        tokens = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in solutions])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in solutions])
+        loss = -policy_logprobs(replace(args, temperature=1.0), model, prompts, tokens, mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 24:
+            names = [("warm start", i) for i in range(len(held_out))]
+            groups = sample_groups(args, model, tokenizer, [eos], held_out, 1, args.temperature, names)
+            right = sum(is_right(group.problem, group.texts[0]) for group in groups) / len(groups)
+            bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.2f}", refresh=False)
+            if right >= args.warm_start:
+                break
+    bar.close()
+
+
+def load_reference(args, name, plain_because=""):
+    """A frozen copy of the model that the policy begins as: on the device, or waiting on the host."""
+    device = "cpu" if args.offload else args.device
+    model = load_model(replace(args, device=device), name, is_compared=False)[0].requires_grad_(False)
+    model.plain_because = plain_because  # what was found out about the policy
+    return stream_weights(model, args.device) if args.offload else model
+
+
+# ---- LoRA adapters, quantized weights ----
+
+
+def base_of_adapter(name):
+    """Name of the model that a saved PEFT adapter was trained on; None if `name` is no adapter."""
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        path = find_adapter_config_file(name)
+    except OSError:  # neither a directory nor a name that the Hub could have
+        path = None
+    if path is None:
+        return None
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{name} is an adapter, and its adapter_config.json does not say of which model")
+    return base
+
+
+def with_adapter(model, name):
+    """The model with a saved LoRA adapter on it, which can be trained further."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise InputError(f"{name} is an adapter, which needs peft: pip install peft") from error
+    try:
+        kind = PeftConfig.from_pretrained(name).peft_type
+        if kind != "LORA":
+            raise ValueError(f"it is of the kind {kind.value}, and only LoRA can be trained further")
+        return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"the adapter {name} does not fit {model.name_or_path}: {line}") from error
+
+
+def add_adapter(args, model):
+    """LoRA (Hu et al. 2021) on every linear layer of the model, in place, or the adapter that --model names; PEFT's
+    handle of it. The model's name is saved with it: a directory's in full, so that it loads from any other."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("--lora-rank needs peft: pip install peft") from error
+    if args.model and base_of_adapter(args.model):
+        adapter = with_adapter(model, args.model)
+    else:
+        config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        adapter = get_peft_model(model, config)
+    config = adapter.peft_config["default"]
+    if config.r != args.lora_rank:
+        raise InputError(
+            f"--model {args.model} is an adapter of rank {config.r}: --lora-rank {config.r} trains it further, "
+            "without --lora-rank it is merged and the whole model trained"
+        )
+    if os.path.isdir(config.base_model_name_or_path):
+        config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
+    without_dropout(model)  # an adapter can bring its own
+    return adapter
+
+
+@contextmanager
+def as_begun(adapter, start):
+    """The policy as the run found it, the reference [G22]: with its new adapter off, or with the weights that the
+    adapter of --model had, `start`."""
+    if not start:
+        with adapter.disable_adapter():
+            yield
+        return
+    trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    now = [parameter.data for parameter in trained]
+    for parameter, weights in zip(trained, start):
+        parameter.data = weights
+    try:
+        yield
+    finally:
+        for parameter, weights in zip(trained, now):
+            parameter.data = weights
+
+
+class Int8Linear(torch.autograd.Function):
+    """x Wᵀ for a frozen W in 8 bits [G29]. codes (out, in) int8, scale (out,): Wᵢⱼ = scaleᵢ codesᵢⱼ.
+
+    Backward makes W again from its codes: autograd, left alone, keeps each layer's from the forward pass until then,
+    which is the whole model unpacked.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, scale):
+        ctx.codes, ctx.scale = codes, scale
+        return torch.nn.functional.linear(x, codes.to(x.dtype)) * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * ctx.scale) @ ctx.codes.to(gradient.dtype), None, None
+
+
+def int8_linear(module, x):
+    y = Int8Linear.apply(x, module.weight, module.scale)
+    return y if module.bias is None else y + module.bias
+
+
+@torch.no_grad()
+def quantize(model, device):
+    """Every linear layer but the head in 8 bits, in place, each on its way to the device: at most one is there whole.
+
+    A row's largest weight becomes ±127. The scale is rounded to the model's dtype before it divides: what it then
+    multiplies is what was divided, and no error of its own is left in the product.
+    """
+    layers = [x for x in model.modules() if isinstance(x, torch.nn.Linear) and x is not model.get_output_embeddings()]
+    if not layers:
+        raise InputError(f"--quantize knows torch's linear layers, and {type(model).__name__} has none but the head")
+    for layer in layers:
+        weight = layer.weight.to(device)
+        scale = (weight.abs().amax(-1).float() / 127).clamp(min=1e-30).to(weight.dtype)
+        codes = (weight.float() / scale[:, None].float()).round_().clamp_(-127, 127).to(torch.int8)
+        layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+        layer.register_buffer("scale", scale)
+        layer.forward = partial(int8_linear, layer)
+
+
+# ---- Is the fast path right for this model? ----
+
+COMPARED_TOKENS = 8192  # the longest prompt on which the two paths are compared
+
+
+def is_fast(args, model):
+    """Whether the fast path is taken: load_model() has compared it with the plain one on this model."""
+    return args.fast and not getattr(model, "plain_because", "")
+
+
+def why_plain(args, model, tokenizer, name):
+    """Why the fast path is not taken with this model; "" if it is, because it gives what the plain path gives.
+
+    They are compared after short prompts, then after one that is longer than any window of attention. A model that the
+    plain path gets wrong is refused. Rounding makes 0.0000 nats a token in float32, and up to 0.015 in bfloat16, where
+    a router that changes its mind makes 0.05; a wrong mask or position makes 0.025 and more, a sampler in a router 0.2.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    windows = [x for key, x in config.to_dict().items() if type(x) is int and ("window" in key or "chunk" in key)]
+    beyond = max([x for x in windows if x < context], default=0) + 20
+    text = "".join(f"{i}+{i * i}={i + i * i}, " for i in range(min(beyond, COMPARED_TOKENS)))
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    is_exact = model.dtype == torch.float32 and args.quantize == "none"
+    if config.model_type == "phimoe":  # only where experts are nearly equal, so that no comparison finds it for sure
+        raise InputError(f"{name} cannot be trained here: its routers sample their experts in training mode")
+    odd_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    odd_logits = [key for key, x in config.to_dict().items() if "logit" in key and isinstance(x, float) and x != 1]
+    reason = "" if args.fast else "--no-fast"
+    if odd_logits and not reason:  # a cap is hardly felt, and not found, before the logits have grown
+        reason = f"{', '.join(odd_logits)} of its config: the fast path takes logits as the head makes them"
+    if beyond > COMPARED_TOKENS and not reason:
+        reason = f"a window of attention is longer than the {COMPARED_TOKENS} tokens of a comparison"
+    for length in sorted({20, beyond}):  # the first is quick and finds most faults
+        prompts = [tokens[:5], tokens[: min(length, context - 12, COMPARED_TOKENS)]]
+        plain = differences(args, model, prompts, is_fast=False)
+        if isinstance(plain, Exception):
+            raise InputError(f"{name} cannot be trained here: it cannot sample with a cache: {one_line(plain)}")
+        for what, difference in zip(("sampling with a cache", "a forward pass in training mode"), plain):
+            if not difference < (1e-3 if is_exact else 0.1):
+                raise InputError(f"{name} cannot be trained here: {what} differs by {difference:.2g} nats a token")
+        fast = () if reason else differences(args, model, prompts, is_fast=True)
+        if isinstance(fast, Exception):
+            reason, fast = f"the shared cache or packed rows do not fit it: {one_line(fast)}", ()
+        for what, difference, own in zip(("with the shared cache", "in packed rows"), fast, plain):
+            if not difference < (1e-3 if is_exact else max(0.02, 1.5 * own)):
+                reason = f"log-probabilities {what} differ by {difference:.2g} nats a token"
+    return f"{', '.join(sorted(odd_layers))} layers: {reason}" if reason and odd_layers and args.fast else reason
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+@torch.no_grad()
+def differences(args, model, prompts, is_fast):
+    """By how much a path differs from one forward pass a sequence, without padding, in evaluation mode: mean nats a
+    token of the sampler, with rows that end early, and of the trainer in training mode. Or what it raises.
+    """
+    path = replace(args, fast=is_fast, temperature=1.0)
+    noise = torch.rand(3 * len(prompts), 12, generator=torch.Generator().manual_seed(0))
+    eos_ids = list(range(0, model.get_input_embeddings().num_embeddings, 16))  # so that about half of the rows end
+    try:
+        tokens, sampled, mask = sample(path, model, prompts, noise, 1.0, eos_ids, 0)
+        trained = policy_logprobs(path, model.train(), prompts, tokens, mask)
+        model.eval()
+        rows = [(prompts[i // 3 : i // 3 + 1], tokens[i : i + 1], mask[i : i + 1]) for i in range(len(tokens))]
+        right = torch.cat([plain_logprobs(model, *row, 1.0) for row in rows])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error
+    finally:
+        model.eval()
+    return tuple(float((logprobs - right).abs().sum() / mask.sum()) for logprobs in (sampled, trained))
+
+
+# ---- Fast sampling: one cache for the prompt of a group ----
+
+
+def new_cache(model, rows, length):
+    """Keys and values of `rows` sequences, with room for `length` tokens: one that grows copies itself each token."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        """What transformers' layers ask of a cache layer, with the prompts' keys and values shared by their groups."""
+
+        def lazy_initialization(self, keys, values):
+            self.dtype, self.device = keys.dtype, keys.device
+            self.room = [x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
+            self.used, self.live, self.column, self.is_initialized = 0, rows, None, True
+
+        def update(self, keys, values, *args, **kwargs):
+            if not self.is_initialized:  # the prompts: each is written once for each of its group
+                self.lazy_initialization(keys, values)
+                self.used = keys.shape[2]
+                for room, x in zip(self.room, (keys, values)):
+                    room.view(len(x), -1, *room.shape[1:])[:, :, :, : self.used] = x[:, None]
+                return keys, values
+            if self.column is not None:
+                for room, x in zip(self.room, (keys, values)):
+                    room[: self.live].index_copy_(2, self.column, x)
+                return tuple(room[: self.live] for room in self.room)
+            self.used += keys.shape[2]
+            for room, x in zip(self.room, (keys, values)):
+                room[: self.live, :, self.used - x.shape[2] : self.used] = x
+            return tuple(room[: self.live, :, : self.used] for room in self.room)
+
+        def get_seq_length(self):
+            return self.used if self.is_initialized else 0
+
+        def fill(self, holes, movers, live, used):
+            """Rows `movers` take the places `holes`; the first `live` rows remain, `used` tokens of each."""
+            for room in self.room:
+                room[holes, :, :used] = room[movers, :, :used]
+            self.live = live
+
+    return Cache(layers=[RoomyLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
+
+
+def attention_masks(model, visible, queries, keys):
+    """{kind of layer: additive mask, 0 where a token sees another, −max where not}.
+
+    visible (R, 1, Lq, Lk) bool; queries, keys: positions (R, Lq) and (R, Lk), whose difference a window limits.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    masks = {}
+    for kind in dict.fromkeys(kinds):
+        seen = visible
+        if kind == "sliding_attention" and window:
+            seen = visible & (queries[:, None, :, None] - keys[:, None, None, :] < window)
+        lowest = torch.finfo(model.dtype).min
+        masks[kind] = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, lowest)
+    return masks
+
+
+def last_states(model, ids, positions, masks, cache=None):
+    """The states before the head, (R, L, d). Where layers are of several kinds, transformers takes a dict of masks."""
+    return model.base_model(
+        ids,
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def fixed_step(model, cache, token, position, column, masks):
+    """The step of one token on tensors that stay where they are, whatever was seen so far [G28].
+
+    Attention is over the cache's full length, masked. Nothing of it depends on t but what the tensors hold, so a GPU
+    can replay it as one CUDA graph: else the small kernels of a token wait for Python, not for memory.
+    """
+    kept = [x.clone() for x in (token, position, column, *masks.values())]
+    for layer in cache.layers:
+        layer.column = kept[2]
+
+    def compute():
+        own = dict(zip(masks, kept[3:]))
+        return model.get_output_embeddings()(last_states(model, kept[0][:, None], kept[1][:, None], own, cache)[:, -1])
+
+    graph = None
+    if token.is_cuda:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what is set up at the first call must not be captured
+            compute()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = compute()
+
+    def step(token, position, column, masks):
+        for own, x in zip(kept, (token, position, column, *masks.values())):
+            own.copy_(x)
+        if graph is None:
+            return compute()
+        graph.replay()
+        return logits
+
+    return step
+
+
+@torch.no_grad()
+def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False):
+    """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
+
+    prompts: P token lists; B = P·G and G consecutive rows belong to a prompt. From the whole distribution at the
+    temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9]. Each prompt is read once
+    and its keys and values are shared by the group [G1]; rows that are done leave the batch. A row's completion
+    depends on its prompt and its noise alone, not on the rows beside it [G23]. is_fixed: shapes change only when half
+    of the rows are done.
+    """
+    B, T = noise.shape
+    group_size, device = B // len(prompts), model.device
+    Q = max(map(len, prompts))
+    queries = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    seen = torch.arange(Q, device=device) >= Q - lengths[:, None]  # padding on the left: all end in the same column
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)
+    cache = new_cache(model, B, Q + T)
+    head, eos, noise = model.get_output_embeddings(), torch.tensor(eos_ids, device=device), noise.to(device)
+    state = model.base_model(
+        queries, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    logits = head(state.last_hidden_state[:, -1]).repeat_interleave(group_size, 0)
+    del state  # what the prefill made
+    lengths = lengths.repeat_interleave(group_size)
+    seen = torch.cat([seen, seen.new_ones(len(prompts), T)], 1).repeat_interleave(group_size, 0)
+
+    tokens = torch.full((B, T), pad_id, device=device)
+    logprobs, mask = torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.long, device=device)
+    rows = torch.arange(B, device=device)  # which sequence each row of the batch is
+    going, columns, step = torch.ones_like(rows, dtype=torch.bool), torch.arange(Q + T, device=device), None
+    for t in range(T):
+        token, logprob = sample_token(logits, noise[rows, t], temperature)
+        on = rows[going]
+        tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1
+        going &= ~torch.isin(token, eos)
+        live = int(going.sum())
+        if live == 0 or t + 1 == T:
+            break
+        if live <= (len(rows) // 2 if is_fixed else len(rows) - 1):
+            # the last rows that go on take the places of those that are done
+            holes = (~going[:live]).nonzero()[:, 0]
+            movers = live + going[live:].nonzero()[:, 0]
+            for layer in cache.layers:
+                if layer.is_initialized:  # some models' layers share the keys of others
+                    layer.fill(holes, movers, live, Q + t)
+            keep = torch.arange(live, device=device)
+            keep[holes] = movers
+            rows, token, going, step = rows[keep], token[keep], going[keep], None
+        column, position = columns[None, Q + t : Q + t + 1], lengths[rows] + t
+        if is_fixed:
+            masks = attention_masks(model, (seen[rows] & (columns <= Q + t))[:, None, None], column, columns[None])
+            now = token, position, column[0], masks
+            step = step or fixed_step(model, cache, *now)
+            logits = step(*now)
+            continue
+        masks = attention_masks(model, seen[rows, None, None, : Q + t + 1], column, columns[None, : Q + t + 1])
+        logits = head(last_states(model, token[:, None], position[:, None], masks, cache)[:, -1])
+    return tokens, logprobs, mask
+
+
+# ---- Fast log-probabilities: packed rows ----
+
+
+class Batch(NamedTuple):
+    sequences: torch.Tensor  # (S,) rows of the rollout that are in it
+    ids: torch.Tensor  # (R, L) tokens: a prompt, its completions, the next prompt, …
+    positions: torch.Tensor  # (R, L) each completion goes on where its prompt ended
+    visible: torch.Tensor  # (R, 1, L, L) which token sees which
+    sources: torch.Tensor  # (N,) where in ids, flat, the state before each completion token is
+    targets: torch.Tensor  # (N,) those tokens
+    places: tuple  # (N,), (N,): sequence in this batch and t of each
+
+
+def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens):
+    """Which sequences share a row, and which rows a micro-batch: lists of lists of sequence indices [G17].
+
+    Completions of a prompt share it in a row of row_tokens at most, or of the longest sequence's; with row_tokens 0
+    each has a row of its own. The longest rows come first: what does not fit into memory fails at once. A sequence's
+    last token is never read, only predicted.
+    """
+    total = {i: prompt_lengths[i // group_size] + length - 1 for i, length in lengths.items()}
+    capacity = max([row_tokens, *total.values()])
+    groups = {}
+    for i in sorted(lengths, key=lambda i: -lengths[i]):
+        groups.setdefault(i // group_size, []).append(i)
+    rows, room = [], 0
+    for group, members in groups.items():
+        new_to_row = True
+        for i in members:
+            needed = lengths[i] - 1 + prompt_lengths[group] * new_to_row
+            if needed > room or not row_tokens:
+                rows.append([])
+                needed, room = total[i], capacity
+            rows[-1].append(i)
+            room -= needed
+            new_to_row = False
+    sizes = {id(row): row_size(row, prompt_lengths, lengths, group_size) for row in rows}
+    rows.sort(key=lambda row: -sizes[id(row)])
+    micro_batches, longest = [], 0
+    for row in rows:
+        if not micro_batches or (len(micro_batches[-1]) + 1) * longest > micro_batch_tokens:
+            micro_batches.append([])
+            longest = sizes[id(row)]
+        micro_batches[-1].append(row)
+    return micro_batches
+
+
+def plan_for(args, model, prompt_lengths, lengths, group_size):
+    """plan_rows() with rows as long as is quickest; on the plain path each sequence has a row of its own.
+
+    With k answers of a tokens behind a prompt of p, a sequence costs p/k + a tokens, and a token 1 + L/c in a row of
+    L = p + k·a, where c is the length at which attention costs as much as the rest: about 1,500. Least at the L below.
+    """
+    on_gpu, row_tokens = args.device.startswith("cuda"), 0
+    micro_batch_tokens = args.micro_batch_tokens or (8192 if on_gpu and is_fast(args, model) else 2048)
+    if is_fast(args, model) and lengths:
+        p = sum(prompt_lengths[i // group_size] for i in lengths) / len(lengths)
+        row_tokens = min(int(p + (p * (p + 1500)) ** 0.5), micro_batch_tokens)
+    return plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens)
+
+
+def row_size(row, prompt_lengths, lengths, group_size):
+    prompts = {i // group_size for i in row}
+    return sum(prompt_lengths[p] for p in prompts) + sum(lengths[i] - 1 for i in row)
+
+
+def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
+    """Prompts (P token lists), tokens and mask (B, T), rows of indices → a Batch, padded at the ends of rows alone."""
+    lengths = lengths_of(mask)
+    size = max(row_size(row, list(map(len, prompts)), lengths, group_size) for row in rows)
+    ids, positions, prompt_of, owner = (torch.full((len(rows), size), x) for x in (0, 0, -1, -2))
+    sequences, sources, targets, places = [], [], [], []
+    for r, row in enumerate(rows):
+        end, current = 0, None
+        for i in row:
+            if i // group_size != current:
+                current = i // group_size
+                prompt = torch.tensor(prompts[current])
+                span = slice(end, end + len(prompt))
+                ids[r, span], positions[r, span] = prompt, torch.arange(len(prompt))
+                prompt_of[r, span], owner[r, span] = current, -1
+                end += len(prompt)
+                last = end - 1
+            completion = tokens[i, : lengths[i]]
+            span = slice(end, end + lengths[i] - 1)
+            ids[r, span], positions[r, span] = completion[:-1], len(prompt) + torch.arange(lengths[i] - 1)
+            prompt_of[r, span], owner[r, span] = current, i
+            scored = mask[i, : lengths[i]].nonzero()[:, 0].tolist()  # zeros before the last 1 are read, not scored
+            before = (last, *range(end, end + lengths[i] - 1))
+            sources += [r * size + before[t] for t in scored]
+            targets.append(completion[scored])
+            places += [(len(sequences), t) for t in scored]
+            sequences.append(i)
+            end += lengths[i] - 1
+    same_prompt = prompt_of[:, :, None] == prompt_of[:, None, :]
+    visible = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))
+    visible &= torch.ones(size, size, dtype=torch.bool).tril()
+    tensors = (torch.tensor(sequences), ids, positions, visible[:, None], torch.tensor(sources), torch.cat(targets))
+    return Batch(*(x.to(device) for x in tensors), tuple(torch.tensor(places, device=device).T))
+
+
+def logprobs_of(head, hidden, targets, temperature):
+    """Log-probabilities (N,) in float32 of targets (N,) after the states hidden (N, d)."""
+    return token_logprobs(head(hidden).float(), targets, temperature)
+
+
+def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
+    """(S, T) log-probabilities of a batch's completions, 0 off their masks.
+
+    Logits are made for logprob_tokens tokens at a time and, where gradients are wanted, made again in the backward
+    pass [G16]: whole, they are the largest tensor of all, 8 × 1,024 tokens × 152k words × 4 bytes = 5 GB.
+    """
+    masks = attention_masks(model, batch.visible, batch.positions, batch.positions)
+    hidden = last_states(model, batch.ids, batch.positions, masks).flatten(0, 1)[batch.sources]
+    head, parts = model.get_output_embeddings(), []
+    for states, targets in zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(logprobs_of, head, states, targets, temperature, use_reentrant=False))
+        else:
+            parts.append(logprobs_of(head, states, targets, temperature))
+    logprobs = torch.zeros(len(batch.sequences), max_tokens, device=hidden.device)
+    return logprobs.index_put(batch.places, torch.cat(parts))
+
+
+def micro_batch_logprobs(args, model, prompts, tokens, mask, rows):
+    """(S, T) log-probabilities of the sequences in a micro-batch's rows, by the path that is taken for this model."""
+    group_size, order = len(tokens) // len(prompts), [i for row in rows for i in row]
+    if not is_fast(args, model):
+        own = tokens[order].to(args.device), mask[order].to(args.device)
+        return plain_logprobs(model, [prompts[i // group_size] for i in order], *own, args.temperature)
+    batch = pack_rows(prompts, tokens, mask, rows, group_size, args.device)
+    packed_logprobs = getattr(model, "packed_logprobs", partial(completion_logprobs, model))  # --shard has its own
+    return packed_logprobs(batch, tokens.shape[1], args.temperature, args.logprob_tokens)
+
+
+# ---- Optimizer ----
+
+
+def round_stochastically(x):
+    """float32 → bfloat16, up or down with the chances that make the mean right [G18].
+
+    Rounded to the nearest, a step below 1/256 of a weight is lost, every time: at lr 1e-6 nearly all are.
+    """
+    # of each random 64 bits four weights' noise is made, from −2¹⁵ to 2¹⁵ − 1; a bfloat16 is a float32's upper half
+    noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+    noise = noise.view(torch.int16)[: x.numel()].view(x.shape)
+    return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)
+
+
+class AdamW8bit:
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) with 2 bytes of state a parameter [G19] (Dettmers et al. 2022).
+
+    Both moments are kept in blocks of 256, a float32 maximum for each and an 8-bit logarithm for each element: √v to
+    within 2.2% over 16 octaves below the block's maximum, m to within 4.4%. bfloat16 weights are rounded
+    stochastically.
+    Works through a parameter in slices, in place: no float32 copy of a large one ever exists, and on a CPU the passes
+    over a slice stay in its cache, 4 times faster than through memory.
+    """
+
+    BLOCK = 256
+
+    def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, offload=False):
+        self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
+        self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
+        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        self.at_once = 1 << 16 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
+        self.state = []
+        for parameter in self.param_groups[0]["params"]:
+            blocks = -(-own_part(parameter).numel() // self.BLOCK)
+            kinds = (self.BLOCK, torch.int8), (self.BLOCK, torch.uint8), (1, torch.float32), (1, torch.float32)
+            zeros = zeros_on_host if offload else torch.zeros
+            self.state.append([zeros((blocks, n), dtype=kind, device=parameter.device) for n, kind in kinds])
+            if offload:
+                keep_gradient_on_host(parameter)
+
+    def zero_grad(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = parameter.host_gradient = None
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for parameter, state in zip(self.param_groups[0]["params"], self.state):
+            if (gradient := gradient_of(parameter)) is None:
+                continue
+            weights, gradients = own_part(parameter).view(-1), gradient.reshape(-1)
+            for start in range(0, len(weights), self.at_once):
+                part = slice(start, start + self.at_once)
+                blocks = slice(start // self.BLOCK, (start + self.at_once) // self.BLOCK)
+                kept = [x[blocks] for x in state]
+                near = [x.to(weights.device) for x in kept]  # the same ones, if they are not on the host
+                self.step_slice(weights[part], gradients[part].to(weights.device).float(), near)
+                for own, new in zip(kept, near):
+                    own.copy_(new)
+
+    def step_slice(self, weights, gradients, state):
+        (beta1, beta2), count = self.betas, len(weights)
+        padded = torch.nn.functional.pad(gradients, (0, state[0].numel() - count)).view(-1, self.BLOCK)
+        m, root_v = self.decode(*state)
+        m.lerp_(padded, 1 - beta1)
+        root_v.square_().lerp_(padded.square(), 1 - beta2).sqrt_()
+        self.encode(m, root_v, state)
+        root_v.div_((1 - beta2**self.steps) ** 0.5).add_(self.eps)
+        update, lr = m.div_(root_v).view(-1)[:count], self.param_groups[0]["lr"]
+        new = weights.float() * (1 - lr * self.weight_decay)
+        new.sub_(update, alpha=lr / (1 - beta1**self.steps))
+        weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
+
+    def decode(self, m_codes, v_codes, m_max, v_max):
+        m = torch.exp2((m_codes.float().abs_() - 127).div_(8)).mul_(m_max).mul_(m_codes.sign())
+        # √v's code 0 is the smallest value, not 0, or its weight's next step would be divided by nothing
+        return m, torch.exp2((v_codes.float() - 255).div_(16)).mul_(v_max)
+
+    def encode(self, m, root_v, state):
+        m_codes, v_codes, m_max, v_max = state
+        for codes, maxima, x, top, octave in ((m_codes, m_max, m, 127, 8), (v_codes, v_max, root_v, 255, 16)):
+            size = x.abs()
+            maxima.copy_(size.amax(-1, keepdim=True))
+            code = size.div_(maxima.clamp(min=1e-38)).log2_().mul_(octave).add_(top).round_()
+            codes.copy_(code.clamp_(0, top).mul_(x.sign()))
+
+    def state_dict(self):
+        return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}
+
+    def load_state_dict(self, saved):
+        self.steps = saved["steps"]
+        for (parameter, own), kept in zip(self.pairs(), saved["state"]):
+            for mine, other in zip(own, self.moved(parameter, kept, scattered)):
+                mine.copy_(other)
+
+    def pairs(self):
+        return zip(self.param_groups[0]["params"], self.state)
+
+    def moved(self, parameter, state, move):
+        """A sharded parameter's state, of this process to that of all or back: its blocks are others then [G27]."""
+        if own_part(parameter) is parameter:
+            return state
+        shape = own_part(parameter).shape if move is gathered else parameter.shape
+        moments = [x.flatten()[: shape.numel()].view(shape).to(parameter.device) for x in self.decode(*state)]
+        moments = [move(x, parameter).flatten() for x in moments]
+        padding = -len(moments[0]) % self.BLOCK
+        moments = [torch.nn.functional.pad(x, (0, padding)).view(-1, self.BLOCK) for x in moments]
+        new = [torch.empty(len(moments[0]), x.shape[1], dtype=x.dtype, device=moments[0].device) for x in state]
+        self.encode(*moments, new)
+        return new
+
+
+def new_optimizer(args, model):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": (0.9, 0.95)}
+    if args.optimizer == "adamw8bit":
+        return AdamW8bit(parameters, **settings, offload=args.offload)
+    optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
+    optimizer.param_groups[0]["initial_lr"] = args.learning_rate
+    return optimizer
+
+
+def gradient_of(parameter):
+    """The parameter's gradient, on the device or on the host; None if there is none."""
+    on_host = getattr(parameter, "host_gradient", None)
+    return own_part(parameter.grad) if on_host is None else on_host
+
+
+def cut_gradients(parameters, max_norm, are_shards=False):
+    """Scale their gradients in place to a global norm of max_norm at most. Returns the norm that they had.
+
+    The list of gradients is this function's own: one that outlived the step would keep them beside the next ones.
+    """
+    gradients = [x for x in map(gradient_of, parameters) if x is not None]
+    norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm()
+    norm = (over_ranks(norm.square()).sqrt() if are_shards else norm).item()
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+# ---- What waits in host memory (--offload) ----
+
+
+def zeros_on_host(shape, dtype, device):
+    """Zeros in host memory, page-locked where they are to meet a GPU: copies are faster then. Not by pin_memory=True,
+    which rounds each tensor up to a power of 2."""
+    host = torch.zeros(shape, dtype=dtype)
+    if torch.device(device).type == "cuda" and host.nbytes >= 1 << 20:
+        cuda, pointer = torch.cuda.cudart(), host.data_ptr()
+        torch.cuda.check_error(cuda.cudaHostRegister(pointer, host.nbytes, 0))
+        weakref.finalize(host.untyped_storage(), cuda.cudaHostUnregister, pointer)  # before others get the address
+    return host
+
+
+def keep_gradient_on_host(parameter):
+    """Its gradient leaves the device as soon as backward has made it, and micro-batches add up on the host [G24].
+
+    The gradients are never on the device together. Steps taken inside backward would save as much, but they could
+    neither add up micro-batches nor know the global norm.
+    """
+    host = zeros_on_host(parameter.shape, parameter.dtype, parameter.device)
+
+    def leave(parameter):
+        if parameter.host_gradient is None:
+            parameter.host_gradient = host.copy_(parameter.grad)
+        else:
+            host.add_(parameter.grad.cpu())
+        parameter.grad = None
+
+    parameter.host_gradient = None
+    parameter.register_post_accumulate_grad_hook(leave)
+
+
+def stream_weights(model, device):
+    """A frozen model whose weights wait on the host: each module's visit the device for its forward pass [G25]."""
+    for parameter in model.parameters():
+        host = zeros_on_host(parameter.shape, parameter.dtype, device)
+        parameter.data = host.copy_(parameter.data)
+    for buffer in model.buffers():  # small: the positions' frequencies
+        buffer.data = buffer.data.to(device)
+
+    def come(module, inputs):
+        for parameter in module.parameters(recurse=False):
+            parameter.on_host = parameter.data
+            parameter.data = parameter.data.to(device, non_blocking=True, copy=True)
+
+    def go(module, inputs, output):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.on_host
+
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(come)
+            module.register_forward_hook(go)
+    return model
+
+
+# ---- Weights in parts over the processes (--shard) ----
+
+
+def shard(args, model):
+    """FSDP2, in place [G27]: a process keeps its part of each parameter; a layer's are whole while it computes.
+
+    completion_logprobs becomes the model's method packed_logprobs, because FSDP gathers around methods that it knows.
+    Gradients are summed over the processes, not averaged: the loss has the totals of all of them.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    count = model.config.get_text_config().num_hidden_layers
+    layers = next(x for x in model.modules() if isinstance(x, torch.nn.ModuleList) and len(x) == count)
+    mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh)
+    model.packed_logprobs = partial(completion_logprobs, model)
+    register_fsdp_forward_method(model, "packed_logprobs")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    with torch.no_grad():
+        idle_pass(args, model)  # the first pass tells FSDP which module is the outermost
+    model.reshard()
+
+
+def idle_pass(args, model):
+    """A pass over one token: where a process has fewer micro-batches, it must still join in the gathering."""
+    one = torch.ones(1, 1, dtype=torch.long)
+    return policy_logprobs(args, model, [[0]], one, one)
+
+
+@contextmanager
+def whole(model):
+    """A sharded model gathered once for many passes without gradients: a token each would gather it each time."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in parts:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def own_part(x):
+    """This process's part of a tensor that is sharded; any other as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def gathered(x, like=None):
+    """All of a tensor that is sharded, or whose parts are sharded like another, on the host; any other as it is."""
+    if like is not None:
+        from torch.distributed.tensor import DTensor
+
+        x = DTensor.from_local(x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+
+
+def scattered(x, like):
+    """This process's part of a tensor that every process has, sharded like another."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements).to_local()
+
+
+# ---- What memory a run needs, on paper (--plan) ----
+
+GPU_CONTEXT = 0.8e9  # bytes that a GPU holds before the first tensor: assumed, it differs by card and driver
+
+
+def counter_of_bytes(known):
+    """A context that counts the bytes of the tensors made in it: .alive now, .peak at most. The known ones are free."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    seen = weakref.WeakSet(x.untyped_storage() for x in known)
+
+    class Counter(TorchDispatchMode):
+        alive = peak = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for x in tree_leaves(output):
+                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in seen:
+                    seen.add(storage)
+                    self.alive += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage.nbytes())
+            self.peak = max(self.peak, self.alive)
+            return output
+
+        def free(self, count):
+            self.alive -= count
+
+    return Counter()
+
+
+def model_on_paper(args):
+    """The policy made from its configuration alone; on the meta device its weights are shapes without content."""
+    import transformers
+
+    if args.model is None:
+        model = new_model(new_tokenizer())
+    else:
+        config = from_disk("AutoConfig", base_of_adapter(args.model) or args.model)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    model = without_dropout(model).eval()
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if args.quantize != "none":
+        quantize(model, "meta")
+    if args.lora_rank:
+        with warnings.catch_warnings(action="ignore"):  # the weights of a saved adapter are not needed
+            add_adapter(args, model)
+    return model
+
+
+def on_cpu_on_paper(model):
+    """Meta tensors replaced, under FakeTensorMode, by those that pass for a CPU's: its attention is the fused one."""
+    made = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, x in own.items():
+                if x is not None and x not in made:
+                    new = torch.empty(x.shape, dtype=x.dtype)
+                    made[x] = torch.nn.Parameter(new, x.requires_grad) if own is module._parameters else new
+                own[name] = None if x is None else made[x]  # a tied weight stays one
+
+
+@torch.no_grad()
+def sample_on_paper(args, model, prompts, group_size):
+    """What generate() makes at its ends: the prefill, and the last token of sequences of full length. The cache."""
+    rows, length = prompts * group_size, args.plan + args.max_tokens
+    cache, head = new_cache(model, rows, length), model.get_output_embeddings()
+    for count, new, seen in ((prompts, args.plan, args.plan), (rows, 1, length)):
+        ids = torch.zeros(count, new, dtype=torch.long)
+        visible = torch.ones(count, 1, new, seen, dtype=torch.bool)
+        masks = attention_masks(model, visible, ids, torch.zeros(1, seen, dtype=torch.long))
+        logits = head(last_states(model, ids, ids, masks, cache)[:, -1]).repeat_interleave(rows // count, 0)
+        sample_token(logits, torch.zeros(rows), args.temperature)
+        for layer in cache.layers:
+            layer.used = length - 1
+    return sum(room.nbytes for layer in cache.layers for room in layer.room)
+
+
+def memory_plan(args):
+    """{what: (bytes on the device, bytes on the host)}, the peaks of a step's phases last [G26]; a reward model aside.
+
+    The phases are run on tensors without content, so that what is counted is what the code does: the longest
+    micro-batch, forward and backward; the prefill and the last token of the largest batch of samples; the update.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map
+
+    Q, T, G, count = args.plan, args.max_tokens, args.group_size, 1 << 25
+    P = max(args.prompts_per_step // int(os.environ.get("WORLD_SIZE", 1)), 1)
+    for_gpu = bool(args.gpu_memory) or args.device.startswith("cuda")
+    paper = FakeTensorMode()
+    with torch.device("meta"):
+        model = model_on_paper(args)
+    with paper:
+        on_cpu_on_paper(model)
+        parameters = list(model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        optimizer = new_optimizer(replace(args, offload=False), model)
+    weights = sum(x.nbytes for x in (*parameters, *model.buffers()))
+    if args.beta and args.lora_rank and args.model and base_of_adapter(args.model):
+        weights += sum(x.nbytes for x in trained)  # the adapter as it began, which is the reference
+    gradients, largest = sum(x.nbytes for x in trained), max(x.nbytes for x in trained)
+    state = 2 * gradients if args.optimizer == "adamw" else sum(x.nbytes for own in optimizer.state for x in own)
+    reference = weights if args.beta and not args.lora_rank else 0
+
+    # learning from the two longest micro-batches; scoring the first
+    device = "cuda" if for_gpu else "cpu"
+    rows = plan_for(replace(args, device=device), model, [Q] * P, dict.fromkeys(range(P * G), T), G)
+    tokens = torch.zeros(P * G, T, dtype=torch.long)
+    batch = pack_rows([[0] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
+    batch = tree_map(paper.from_tensor, batch)
+    settings = T, args.temperature, args.logprob_tokens
+    with paper, torch.no_grad(), counter_of_bytes(parameters) as scoring:
+        completion_logprobs(model, batch, *settings)
+    for parameter in trained if args.offload else ():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    model.train()
+    with paper, counter_of_bytes(parameters) as learning:
+        for _ in rows[:2]:
+            completion_logprobs(model, batch, *settings).sum().backward()
+    model.eval()
+    for parameter in trained:
+        parameter.grad = None
+
+    # sampling, for training and for both kinds of evaluation
+    sampling = cache = 0
+    for prompts, group_size in {(P, G), (args.eval_problems, 1), (args.eval_problems, args.eval_samples)}:
+        prompts = min(prompts, max(args.generate_rows // group_size, 1))
+        with paper, counter_of_bytes(parameters) as counter:
+            cache = max(cache, sample_on_paper(args, model, prompts, group_size))
+        sampling = max(sampling, counter.peak)
+
+    # the update of a large parameter; torch's needs nothing
+    with paper:
+        parameter = torch.nn.Parameter(torch.zeros(min(count, largest // trained[0].itemsize), dtype=trained[0].dtype))
+        parameter.grad = torch.zeros_like(parameter)
+        update = new_optimizer(replace(args, offload=False), torch.nn.ParameterList([parameter]))
+        if args.optimizer == "adamw8bit":
+            update.at_once = 1 << 24 if for_gpu else update.at_once
+            with counter_of_bytes([parameter, parameter.grad, *update.state[0]]) as updating:
+                update.step()
+
+    away = args.offload
+    held = largest if away else gradients
+    visiting = max(x.nbytes for x in parameters) if reference and away else reference
+    always = weights + (0 if away else state + reference) + (GPU_CONTEXT if for_gpu else 0)
+    table = {
+        "weights": (weights, 0),
+        "gradients": (held, gradients if away else 0),
+        "optimizer state": (0, state) if away else (state, 0),
+        "reference": (visiting, reference if away else 0),
+        "keys and values": (cache, 0),
+        "activations and logits": (learning.peak - held, 0),
+        "GPU context, assumed": (GPU_CONTEXT if for_gpu else 0, 0),
+    }
+    host = sum(on_host for _, on_host in table.values())
+    peaks = {
+        "peak of sampling": sampling,
+        "peak of scoring": scoring.peak + (visiting if away else 0) if args.beta or args.updates > 1 else 0,
+        "peak of learning": learning.peak,
+        "peak of the update": updating.peak + (0 if away else gradients)
+        if args.optimizer == "adamw8bit"
+        else gradients,
+    }
+    table |= {name: (always + more, host) for name, more in peaks.items() if more}
+    return table | {"peak": max(row for name, row in table.items() if name.startswith("peak"))}
+
+
+def print_plan(args):
+    plan = memory_plan(args)
+    print(f"{'GB':38}{'device':>15}{'host':>10}")
+    for name, (device, host) in plan.items():
+        print(f"{name:38}{device / 1e9:15.3f}{host / 1e9:10.3f}")
+    if args.gpu_memory:
+        spare = args.gpu_memory - plan["peak"][0] / 1e9
+        fits = f"fits, {spare:.1f} to spare" if spare >= 0 else f"does not fit, {-spare:.1f} too many"
+        print(f"of {args.gpu_memory:g} GB: {fits}")
+
+
+# ---- Files, logs, resuming ----
+
+# what a resumed run may do otherwise than before; everything else would make it another run
+CHANGEABLE = (
+    "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
+    "cuda_graph fast save_merged"
+)
+
+
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
+
+
+def new_run_dir(args):
+    return f"runs/{args.task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def resumed_args(run_dir):
+    """The settings with which train() goes on with the run in run_dir."""
+    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
+
+
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load(path, *keys):
+    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: --resume takes a run directory")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["args"] = Args(**content["args"])
+        missing = set(keys) - content.keys()
+    except Exception as error:
+        raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
+    if missing:
+        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def save_model(directory, model, tokenizer, weights=None):
+    """A normal transformers directory, written aside and renamed. weights: in place of the model's own."""
+    with written_aside(directory) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+
+
+def start_wandb(args, run_dir):
+    try:
+        import wandb
+    except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
+        raise InputError("--track needs Weights & Biases: pip install wandb") from error
+    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
+    try:
+        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
+    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
+
+
+def draw_curves(metrics, path):
+    """PNG of what was logged, a panel for each kind."""
+    from matplotlib.figure import Figure
+
+    panels = Figure(figsize=(14, 10), layout="constrained").subplots(3, 3)
+    kinds = (
+        ("reward/",),
+        ("eval/",),
+        ("groups/", "completion/truncated", "completion/eos", "policy/clip"),
+        ("completion/length",),
+        ("policy/entropy", "kl/"),
+        ("policy/ratio", "policy/sampler_gap"),
+        ("policy/grad_norm",),
+        ("time/generate", "time/train"),
+        ("memory/",),
+    )
+    for axes, prefixes in zip(panels.flat, kinds):
+        for name in dict.fromkeys(name for row in metrics for name in row if name.startswith(prefixes)):
+            points = [(row["step"], row[name]) for row in metrics if name in row]
+            axes.plot(*zip(*points), label=name, marker="o" if len(points) < 12 else "")
+        axes.set(xlabel="step")
+        if axes.lines:  # there is no ratio in a run that was never taught
+            axes.legend(fontsize="small")
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=100, format="png")
+
+
+def print_samples(group, rating, count=4):
+    print(f"\n{group.problem.prompt}    right is {group.problem.answer}\n  reward  tokens  completion")
+    for text, reward, length in list(zip(group.texts, rating.rewards.tolist(), group.mask.sum(-1).tolist()))[:count]:
+        print(f"  {reward:6.2f}  {length:6d}  {' / '.join(text.splitlines())[:100]}")
+
+
+def peak_memory(device):
+    """Bytes: of tensors on a GPU since the start, or of the whole process on a CPU; None on Windows, which hides it."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- Command line ----
 
 
 def parse_args():
