@@ -632,7 +632,7 @@ GRPO = [
         "(v_codes.float() - 255).div_(16)).mul_(v_max)",
         "(v_codes.float() - 255).div_(16)).mul_(v_max).mul_(v_codes.sign())",
     ),
-    ("8-bit state not loaded", "                mine.copy_(other)\n", "                pass\n"),
+    ("8-bit state not loaded", "                mine.copy_(scattered(other, parameter))\n", "                pass\n"),
     ("dropout left on", "                setattr(owner, name, 0.0)\n", "                pass\n"),
     (
         "reference never refreshed",
@@ -804,7 +804,7 @@ GRPO = [
         "weight.abs().amax(-1).float()",
         "weight.abs().amax().float().expand(len(weight))",
     ),
-    ("the head in 8 bits too", " and x is not model.get_output_embeddings()]", "]"),
+    ("the head in 8 bits too", "isinstance(x, torch.nn.Linear) and x is not head}", "isinstance(x, torch.nn.Linear)}"),
     (
         "gradients kept until the next ones have come",
         "            norms.append(cut_gradients(",
