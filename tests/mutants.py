@@ -8,12 +8,17 @@ python -m pytest -m mutants        the same as a test: every one must be caught
 
 import argparse
 import difflib
+import importlib
+import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +42,17 @@ SUITES = {
         "tests/test_track.py",
     ],
 }
+
+SLOW_IMPORTS = (
+    "gymnasium.wrappers",
+    "matplotlib.figure",
+    "peft",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.qwen3.modeling_qwen3",
+)
 
 # (what is wrong, the right text, the wrong text)
 CARTPOLE = [
@@ -886,24 +902,59 @@ def plant(mutant, folder):
 def last_killers():
     """(script, what is wrong) → the test that caught it in the kept results: the one to try first."""
     lines = (ROOT / "benchmarks" / "results" / "mutants.txt").read_text(encoding="utf-8").splitlines()
-    rows = (re.fullmatch(r" *\d+  (\S+) +(.+?) +(tests/[^[]+)(?:\[.*)?", line) for line in lines)
+    rows = (re.fullmatch(r" *\d+  (\S+) +(.+?) +(tests/.+)", line) for line in lines)
     return {(row[1], row[2]): row[3] for row in rows if row}
+
+
+def run_pytest(arguments, output, seconds=300):
+    """Exit status of pytest in a forked process, which prints into the file `output`; None if it hangs.
+
+    The imports of torch and transformers take longer than most tests: a forked process has them already.
+    """
+    for name in SLOW_IMPORTS:
+        importlib.import_module(name)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        status = 3
+        try:
+            os.setsid()  # what it starts can be stopped with it
+            os.chdir(ROOT)
+            os.environ.pop("PYTEST_XDIST_WORKER", None)
+            with open(output, "w", encoding="utf-8") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                sys.stdout = sys.stderr = file
+                status = int(pytest.main(arguments))
+        finally:
+            os._exit(status)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
 
 
 def killer(path, tests=None):
     """The first test that fails on this copy of the script, or "hangs"; None if the whole suite, or `tests`, passes."""
-    tests = tests or SUITES[path.name]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--mutant", path, *tests]
-    command += ["-m", "not learning and not mutants"]  # the tests of several processes too
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
+    output = Path(path).parent / "pytest.txt"
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--mutant", str(path)]
+    arguments += ["--basetemp", str(output.parent / "tmp"), *(tests or SUITES[path.name])]
+    arguments += ["-m", "not learning and not mutants"]  # the tests of several processes too
+    status = run_pytest(arguments, output)
+    if status is None:
         return "hangs"
-    if run.returncode == 0:
+    if status == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
-    if run.returncode != 1 or not found:
-        raise RuntimeError(f"pytest ended with status {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    text = output.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::\w+)?(?:\[.*?\](?= - |$))?)", text, re.MULTILINE)
+    if status != 1 or not found:
+        raise RuntimeError(f"pytest ended with status {status}:\n{text[-4000:]}")
     return found.group(1)
 
 
