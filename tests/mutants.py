@@ -893,7 +893,7 @@ def last_killers():
 def killer(path, tests=None):
     """The first test that fails on this copy of the script, or "hangs"; None if the whole suite, or `tests`, passes."""
     tests = tests or SUITES[path.name]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--mutant", path, *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--mutant={path}", *tests]
     command += ["-m", "not learning and not mutants"]  # the tests of several processes too
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
