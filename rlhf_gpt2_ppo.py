@@ -50,11 +50,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-PRINCIPLES = (
-    "Prefer the review that is glad about the film.",
-    "Prefer praise to complaint.",
-)
-
 
 @dataclass(frozen=True)
 class Args:
@@ -413,23 +408,6 @@ def load_rows(args):
     return rows
 
 
-def broken_line(path):
-    """What is wrong with the first line that is no JSON in a file of JSON lines; None for any other file.
-
-    datasets counts rows from 0, in the part of the file that it reads at once.
-    """
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        return None
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1 and line.startswith("["):
-                return None  # one array
-            try:
-                json.loads(line.strip() or "0")
-            except ValueError as error:
-                return f"line {number} is no JSON: {str(error).partition(': line')[0]}"
-
-
 DIALOGUE = re.compile(r"(.*\bAssistant:)(.*)", re.DOTALL)  # of hh-rlhf: what comes before the last answer, and it
 
 
@@ -507,32 +485,6 @@ def epochs_of(count, steps, batch_size, seed):
 # ---- Models ----
 
 
-def from_disk(kind, name, **options):
-    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
-    import transformers
-
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
-
-
-def new_tokenizer(texts):
-    """A byte-level BPE like GPT-2's, trained on the texts; its padding is a token of its own, not EOS [R2]."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    eos, pad = "<|endoftext|>", "<|pad|>"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes: no text is unknown
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=[eos, pad], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
-
-
 def start_model(args, name, texts=()):
     """(language model, tokenizer) of a Hub id or a directory; without a name, a small GPT-2 of random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -571,23 +523,6 @@ def start_model(args, name, texts=()):
     return without_dropout(model).to(args.device), tokenizer
 
 
-def fit_to_tokenizer(model, tokenizer):
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def without_dropout(model):
-    """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
-
-    p = 0 and not evaluation mode, which switches gradient checkpointing off too.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
-
-
 def new_reward_model(args, name, tokenizer):
     """The model of stage 1 with a scalar head in place of the one over the vocabulary."""
     model = from_disk("AutoModelForSequenceClassification", name, num_labels=1, dtype=torch.float32)
@@ -606,6 +541,17 @@ def load_reward_model(args, name, tokenizer):
     if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
         raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
     return without_dropout(model).to(args.device)
+
+
+def without_dropout(model):
+    """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
+
+    p = 0 and not evaluation mode, which switches gradient checkpointing off too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
 
 
 def frozen(model):
@@ -645,6 +591,9 @@ def response_values(value_model, policy, tokens, mask, length):
     return value_model(hidden).squeeze(-1) if shared else head_scores(value_model, hidden)
 
 
+# ---- Rollouts ----
+
+
 @torch.no_grad()
 def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
     """Responses to queries (B, Q), padded on the left: tokens, their log-probabilities and mask, each (B, length).
@@ -675,7 +624,483 @@ def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
     return tokens, logprobs, mask[:, Q:]
 
 
+class Rollout(NamedTuple):
+    tokens: torch.Tensor  # (B, T) response tokens
+    logprobs: torch.Tensor  # (B, T) their log-probabilities under the policy that drew them
+    mask: torch.Tensor  # (B, T) 1 up to and with the first EOS
+    whole: torch.Tensor  # (B, Q + T) query and response
+    whole_mask: torch.Tensor  # (B, Q + T) 1 on what is no padding
+    texts: list  # B pairs (prompt, response) of text
+
+
+def roll_out(args, policy, tokenizer, prompts):
+    """The policy's responses to prompts, B token lists."""
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    queries, query_mask = pad(prompts, pad_id, args.device, "left")
+    tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, eos_id, pad_id)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = list(zip(*(tokenizer.batch_decode(part, **options) for part in (prompts, tokens))))
+    whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
+    return Rollout(tokens, logprobs, mask, whole, whole_mask, texts)
+
+
+@torch.no_grad()
+def judge_rollout(args, rollout, reference, reward_models, gold_model):
+    """What the frozen models say: the reference's log-probabilities (B, T), scores (B,), and what is true (B,) or None.
+
+    True is 1 for a positive review of the grammar and 0 for any other, or the score of the model that only judges.
+    """
+    logits = policy_logits(reference, rollout.whole, rollout.whole_mask, args.response_length)
+    ref_logprobs = token_logprobs(logits, rollout.tokens, args.temperature)
+    scores = torch.stack([reward_scores(model, rollout.whole, rollout.whole_mask) for model in reward_models])
+    gold = None
+    if gold_model is not None:
+        gold = reward_scores(gold_model, rollout.whole, rollout.whole_mask)
+    elif args.dataset is None:
+        gold = torch.tensor([float(true_sentiment(prompt + response) > 0) for prompt, response in rollout.texts])
+    return ref_logprobs, ensemble_score(scores, args.ensemble_std), gold
+
+
+# ---- Stage 1: supervised fine-tuning ----
+
+
+def stage_seed(args, stage):
+    """Each stage draws numbers of its own, the same whether it runs alone or after others."""
+    return args.seed + zlib.crc32(stage.encode())
+
+
+def new_optimizer(*groups):
+    """One Adam over (module, learning rate) groups."""
+    groups = [{"params": list(module.parameters()), "lr": rate, "initial_lr": rate} for module, rate in groups]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # [D3] not 1e-8
+
+
+def anneal(optimizer, remaining):
+    """Set every rate to a share of its initial value [R5]. Over a stage the share falls linearly to 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * remaining
+
+
+def sft_loss(model, tokens, mask, learned):
+    """Sum of −ln π over the tokens that are learned, (B, L) with 1 for each; divide by their number. In nats."""
+    hidden = hidden_states(model, tokens, mask)[:, :-1]
+    logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
+    return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
+
+
+def sft_backward(args, model, tokenizer, texts, weight):
+    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R12]; the mean."""
+    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
+    learned = learned_tokens(texts, mask, args.mask_prompt)
+    count = learned[:, 1:].sum().clamp(min=1)
+    loss = torch.zeros((), device=args.device)
+    for rows in in_parts(torch.arange(len(texts)), args.micro_batch_size):
+        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
+        (weight * micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss
+
+
+def learned_tokens(texts, mask, mask_prompt):
+    """Which tokens stage 1 learns: all real ones, or the responses' alone."""
+    learned = mask.clone()
+    for i, (prompt, _) in enumerate(texts):
+        learned[i, : len(prompt) if mask_prompt else 0] = 0
+    return learned
+
+
+def train_sft(args, run, model, tokenizer, texts, held_out):
+    """Supervised fine-tuning on token lists (prompt, response); writes the directory sft."""
+    from tqdm import trange
+
+    started = time.perf_counter() - run.seconds.get("sft", 0.0)
+    optimizer = new_optimizer((model, args.rate("sft_learning_rate", model)))
+    first = run.begin("sft", {"model": model}, optimizer)
+    order = epochs_of(len(texts), args.sft_steps, args.sft_batch_size, stage_seed(args, "sft"))
+    bar = trange(first, args.sft_steps, desc="1 sft", initial=first, total=args.sft_steps)
+    for step in bar:
+        anneal(optimizer, 1 - step / args.sft_steps if args.anneal_lr else 1)
+        batch = [texts[i] for i in order[step]]
+        optimizer.zero_grad()
+        loss = sft_backward(args, model, tokenizer, batch, weight=1.0)
+        run.check_finite(loss, "sft", step)
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        row = {"sft/loss": float(loss), "sft/learning_rate": optimizer.param_groups[0]["lr"]}
+        if step + 1 == args.sft_steps:
+            row["sft/perplexity"] = perplexity(args, model, tokenizer, held_out)
+        bar.set_postfix(loss=f"{row['sft/loss']:.3f}", refresh=False)
+        run.seconds["sft"] = time.perf_counter() - started
+        run.log("sft", step + 1, row)
+        run.checkpoint("sft", step + 1, args.sft_steps, {"model": model}, optimizer)
+    save_model(run.dir / "sft", model, tokenizer)
+
+
+# ---- Stage 2: the reward model ----
+
+
+def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
+    """A reward model on pairs (chosen, rejected) of token lists; writes the directory named like the stage."""
+    from tqdm import trange
+
+    started = time.perf_counter() - run.seconds.get(stage, 0.0)
+    torch.manual_seed(stage_seed(args, stage))
+    model = new_reward_model(args, policy.name_or_path, tokenizer)
+    optimizer = new_optimizer((model, args.rate("reward_learning_rate", model)))
+    first = run.begin(stage, {"model": model}, optimizer)
+    order = epochs_of(len(pairs), args.reward_steps, args.reward_batch_size, stage_seed(args, stage))
+    bar = trange(first, args.reward_steps, desc=f"2 {stage}", initial=first, total=args.reward_steps)
+    for step in bar:
+        anneal(optimizer, 1 - step / args.reward_steps if args.anneal_lr else 1)
+        batch = [pairs[i] for i in order[step]]
+        optimizer.zero_grad()
+        loss = accuracy = 0.0
+        for micro in in_parts(batch, args.micro_batch_size):
+            both = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
+            chosen, rejected = reward_scores(model, *pad(both, tokenizer.pad_token_id, args.device)).chunk(2)
+            micro_loss = preference_loss(chosen, rejected) * len(micro) / len(batch)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            accuracy += float((chosen > rejected).float().sum()) / len(batch)
+        run.check_finite(loss, stage, step)
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        row = {f"{stage}/loss": float(loss), f"{stage}/accuracy": accuracy}
+        if step + 1 == args.reward_steps:
+            chosen, rejected = (score_texts(args, model, tokenizer, side) for side in zip(*held_out))
+            row[f"{stage}/held_out_accuracy"] = float((chosen > rejected).float().mean())
+            row[f"{stage}/calibration_error"] = calibration_error(chosen - rejected)
+            normalise_scores(args, model, policy, tokenizer, prompts)
+            row[f"{stage}/mean"], row[f"{stage}/std"] = model.config.reward_mean, model.config.reward_std
+        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
+        run.seconds[stage] = time.perf_counter() - started
+        run.log(stage, step + 1, row)
+        more = {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
+        run.checkpoint(stage, step + 1, args.reward_steps, {"model": model}, optimizer, **more)
+    if first == args.reward_steps:
+        model.config.reward_mean, model.config.reward_std = run.saved["reward_mean"], run.saved["reward_std"]
+    save_model(run.dir / stage, model, tokenizer)
+
+
+@torch.no_grad()
+def normalise_scores(args, model, policy, tokenizer, prompts):
+    """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
+    scores = []
+    for part in in_parts(prompts, args.batch_size):
+        rollout = roll_out(args, policy, tokenizer, part)
+        scores.append(reward_scores(model, rollout.whole, rollout.whole_mask))
+    scores = torch.cat(scores)
+    model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
+
+
+# ---- Stage 3: PPO ----
+
+
+def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts, texts):
+    """PPO on prompts (token lists), texts for --ptx-coef; writes the directories policy and value."""
+    from tqdm import trange
+
+    # 1. Optimizer, β, or what the checkpoint says of them
+    T = args.response_length
+    rate = args.rate("learning_rate", policy)
+    optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
+    modules = {"policy": policy, "value": value_model}
+    first = run.begin("ppo", modules, optimizer)
+    controller = AdaptiveKLController(run.saved["kl_coef"] if first else args.kl_coef, args.kl_target, args.kl_horizon)
+    order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
+    updates = args.num_epochs * args.num_minibatches
+    ptx_order = epochs_of(len(texts), args.ppo_iterations * updates, args.sft_batch_size, stage_seed(args, "ptx"))
+    bar = trange(first, args.ppo_iterations, desc="3 ppo", initial=first, total=args.ppo_iterations)
+
+    for iteration in bar:
+        clock = [time.perf_counter()]
+        remaining = 1 - iteration / args.ppo_iterations if args.anneal_lr else 1
+
+        # 2. Rollout: the policy answers B queries
+        rollout = roll_out(args, policy, tokenizer, [prompts[i] for i in order[iteration]])
+        tokens, old_logprobs, mask, whole, whole_mask, _ = rollout
+        clock.append(time.perf_counter())
+
+        # 3. What the other three models say of it
+        ref_logprobs, scores, gold = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        with torch.no_grad():
+            values = response_values(value_model, policy, whole, whole_mask, T)
+
+        # 4. Rewards, advantages, returns
+        has_eos = (tokens == tokenizer.eos_token_id).any(-1)
+        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
+        rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
+        rlhf_reward = rewards.sum(-1)
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R11] γ is 1
+        returns = advantages + values
+        clock.append(time.perf_counter())
+
+        # 5. Update: epochs of minibatches, each in micro-batches [R12]
+        losses = []
+        epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
+        for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
+            mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
+            warmed_up = (iteration * updates + update + 1) / max(args.warmup_iterations * updates, 1)
+            anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] Adam's first steps would be its largest
+            optimizer.zero_grad()
+            stats = torch.zeros(6, device=args.device)
+            parts = zip(in_parts(mb, args.micro_batch_size), in_parts(mb_advantages, args.micro_batch_size))
+            for rows, advantage in parts:
+                m = mask[rows]
+                logits = policy_logits(policy, whole[rows], whole_mask[rows], T)
+                logprob = token_logprobs(logits, tokens[rows], args.temperature)
+                entropy = masked_mean(token_entropy(logits, args.temperature), m)
+                value = response_values(value_model, policy, whole[rows], whole_mask[rows], T)
+                policy_loss = clipped_policy_loss(logprob, old_logprobs[rows], advantage, m, args.clip_coef)
+                value_loss = clipped_value_loss(value, values[rows], returns[rows], m, args.value_clip)
+                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                share = m.sum() / mask[mb].sum()  # a mean over micro-batches would weigh short responses' tokens more
+                (loss * share).backward()
+                with torch.no_grad():
+                    log_ratio = logprob - old_logprobs[rows]
+                    k3 = masked_mean(log_ratio.expm1() - log_ratio, m)
+                    clipfrac = masked_mean((log_ratio.expm1().abs() > args.clip_coef).float(), m)
+                    ratio = masked_mean(log_ratio.exp(), m)
+                    stats += share * torch.stack([policy_loss, value_loss, entropy, k3, clipfrac, ratio])
+            run.check_finite(stats, "ppo", iteration)
+            losses.append(stats)
+            if args.target_kl is not None and stats[3] > args.target_kl:
+                break  # before this step is taken; the next rollout starts afresh
+            if args.ptx_coef:  # [R21]
+                batch = [texts[i] for i in ptx_order[iteration * updates + update]]
+                sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
+            for module in modules.values():
+                nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+            optimizer.step()
+        clock.append(time.perf_counter())
+
+        # 6. Metrics: the losses are means over every minibatch
+        for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
+            run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
+        row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
+        names = ["policy/loss", "val/loss", "policy/entropy", "policy/approx_kl", "policy/clipfrac", "val/ratio"]
+        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
+        row["objective/rlhf_reward"] = float(rlhf_reward.mean())
+        row["objective/kl_coef"] = controller.kl_coef
+        row["time/tokens_per_second"] = float(mask.sum()) / (clock[-1] - clock[0])
+        if args.adaptive_kl:
+            controller.update(row["objective/kl"], len(tokens))
+        shown = {
+            name.split("/")[1]: f"{row[name]:.2f}"
+            for name in ("objective/scores", "objective/gold", "objective/kl")
+            if name in row
+        }
+        bar.set_postfix(shown, refresh=False)
+        run.log("ppo", iteration + 1, row)
+        run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules, optimizer, kl_coef=controller.kl_coef)
+    save_model(run.dir / "policy", policy, tokenizer)
+    if not isinstance(value_model, nn.Linear):
+        save_model(run.dir / "value", value_model, tokenizer)
+
+
+# ---- All stages ----
+
+
+def train(args: Args) -> list[dict]:
+    """Run the stages, compare the policies before and after. Returns the metrics of each step, oldest first."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+
+    # 1. Settings
+    saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
+    if saved:
+        settings = replace(saved["args"], run_dir=None)
+        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+            given, before = getattr(args, name), getattr(settings, name)
+            if given != before:
+                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
+
+    if args.judge:
+        read_constitution(args)  # a mistake in it is said now, not after stage 1
+
+    # 2. Texts and pairs; a tenth of the rows is held out
+    rows = load_rows(args)
+    tenth = -(-len(rows) // 10)
+    texts, pairs = texts_and_pairs(rows[tenth:], args, "nine tenths to learn from")
+    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args, "tenth that is held out")
+    num_short = len(rows) - len(texts) - len(held_out_texts)
+    if num_short:
+        print(f"data        {num_short:,} of {len(rows):,} texts have no more than {args.prompt_words} words: left out")
+
+    # 3. The model to begin with
+    torch.manual_seed(args.seed)
+    policy, tokenizer = start_model(args, args.model, texts)
+
+    # 4. Run directory, logs
+    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
+    if run_dir.exists() and not saved:
+        make_run_dir(run_dir)  # it is refused now, not after a judge's work
+    if args.track:
+        start_wandb(args, run_dir)
+    run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
+
+    # 5. A judge in place of the labels
+    if args.preferences == "ai" and "reward" in args.stages:
+        run.claim()
+        pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
+        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
+    if args.sft_data == "critique" and "sft" in args.stages:
+        run.claim()
+        texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
+        print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
+
+    # 6. Tokens
+    text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
+    pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
+    room = policy.config.max_position_embeddings - args.response_length
+    prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
+    responses, num_fitting = [response for _, response in text_ids + held_out_ids], len(prompts + eval_prompts)
+    if num_cut := sum(response[-1:] != [tokenizer.eos_token_id] for response in responses):
+        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
+        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
+    if num_over := len(responses) - num_fitting:
+        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
+    eval_prompts = eval_prompts[: args.eval_prompts]
+    if not prompts or not eval_prompts:
+        raise InputError(
+            f"every prompt is longer than {room} tokens, what --response-length {args.response_length} leaves of the "
+            f"context of {policy.config.max_position_embeddings}"
+        )
+
+    # 7. The stages; those before the checkpoint's are done
+    stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
+    sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
+    for stage in stages:
+        if stage == "sft":
+            train_sft(args, run, policy, tokenizer, text_ids, held_out_ids)
+        elif stage != "ppo":
+            policy, tokenizer = start_model(args, sft_dir)
+            half = len(pair_ids) // 2 if args.train_gold else len(pair_ids)
+            own_pairs = pair_ids[half:] if stage == "gold" else pair_ids[:half]
+            train_reward(args, run, stage, policy, tokenizer, own_pairs, held_out_pair_ids, eval_prompts)
+    if "ppo" in stages:
+        policy, tokenizer = start_model(args, sft_dir)
+        reference = frozen(start_model(args, sft_dir)[0])
+        names = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
+        reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
+        gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
+        gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
+        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] begins as the reward model
+        if args.share_backbone:
+            value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
+            nn.init.zeros_(value_model.weight)  # [R10]
+            nn.init.zeros_(value_model.bias)
+        judges = reference, reward_models, gold_model
+        train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
+
+        # 8. Before and after
+        before, row = rate_policy(args, reference, *judges, tokenizer, eval_prompts)
+        run.log("eval", 0, row)
+        after, row = rate_policy(args, policy, *judges, tokenizer, eval_prompts)
+        run.log("eval", args.ppo_iterations, row)
+        draw_curves(run.metrics, run_dir / "curves.png")
+        print_comparison(run.metrics, before, after)
+        print(f"\ncurves      {run_dir / 'curves.png'}")
+
+    # 9. Summary
+    run.writer.close()
+    with written_aside(run_dir / "metrics.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
+    for row in run.metrics:
+        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
+            if name in row:
+                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
+    since = "since it was resumed" if saved else "in all"
+    print(f"seconds     {time.perf_counter() - started:.1f} {since}; the stages: {phases}")
+    print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
+    print(f"logs        tensorboard --logdir {run_dir}")
+    following = {
+        "sft": f"reward --model {sft_dir}",
+        "reward": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'}",
+        "all": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
+    }
+    if args.stage in following:
+        given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
+        data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
+        print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
+    return run.metrics
+
+
+# ==== Machinery: files, logs, the judge. A first reader can stop here ====
+
+
+# ---- Models and tokenizers from disk ----
+
+
+def from_disk(kind, name, **options):
+    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+
+
+def new_tokenizer(texts):
+    """A byte-level BPE like GPT-2's, trained on the texts; its padding is a token of its own, not EOS [R2]."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    eos, pad = "<|endoftext|>", "<|pad|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes: no text is unknown
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=[eos, pad], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
+
+
+def fit_to_tokenizer(model, tokenizer):
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+# ---- Data sets ----
+
+
+def broken_line(path):
+    """What is wrong with the first line that is no JSON in a file of JSON lines; None for any other file.
+
+    datasets counts rows from 0, in the part of the file that it reads at once.
+    """
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1 and line.startswith("["):
+                return None  # one array
+            try:
+                json.loads(line.strip() or "0")
+            except ValueError as error:
+                return f"line {number} is no JSON: {str(error).partition(': line')[0]}"
+
+
 # ---- A judge in place of labels: Constitutional AI ----
+
+
+PRINCIPLES = (
+    "Prefer the review that is glad about the film.",
+    "Prefer praise to complaint.",
+)
 
 
 def read_constitution(args):
@@ -785,7 +1210,106 @@ def kept_in(path, ask, *arguments):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ---- Files, logs, evaluation ----
+# ---- Evaluation ----
+
+
+@torch.no_grad()
+def perplexity(args, model, tokenizer, texts):
+    total, count = 0.0, 0
+    for batch in in_parts(texts, args.micro_batch_size):
+        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
+        learned = learned_tokens(batch, mask, args.mask_prompt)
+        total += float(sft_loss(model, tokens, mask, learned))
+        count += int(learned[:, 1:].sum())
+    return float(torch.tensor(total / max(count, 1)).exp())
+
+
+@torch.no_grad()
+def score_texts(args, model, tokenizer, sequences):
+    """(N,) scores of token lists."""
+    batches = (pad(part, tokenizer.pad_token_id, args.device) for part in in_parts(sequences, args.micro_batch_size))
+    return torch.cat([reward_scores(model, *batch) for batch in batches])
+
+
+def calibration_error(margins, bins=10):
+    """Expected calibration error of σ(|margin|) as the probability of being right, margins (N,) > 0 where right."""
+    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
+    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence[bin_of == b] - right[bin_of == b]).sum().abs() for b in range(bins)]
+    return float(sum(gaps) / len(margins))
+
+
+def distinct_2(responses):
+    """Different pairs of neighbouring words as a share of all such pairs in the responses (Li et al. 2016)."""
+    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def describe(rollout, ref_logprobs, scores, gold, eos_id):
+    """What a reader wants to know of responses, each a mean over them."""
+    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
+    row = {
+        "objective/scores": scores,
+        "objective/kl": kl,  # of a whole response, nats
+        "objective/gold": gold,
+        "response/length": rollout.mask.sum(-1),
+        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
+    }
+    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
+
+
+def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
+    """The policy's responses to held-out prompts, always with the same random numbers: (texts, what they are like)."""
+    torch.manual_seed(stage_seed(args, "rate"))
+    texts, rows = [], []
+    for part in in_parts(prompts, args.batch_size):
+        rollout = roll_out(args, policy, tokenizer, part)
+        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        row = describe(rollout, *judged, tokenizer.eos_token_id)
+        rows += [row] * len(rollout.texts)
+        texts += rollout.texts
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
+
+
+def draw_curves(metrics, path):
+    """PNG of stage 3: score and true worth, KL, entropy, length."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in metrics if row["stage"] == "ppo"]
+    panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
+    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
+    for axes, lines in zip(panels.flat, names):
+        for name in lines:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
+        axes.set(xlabel="iteration")
+        axes.legend()
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=120, format="png")
+
+
+def print_comparison(metrics, before, after):
+    """The policies before and after stage 3 on the same held-out prompts: what their responses are like, and four."""
+    rows = [row for row in metrics if row["stage"] == "eval"]
+    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
+    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
+    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
+    print("\n                                              before    after")
+    for name, unit in units.items():
+        if name in rows[0]:
+            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
+    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
+        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
+
+
+# ---- Files, logs, resuming ----
+
+# what a resumed run may do otherwise than before; everything else would make it another run
+CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
+
+# what the stages of one experiment have in common
+DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
 
 
 def check_device(device):
@@ -925,382 +1449,6 @@ class Run:
             raise InputError(f"the loss is not finite in step {step} of stage {stage}: lower its learning rate{kept}")
 
 
-def stage_seed(args, stage):
-    """Each stage draws numbers of its own, the same whether it runs alone or after others."""
-    return args.seed + zlib.crc32(stage.encode())
-
-
-def new_optimizer(*groups):
-    """One Adam over (module, learning rate) groups."""
-    groups = [{"params": list(module.parameters()), "lr": rate, "initial_lr": rate} for module, rate in groups]
-    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # [D3] not 1e-8
-
-
-def anneal(optimizer, remaining):
-    """Set every rate to a share of its initial value [R5]. Over a stage the share falls linearly to 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * remaining
-
-
-def sft_loss(model, tokens, mask, learned):
-    """Sum of −ln π over the tokens that are learned, (B, L) with 1 for each; divide by their number. In nats."""
-    hidden = hidden_states(model, tokens, mask)[:, :-1]
-    logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
-    return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
-
-
-def sft_backward(args, model, tokenizer, texts, weight):
-    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R12]; the mean."""
-    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
-    learned = learned_tokens(texts, mask, args.mask_prompt)
-    count = learned[:, 1:].sum().clamp(min=1)
-    loss = torch.zeros((), device=args.device)
-    for rows in in_parts(torch.arange(len(texts)), args.micro_batch_size):
-        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
-        (weight * micro_loss).backward()
-        loss += micro_loss.detach()
-    return loss
-
-
-def learned_tokens(texts, mask, mask_prompt):
-    """Which tokens stage 1 learns: all real ones, or the responses' alone."""
-    learned = mask.clone()
-    for i, (prompt, _) in enumerate(texts):
-        learned[i, : len(prompt) if mask_prompt else 0] = 0
-    return learned
-
-
-@torch.no_grad()
-def perplexity(args, model, tokenizer, texts):
-    total, count = 0.0, 0
-    for batch in in_parts(texts, args.micro_batch_size):
-        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
-        learned = learned_tokens(batch, mask, args.mask_prompt)
-        total += float(sft_loss(model, tokens, mask, learned))
-        count += int(learned[:, 1:].sum())
-    return float(torch.tensor(total / max(count, 1)).exp())
-
-
-@torch.no_grad()
-def score_texts(args, model, tokenizer, sequences):
-    """(N,) scores of token lists."""
-    batches = (pad(part, tokenizer.pad_token_id, args.device) for part in in_parts(sequences, args.micro_batch_size))
-    return torch.cat([reward_scores(model, *batch) for batch in batches])
-
-
-def calibration_error(margins, bins=10):
-    """Expected calibration error of σ(|margin|) as the probability of being right, margins (N,) > 0 where right."""
-    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
-    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = [(confidence[bin_of == b] - right[bin_of == b]).sum().abs() for b in range(bins)]
-    return float(sum(gaps) / len(margins))
-
-
-def distinct_2(responses):
-    """Different pairs of neighbouring words as a share of all such pairs in the responses (Li et al. 2016)."""
-    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
-    return len(set(pairs)) / max(len(pairs), 1)
-
-
-class Rollout(NamedTuple):
-    tokens: torch.Tensor  # (B, T) response tokens
-    logprobs: torch.Tensor  # (B, T) their log-probabilities under the policy that drew them
-    mask: torch.Tensor  # (B, T) 1 up to and with the first EOS
-    whole: torch.Tensor  # (B, Q + T) query and response
-    whole_mask: torch.Tensor  # (B, Q + T) 1 on what is no padding
-    texts: list  # B pairs (prompt, response) of text
-
-
-def roll_out(args, policy, tokenizer, prompts):
-    """The policy's responses to prompts, B token lists."""
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    queries, query_mask = pad(prompts, pad_id, args.device, "left")
-    tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, eos_id, pad_id)
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    texts = list(zip(*(tokenizer.batch_decode(part, **options) for part in (prompts, tokens))))
-    whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
-    return Rollout(tokens, logprobs, mask, whole, whole_mask, texts)
-
-
-@torch.no_grad()
-def judge_rollout(args, rollout, reference, reward_models, gold_model):
-    """What the frozen models say: the reference's log-probabilities (B, T), scores (B,), and what is true (B,) or None.
-
-    True is 1 for a positive review of the grammar and 0 for any other, or the score of the model that only judges.
-    """
-    logits = policy_logits(reference, rollout.whole, rollout.whole_mask, args.response_length)
-    ref_logprobs = token_logprobs(logits, rollout.tokens, args.temperature)
-    scores = torch.stack([reward_scores(model, rollout.whole, rollout.whole_mask) for model in reward_models])
-    gold = None
-    if gold_model is not None:
-        gold = reward_scores(gold_model, rollout.whole, rollout.whole_mask)
-    elif args.dataset is None:
-        gold = torch.tensor([float(true_sentiment(prompt + response) > 0) for prompt, response in rollout.texts])
-    return ref_logprobs, ensemble_score(scores, args.ensemble_std), gold
-
-
-def describe(rollout, ref_logprobs, scores, gold, eos_id):
-    """What a reader wants to know of responses, each a mean over them."""
-    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
-    row = {
-        "objective/scores": scores,
-        "objective/kl": kl,  # of a whole response, nats
-        "objective/gold": gold,
-        "response/length": rollout.mask.sum(-1),
-        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
-    }
-    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
-
-
-def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
-    """The policy's responses to held-out prompts, always with the same random numbers: (texts, what they are like)."""
-    torch.manual_seed(stage_seed(args, "rate"))
-    texts, rows = [], []
-    for part in in_parts(prompts, args.batch_size):
-        rollout = roll_out(args, policy, tokenizer, part)
-        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
-        row = describe(rollout, *judged, tokenizer.eos_token_id)
-        rows += [row] * len(rollout.texts)
-        texts += rollout.texts
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
-
-
-# ---- Stage 1 ----
-
-
-def train_sft(args, run, model, tokenizer, texts, held_out):
-    """Supervised fine-tuning on token lists (prompt, response); writes the directory sft."""
-    from tqdm import trange
-
-    started = time.perf_counter() - run.seconds.get("sft", 0.0)
-    optimizer = new_optimizer((model, args.rate("sft_learning_rate", model)))
-    first = run.begin("sft", {"model": model}, optimizer)
-    order = epochs_of(len(texts), args.sft_steps, args.sft_batch_size, stage_seed(args, "sft"))
-    bar = trange(first, args.sft_steps, desc="1 sft", initial=first, total=args.sft_steps)
-    for step in bar:
-        anneal(optimizer, 1 - step / args.sft_steps if args.anneal_lr else 1)
-        batch = [texts[i] for i in order[step]]
-        optimizer.zero_grad()
-        loss = sft_backward(args, model, tokenizer, batch, weight=1.0)
-        run.check_finite(loss, "sft", step)
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        row = {"sft/loss": float(loss), "sft/learning_rate": optimizer.param_groups[0]["lr"]}
-        if step + 1 == args.sft_steps:
-            row["sft/perplexity"] = perplexity(args, model, tokenizer, held_out)
-        bar.set_postfix(loss=f"{row['sft/loss']:.3f}", refresh=False)
-        run.seconds["sft"] = time.perf_counter() - started
-        run.log("sft", step + 1, row)
-        run.checkpoint("sft", step + 1, args.sft_steps, {"model": model}, optimizer)
-    save_model(run.dir / "sft", model, tokenizer)
-
-
-# ---- Stage 2 ----
-
-
-def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
-    """A reward model on pairs (chosen, rejected) of token lists; writes the directory named like the stage."""
-    from tqdm import trange
-
-    started = time.perf_counter() - run.seconds.get(stage, 0.0)
-    torch.manual_seed(stage_seed(args, stage))
-    model = new_reward_model(args, policy.name_or_path, tokenizer)
-    optimizer = new_optimizer((model, args.rate("reward_learning_rate", model)))
-    first = run.begin(stage, {"model": model}, optimizer)
-    order = epochs_of(len(pairs), args.reward_steps, args.reward_batch_size, stage_seed(args, stage))
-    bar = trange(first, args.reward_steps, desc=f"2 {stage}", initial=first, total=args.reward_steps)
-    for step in bar:
-        anneal(optimizer, 1 - step / args.reward_steps if args.anneal_lr else 1)
-        batch = [pairs[i] for i in order[step]]
-        optimizer.zero_grad()
-        loss = accuracy = 0.0
-        for micro in in_parts(batch, args.micro_batch_size):
-            both = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
-            chosen, rejected = reward_scores(model, *pad(both, tokenizer.pad_token_id, args.device)).chunk(2)
-            micro_loss = preference_loss(chosen, rejected) * len(micro) / len(batch)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-            accuracy += float((chosen > rejected).float().sum()) / len(batch)
-        run.check_finite(loss, stage, step)
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        row = {f"{stage}/loss": float(loss), f"{stage}/accuracy": accuracy}
-        if step + 1 == args.reward_steps:
-            chosen, rejected = (score_texts(args, model, tokenizer, side) for side in zip(*held_out))
-            row[f"{stage}/held_out_accuracy"] = float((chosen > rejected).float().mean())
-            row[f"{stage}/calibration_error"] = calibration_error(chosen - rejected)
-            normalise_scores(args, model, policy, tokenizer, prompts)
-            row[f"{stage}/mean"], row[f"{stage}/std"] = model.config.reward_mean, model.config.reward_std
-        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
-        run.seconds[stage] = time.perf_counter() - started
-        run.log(stage, step + 1, row)
-        more = {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
-        run.checkpoint(stage, step + 1, args.reward_steps, {"model": model}, optimizer, **more)
-    if first == args.reward_steps:
-        model.config.reward_mean, model.config.reward_std = run.saved["reward_mean"], run.saved["reward_std"]
-    save_model(run.dir / stage, model, tokenizer)
-
-
-@torch.no_grad()
-def normalise_scores(args, model, policy, tokenizer, prompts):
-    """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
-    scores = []
-    for part in in_parts(prompts, args.batch_size):
-        rollout = roll_out(args, policy, tokenizer, part)
-        scores.append(reward_scores(model, rollout.whole, rollout.whole_mask))
-    scores = torch.cat(scores)
-    model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
-
-
-# ---- Stage 3 ----
-
-
-def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts, texts):
-    """PPO on prompts (token lists), texts for --ptx-coef; writes the directories policy and value."""
-    from tqdm import trange
-
-    # 1. Optimizer, β, or what the checkpoint says of them
-    T = args.response_length
-    rate = args.rate("learning_rate", policy)
-    optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
-    modules = {"policy": policy, "value": value_model}
-    first = run.begin("ppo", modules, optimizer)
-    controller = AdaptiveKLController(run.saved["kl_coef"] if first else args.kl_coef, args.kl_target, args.kl_horizon)
-    order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
-    updates = args.num_epochs * args.num_minibatches
-    ptx_order = epochs_of(len(texts), args.ppo_iterations * updates, args.sft_batch_size, stage_seed(args, "ptx"))
-    bar = trange(first, args.ppo_iterations, desc="3 ppo", initial=first, total=args.ppo_iterations)
-
-    for iteration in bar:
-        clock = [time.perf_counter()]
-        remaining = 1 - iteration / args.ppo_iterations if args.anneal_lr else 1
-
-        # 2. Rollout: the policy answers B queries
-        rollout = roll_out(args, policy, tokenizer, [prompts[i] for i in order[iteration]])
-        tokens, old_logprobs, mask, whole, whole_mask, _ = rollout
-        clock.append(time.perf_counter())
-
-        # 3. What the other three models say of it
-        ref_logprobs, scores, gold = judge_rollout(args, rollout, reference, reward_models, gold_model)
-        with torch.no_grad():
-            values = response_values(value_model, policy, whole, whole_mask, T)
-
-        # 4. Rewards, advantages, returns
-        has_eos = (tokens == tokenizer.eos_token_id).any(-1)
-        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
-        rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
-        rlhf_reward = rewards.sum(-1)
-        if args.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R11] γ is 1
-        returns = advantages + values
-        clock.append(time.perf_counter())
-
-        # 5. Update: epochs of minibatches, each in micro-batches [R12]
-        losses = []
-        epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
-        for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
-            mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
-            warmed_up = (iteration * updates + update + 1) / max(args.warmup_iterations * updates, 1)
-            anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] Adam's first steps would be its largest
-            optimizer.zero_grad()
-            stats = torch.zeros(6, device=args.device)
-            parts = zip(in_parts(mb, args.micro_batch_size), in_parts(mb_advantages, args.micro_batch_size))
-            for rows, advantage in parts:
-                m = mask[rows]
-                logits = policy_logits(policy, whole[rows], whole_mask[rows], T)
-                logprob = token_logprobs(logits, tokens[rows], args.temperature)
-                entropy = masked_mean(token_entropy(logits, args.temperature), m)
-                value = response_values(value_model, policy, whole[rows], whole_mask[rows], T)
-                policy_loss = clipped_policy_loss(logprob, old_logprobs[rows], advantage, m, args.clip_coef)
-                value_loss = clipped_value_loss(value, values[rows], returns[rows], m, args.value_clip)
-                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-                share = m.sum() / mask[mb].sum()  # a mean over micro-batches would weigh short responses' tokens more
-                (loss * share).backward()
-                with torch.no_grad():
-                    log_ratio = logprob - old_logprobs[rows]
-                    k3 = masked_mean(log_ratio.expm1() - log_ratio, m)
-                    clipfrac = masked_mean((log_ratio.expm1().abs() > args.clip_coef).float(), m)
-                    ratio = masked_mean(log_ratio.exp(), m)
-                    stats += share * torch.stack([policy_loss, value_loss, entropy, k3, clipfrac, ratio])
-            run.check_finite(stats, "ppo", iteration)
-            losses.append(stats)
-            if args.target_kl is not None and stats[3] > args.target_kl:
-                break  # before this step is taken; the next rollout starts afresh
-            if args.ptx_coef:  # [R21]
-                batch = [texts[i] for i in ptx_order[iteration * updates + update]]
-                sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
-            for module in modules.values():
-                nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-            optimizer.step()
-        clock.append(time.perf_counter())
-
-        # 6. Metrics: the losses are means over every minibatch
-        for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
-            run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
-        row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
-        names = ["policy/loss", "val/loss", "policy/entropy", "policy/approx_kl", "policy/clipfrac", "val/ratio"]
-        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
-        row["objective/rlhf_reward"] = float(rlhf_reward.mean())
-        row["objective/kl_coef"] = controller.kl_coef
-        row["time/tokens_per_second"] = float(mask.sum()) / (clock[-1] - clock[0])
-        if args.adaptive_kl:
-            controller.update(row["objective/kl"], len(tokens))
-        shown = {
-            name.split("/")[1]: f"{row[name]:.2f}"
-            for name in ("objective/scores", "objective/gold", "objective/kl")
-            if name in row
-        }
-        bar.set_postfix(shown, refresh=False)
-        run.log("ppo", iteration + 1, row)
-        run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules, optimizer, kl_coef=controller.kl_coef)
-    save_model(run.dir / "policy", policy, tokenizer)
-    if not isinstance(value_model, nn.Linear):
-        save_model(run.dir / "value", value_model, tokenizer)
-
-
-# ---- Training ----
-
-
-def draw_curves(metrics, path):
-    """PNG of stage 3: score and true worth, KL, entropy, length."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in metrics if row["stage"] == "ppo"]
-    panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
-    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
-    for axes, lines in zip(panels.flat, names):
-        for name in lines:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
-        axes.set(xlabel="iteration")
-        axes.legend()
-    with written_aside(path) as temporary:
-        axes.figure.savefig(temporary, dpi=120, format="png")
-
-
-def print_comparison(metrics, before, after):
-    """The policies before and after stage 3 on the same held-out prompts: what their responses are like, and four."""
-    rows = [row for row in metrics if row["stage"] == "eval"]
-    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
-    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
-    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
-    print("\n                                              before    after")
-    for name, unit in units.items():
-        if name in rows[0]:
-            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
-    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
-        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
-
-
-# what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
-
-# what the stages of one experiment have in common
-DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
-
-
 def make_run_dir(run_dir):
     """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
     try:
@@ -1321,137 +1469,7 @@ def resumed_args(run_dir):
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
-def train(args: Args) -> list[dict]:
-    """Run the stages, compare the policies before and after. Returns the metrics of each step, oldest first."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    started = time.perf_counter()
-
-    # 1. Settings
-    saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
-    if saved:
-        settings = replace(saved["args"], run_dir=None)
-        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
-            given, before = getattr(args, name), getattr(settings, name)
-            if given != before:
-                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
-    check_device(args.device)
-    torch.set_num_threads(args.torch_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
-
-    if args.judge:
-        read_constitution(args)  # a mistake in it is said now, not after stage 1
-
-    # 2. Texts and pairs; a tenth of the rows is held out
-    rows = load_rows(args)
-    tenth = -(-len(rows) // 10)
-    texts, pairs = texts_and_pairs(rows[tenth:], args, "nine tenths to learn from")
-    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args, "tenth that is held out")
-    num_short = len(rows) - len(texts) - len(held_out_texts)
-    if num_short:
-        print(f"data        {num_short:,} of {len(rows):,} texts have no more than {args.prompt_words} words: left out")
-
-    # 3. The model to begin with
-    torch.manual_seed(args.seed)
-    policy, tokenizer = start_model(args, args.model, texts)
-
-    # 4. Run directory, logs
-    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
-    if run_dir.exists() and not saved:
-        make_run_dir(run_dir)  # it is refused now, not after a judge's work
-    if args.track:
-        start_wandb(args, run_dir)
-    run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
-
-    # 5. A judge in place of the labels
-    if args.preferences == "ai" and "reward" in args.stages:
-        run.claim()
-        pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
-        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
-    if args.sft_data == "critique" and "sft" in args.stages:
-        run.claim()
-        texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
-        print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
-
-    # 6. Tokens
-    text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
-    pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
-    room = policy.config.max_position_embeddings - args.response_length
-    prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
-    responses, num_fitting = [response for _, response in text_ids + held_out_ids], len(prompts + eval_prompts)
-    if num_cut := sum(response[-1:] != [tokenizer.eos_token_id] for response in responses):
-        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
-        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
-    if num_over := len(responses) - num_fitting:
-        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
-    eval_prompts = eval_prompts[: args.eval_prompts]
-    if not prompts or not eval_prompts:
-        raise InputError(
-            f"every prompt is longer than {room} tokens, what --response-length {args.response_length} leaves of the "
-            f"context of {policy.config.max_position_embeddings}"
-        )
-
-    # 7. The stages; those before the checkpoint's are done
-    stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
-    sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
-    for stage in stages:
-        if stage == "sft":
-            train_sft(args, run, policy, tokenizer, text_ids, held_out_ids)
-        elif stage != "ppo":
-            policy, tokenizer = start_model(args, sft_dir)
-            half = len(pair_ids) // 2 if args.train_gold else len(pair_ids)
-            own_pairs = pair_ids[half:] if stage == "gold" else pair_ids[:half]
-            train_reward(args, run, stage, policy, tokenizer, own_pairs, held_out_pair_ids, eval_prompts)
-    if "ppo" in stages:
-        policy, tokenizer = start_model(args, sft_dir)
-        reference = frozen(start_model(args, sft_dir)[0])
-        names = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
-        reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
-        gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
-        gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
-        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] begins as the reward model
-        if args.share_backbone:
-            value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
-            nn.init.zeros_(value_model.weight)  # [R10]
-            nn.init.zeros_(value_model.bias)
-        judges = reference, reward_models, gold_model
-        train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
-
-        # 8. Before and after
-        before, row = rate_policy(args, reference, *judges, tokenizer, eval_prompts)
-        run.log("eval", 0, row)
-        after, row = rate_policy(args, policy, *judges, tokenizer, eval_prompts)
-        run.log("eval", args.ppo_iterations, row)
-        draw_curves(run.metrics, run_dir / "curves.png")
-        print_comparison(run.metrics, before, after)
-        print(f"\ncurves      {run_dir / 'curves.png'}")
-
-    # 9. Summary
-    run.writer.close()
-    with written_aside(run_dir / "metrics.jsonl") as path:
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
-    for row in run.metrics:
-        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
-            if name in row:
-                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
-    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
-    since = "since it was resumed" if saved else "in all"
-    print(f"seconds     {time.perf_counter() - started:.1f} {since}; the stages: {phases}")
-    print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
-    print(f"logs        tensorboard --logdir {run_dir}")
-    following = {
-        "sft": f"reward --model {sft_dir}",
-        "reward": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'}",
-        "all": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
-    }
-    if args.stage in following:
-        given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
-        data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
-        print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
-    return run.metrics
+# ---- Command line ----
 
 
 def parse_args():
