@@ -45,115 +45,103 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
+# a field's type says between which bounds its value must lie
+PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
+PositiveFloat = Annotated[float, "must be above 0", lambda x: x > 0]
+PositiveFloatOrNone = Annotated[float | None, "must be above 0", lambda x: x is None or x > 0]
+NonNegativeInt = Annotated[int, "must not be negative", lambda x: x >= 0]
+NonNegativeFloat = Annotated[float, "must not be negative", lambda x: x >= 0]
+UnitFloat = Annotated[float, "must lie between 0 and 1", lambda x: 0 <= x <= 1]
+
 
 @dataclass(frozen=True)
 class Args:
-    stage: Literal["all", "sft", "reward", "ppo"] = "all"  # one stage alone, or all three
-    model: str | None = None  # Hub id or directory to start from, e.g. gpt2; default a small GPT-2 with random weights
-    reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
-    gold_model: str | None = None  # for --stage ppo: a reward model that only judges, in place of the grammar's truth
-    dataset: str | None = None  # Hub id or file: text and label, or chosen and rejected; default the grammar's
-    text_column: str = "text"  # the data set's column of texts
-    label_column: str = "label"  # its column of labels: 1 positive, 0 negative
-    num_texts: int = 16_000  # rows that are read, or texts that the grammar writes
-    prompt_words: int = 5  # words of a labelled text that are the prompt; what follows is the response
-    max_length: int = 64  # tokens of a text that are used; what is longer is cut
-    seed: int = 1  # of weights, data and samples
-    sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
-    sft_steps: int = 300  # gradient steps of stage 1
-    sft_batch_size: int = 32  # texts in each
-    sft_learning_rate: float | None = None  # default 3e-3 below 10M parameters, else 3e-5
-    mask_prompt: bool = False  # stage 1 learns the responses alone
-    preferences: Literal["labels", "ai"] = "labels"  # who says which text of a pair is better: the data, or --judge
-    judge: str | None = None  # Hub id or directory of an instruct model
-    judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
-    constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 300  # gradient steps of stage 2
-    reward_batch_size: int = 24  # pairs in each
-    reward_learning_rate: float | None = None  # default 1e-3 below 10M parameters, else 2e-5
-    ensemble: int = 1  # reward models, K
-    ensemble_std: float = 1.0  # k: the score is the ensemble's mean less k standard deviations
-    train_gold: bool = False  # train one reward model more, on half of the pairs, that only judges
-    ppo_iterations: int = 30  # rollouts of stage 3
-    batch_size: int = 96  # responses in each, B
-    response_length: int = 20  # tokens of a response at most, T
-    temperature: float = 1.0  # of the sampling, and of every log-probability in stage 3
-    num_epochs: int = 2  # passes over each rollout
-    num_minibatches: int = 2  # gradient steps in each
-    micro_batch_size: int = 64  # sequences in one forward pass of training; changes memory, never the gradient
-    learning_rate: float | None = None  # of stage 3; default 6e-4 below 10M parameters, else 1e-5
-    value_learning_rate: float | None = None  # of its value network; default learning_rate
-    anneal_lr: bool = True  # learning rates fall to 0 over their stage
-    warmup_iterations: int = 5  # iterations over which stage 3's learning rates rise to their full value; 0: none
-    kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
-    adaptive_kl: bool = True  # steer β so that the KL of a response comes to kl_target
-    kl_target: float = 2.9  # in nats a response
-    kl_horizon: int = 500  # responses over which β may change by a fifth at most
-    gamma: float = 1.0  # discount per token
-    gae_lambda: float = 0.95  # GAE's λ
-    clip_coef: float = 0.2  # ε of the policy's ratio
-    value_clip: float | None = 0.2  # how far a value may move in an update at full gradient; None: anywhere
-    vf_coef: float = 0.5  # weight of the value loss, c₁
-    share_backbone: bool = False  # the value is a head on the policy, not a network of its own
-    whiten_rewards: bool = False  # rewards of a rollout to variance 1, their mean kept
-    whiten_advantages: bool = True  # advantages of a minibatch to mean 0, variance 1
-    ent_coef: float = 0.01  # weight of the entropy bonus
-    ptx_coef: float = 0.0  # weight of stage 1's loss in stage 3's, InstructGPT's γ
-    length_penalty: float = 0.0  # taken from the score for each token of the response
-    missing_eos_penalty: float = 1.0  # taken from the score of a response that does not end
-    max_grad_norm: float = 1.0  # global norm that each network's gradients are cut to
-    target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL to its sampler exceeds this, nats
-    eval_prompts: int = 1024  # held-out prompts that the policies before and after answer
+    # the stages and their data
+    stage: Literal["all", "sft", "reward", "ppo"] = "all"  # run all three stages, or one of them
+    num_texts: PositiveInt = 16_000  # texts that the grammar writes, or rows that are read from --dataset
+    prompt_words: PositiveInt = 5  # the first words of a labelled text are the prompt; the rest is the response
+    max_length: PositiveInt = 64  # tokens of a text; what is longer is cut
+    seed: NonNegativeInt = 1  # of weights, data and samples
+    # stage 1: supervised fine-tuning
+    sft_steps: PositiveInt = 300  # gradient steps
+    sft_batch_size: PositiveInt = 32  # texts in each step
+    sft_learning_rate: PositiveFloatOrNone = None  # default 3e-3 below 10M parameters, else 3e-5
+    mask_prompt: bool = False  # learn only the responses, not the prompts
+    # stage 2: the reward model
+    reward_steps: PositiveInt = 300  # gradient steps
+    reward_batch_size: PositiveInt = 24  # pairs in each step
+    reward_learning_rate: PositiveFloatOrNone = None  # default 1e-3 below 10M parameters, else 2e-5
+    # stage 3: PPO
+    ppo_iterations: PositiveInt = 30  # rollouts, each followed by its updates
+    batch_size: PositiveInt = 96  # responses in each rollout, B
+    response_length: PositiveInt = 20  # the most tokens of a response, T
+    temperature: PositiveFloat = 1.0  # temperature of the sampling and of every log-probability
+    num_epochs: PositiveInt = 2  # passes over each rollout
+    num_minibatches: PositiveInt = 2  # gradient steps in each pass
+    learning_rate: PositiveFloatOrNone = None  # default 6e-4 below 10M parameters, else 1e-5
+    value_learning_rate: PositiveFloatOrNone = None  # of the value network; default --learning-rate
+    warmup_iterations: NonNegativeInt = 5  # iterations over which the learning rates rise to their value; 0: none
+    kl_coef: NonNegativeFloat = 0.2  # β, the price of one nat of KL to the reference
+    adaptive_kl: bool = True  # change β so that the KL of a response comes to --kl-target
+    kl_target: PositiveFloat = 2.9  # in nats a response
+    kl_horizon: PositiveInt = 500  # β changes by at most a fifth in so many responses
+    gamma: UnitFloat = 1.0  # discount per token
+    gae_lambda: UnitFloat = 0.95  # GAE's λ
+    clip_coef: PositiveFloat = 0.2  # ε: the ratio's range is 1 − ε to 1 + ε
+    value_clip: PositiveFloatOrNone = 0.2  # how far a value may move from the old one; None: the loss is not clipped
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss, c₁
+    ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus
+    whiten_rewards: bool = False  # scale the rewards of a rollout to variance 1; their mean is kept
+    whiten_advantages: bool = True  # shift and scale the advantages of a minibatch to mean 0, variance 1
+    missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted from the score of a response without EOS
+    length_penalty: NonNegativeFloat = 0.0  # subtracted from the score for each token of the response
+    target_kl: PositiveFloatOrNone = None  # stop a rollout's updates when a minibatch's KL is above this, in nats
+    share_backbone: bool = False  # make the value a head on the policy, not a network of its own
+    ptx_coef: NonNegativeFloat = 0.0  # weight of stage 1's loss in stage 3, InstructGPT's γ
+    # every stage
+    micro_batch_size: PositiveInt = 64  # sequences in one forward pass; changes the memory, never the gradient
+    anneal_lr: bool = True  # let the learning rates fall to 0 over their stage
+    max_grad_norm: PositiveFloat = 1.0  # gradients of each network are scaled down to this global norm
+    eval_prompts: PositiveInt = 1024  # held-out prompts that the policies before and after stage 3 answer
+    # the run
     device: str = "cpu"  # cpu, cuda, cuda:1 …
-    torch_threads: int = 1  # CPU threads of torch
+    torch_threads: PositiveInt = 1  # CPU threads of torch
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: str | None = None  # where everything is written; default runs/<data>__<script>__<seed>__<time>
-    checkpoint_every: int = 50  # gradient steps (stage 3: iterations) between two checkpoints; 0: at a stage's end only
-    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    checkpoint_every: NonNegativeInt = (
+        50  # gradient steps (stage 3: iterations) between checkpoints; 0: at a stage's end
+    )
+    resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "rlhf-gpt2-ppo"  # its project there
+    wandb_project: str = "rlhf-gpt2-ppo"  # the project there
+    # your own model and data
+    model: str | None = None  # Hub id or directory of a GPT-2, e.g. gpt2; default a small one with random weights
+    dataset: str | None = (
+        None  # Hub id or file with text and label, or chosen and rejected; default the grammar's texts
+    )
+    text_column: str = "text"  # the data set's column of texts
+    label_column: str = "label"  # its column of labels: 1 positive, 0 negative
+    # several reward models
+    reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
+    ensemble: PositiveInt = 1  # K, reward models to train
+    ensemble_std: NonNegativeFloat = 1.0  # k: the score is the ensemble's mean minus k standard deviations
+    train_gold: bool = False  # train another reward model, on the other half of the pairs, that only judges
+    gold_model: str | None = None  # for --stage ppo: a reward model that only judges, instead of the grammar's truth
+    # a language model as the judge
+    judge: str | None = None  # Hub id or directory of an instruct model
+    preferences: Literal["labels", "ai"] = "labels"  # which text of a pair is better is said by the data, or by --judge
+    sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
+    judge_pairs: PositiveInt = 1000  # pairs that it judges, or texts that it revises
+    constitution: str | None = None  # file of principles for it, one a line; default PRINCIPLES in this file
 
     def __post_init__(self):
-        positive = (
-            "num_texts prompt_words max_length sft_steps sft_batch_size judge_pairs reward_steps reward_batch_size "
-            "ensemble ppo_iterations batch_size response_length temperature num_epochs num_minibatches "
-            "micro_batch_size kl_target kl_horizon clip_coef max_grad_norm eval_prompts torch_threads"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        optional = "sft_learning_rate reward_learning_rate learning_rate value_learning_rate value_clip target_kl"
-        for name in optional.split():
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        from_zero = "seed checkpoint_every ensemble_std kl_coef vf_coef ent_coef ptx_coef length_penalty"
-        for name in (*from_zero.split(), "missing_eos_penalty", "warmup_iterations"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.batch_size < self.num_minibatches:
-            raise ValueError(f"num_minibatches {self.num_minibatches} must not exceed batch_size {self.batch_size}")
-        if self.stage in ("reward", "ppo") and self.model is None:
-            raise ValueError(f"stage {self.stage} starts from a model: model must name stage 1's, got none")
-        if self.stage == "ppo" and not self.reward_model:
-            raise ValueError("stage ppo needs reward_model, the directory of at least one, got none")
-        if self.stage != "ppo" and (self.reward_model or self.gold_model):
-            raise ValueError(f"reward_model and gold_model are for stage ppo; stage {self.stage} trains its own")
-        if (self.preferences == "ai" or self.sft_data == "critique") and self.judge is None:
-            raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
-        if self.adaptive_kl and self.kl_coef == 0:
-            raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0 (--no-adaptive-kl)")
-        if "" in (self.model, self.dataset, self.judge, self.resume, self.run_dir):
-            raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
-        if self.resume and self.run_dir:
-            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
+        check_bounds(self)
+        check_settings(self)
 
     @property
     def stages(self):
@@ -357,55 +345,13 @@ def true_sentiment(text):
     return total / max(len(sentences), 1)
 
 
-ROW = "number of the row"  # a column that load_rows adds to a data set, for what it says of a row
-
-
 def load_rows(args):
     """num_texts rows of the data set, or of the grammar in the same form: dicts with text and label."""
     if args.dataset is None:
         rng = random.Random(args.seed)
         labels = [i % 2 for i in range(args.num_texts)]
         return [{args.text_column: write_review(rng, label == 1), args.label_column: label} for label in labels]
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say of a file is said below
-    path = Path(args.dataset)
-    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
-    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
-    try:
-        if path.is_file() and not path.stat().st_size:
-            raise ValueError("the file is empty")
-        rows = datasets.load_dataset(**source, split="train", streaming=True)
-        rows = rows.map(lambda row, i: {**row, ROW: i + 1}, with_indices=True)
-        # many sets are sorted by label: the first rows would be of one class
-        buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
-        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
-        random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
-    except Exception as error:
-        reason = broken_line(path) or (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
-    if len(rows) < 10:
-        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
-    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
-    columns = [name for name in rows[0] if name != ROW]
-    if not any(set(needed) <= set(columns) for needed in (labelled, paired)):
-        raise InputError(
-            f"--dataset {args.dataset} has the columns {', '.join(columns)}; needed are {' and '.join(labelled)} "
-            f"(--text-column, --label-column), or {' and '.join(paired)}"
-        )
-    is_labelled = set(labelled) <= set(columns)
-    texts = [args.text_column] if is_labelled else [*paired, *{"prompt"} & set(columns)]
-    for row in rows:
-        where = f"--dataset {args.dataset}, row {row[ROW]}"
-        for name in texts:
-            if not isinstance(row[name], str) or not row[name].strip():
-                raise InputError(f"{where}: {name} must hold texts, found {row[name]!r}")
-        if is_labelled and row[args.label_column] not in (0, 1):
-            raise InputError(f"{where}: labels must be 0 and 1, found {row[args.label_column]!r}")
-        if not is_labelled and "prompt" not in columns and not all(DIALOGUE.fullmatch(row[name]) for name in paired):
-            raise InputError(f"{where}: neither a column prompt nor 'Assistant:' in each text")
-    return rows
+    return read_data_set(args)
 
 
 DIALOGUE = re.compile(r"(.*\bAssistant:)(.*)", re.DOTALL)  # of hh-rlhf: what comes before the last answer, and it
@@ -505,21 +451,10 @@ def start_model(args, name, texts=()):
     else:
         tokenizer = from_disk("AutoTokenizer", name)
         model = from_disk("AutoModelForCausalLM", name, dtype=torch.float32)
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise InputError(f"{name} is an adapter: merge it into its model first, by PEFT's merge_and_unload()")
-        if model.config.model_type != "gpt2":
-            raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
+        check_model(args, name, model, tokenizer)
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # where padding is EOS, nobody learns to stop
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     fit_to_tokenizer(model, tokenizer)
-    context = model.config.max_position_embeddings
-    if args.max_length > context or args.response_length >= context:
-        raise InputError(
-            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
-            f"of {context} tokens that {name} has"
-        )
     return without_dropout(model).to(args.device), tokenizer
 
 
@@ -529,17 +464,6 @@ def new_reward_model(args, name, tokenizer):
     fit_to_tokenizer(model, tokenizer)
     nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)  # [R7]
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
-    return without_dropout(model).to(args.device)
-
-
-def load_reward_model(args, name, tokenizer):
-    """A reward model from disk, checked: it has a trained head, and it knows the policy's tokens."""
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = from_disk("AutoModelForSequenceClassification", name, **options)
-    if info["missing_keys"] or model.config.num_labels != 1:
-        raise InputError(f"{name} is no reward model: it has no trained head with one output")
-    if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
     return without_dropout(model).to(args.device)
 
 
@@ -914,11 +838,7 @@ def train(args: Args) -> list[dict]:
     # 1. Settings
     saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
     if saved:
-        settings = replace(saved["args"], run_dir=None)
-        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
-            given, before = getattr(args, name), getattr(settings, name)
-            if given != before:
-                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
+        check_resumed(args, saved)
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -932,9 +852,7 @@ def train(args: Args) -> list[dict]:
     tenth = -(-len(rows) // 10)
     texts, pairs = texts_and_pairs(rows[tenth:], args, "nine tenths to learn from")
     held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args, "tenth that is held out")
-    num_short = len(rows) - len(texts) - len(held_out_texts)
-    if num_short:
-        print(f"data        {num_short:,} of {len(rows):,} texts have no more than {args.prompt_words} words: left out")
+    report_short_texts(args, len(rows), len(texts) + len(held_out_texts))
 
     # 3. The model to begin with
     torch.manual_seed(args.seed)
@@ -949,26 +867,14 @@ def train(args: Args) -> list[dict]:
     run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
 
     # 5. A judge in place of the labels
-    if args.preferences == "ai" and "reward" in args.stages:
-        run.claim()
-        pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
-        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
-    if args.sft_data == "critique" and "sft" in args.stages:
-        run.claim()
-        texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
-        print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
+    texts, pairs = ask_judge(args, run, texts, pairs)
 
     # 6. Tokens
     text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
     pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
     room = policy.config.max_position_embeddings - args.response_length
     prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
-    responses, num_fitting = [response for _, response in text_ids + held_out_ids], len(prompts + eval_prompts)
-    if num_cut := sum(response[-1:] != [tokenizer.eos_token_id] for response in responses):
-        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
-        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
-    if num_over := len(responses) - num_fitting:
-        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
+    report_lengths(args, text_ids + held_out_ids, len(prompts + eval_prompts), room, tokenizer.eos_token_id)
     eval_prompts = eval_prompts[: args.eval_prompts]
     if not prompts or not eval_prompts:
         raise InputError(
@@ -1015,24 +921,7 @@ def train(args: Args) -> list[dict]:
     run.writer.close()
     with written_aside(run_dir / "metrics.jsonl") as path:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
-    for row in run.metrics:
-        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
-            if name in row:
-                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
-    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
-    since = "since it was resumed" if saved else "in all"
-    print(f"seconds     {time.perf_counter() - started:.1f} {since}; the stages: {phases}")
-    print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
-    print(f"logs        tensorboard --logdir {run_dir}")
-    following = {
-        "sft": f"reward --model {sft_dir}",
-        "reward": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'}",
-        "all": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
-    }
-    if args.stage in following:
-        given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
-        data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
-        print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
+    print_summary(args, run, sft_dir, time.perf_counter() - started)
     return run.metrics
 
 
@@ -1068,6 +957,33 @@ def new_tokenizer(texts):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
 
 
+def check_model(args, name, model, tokenizer):
+    """Refuse a model that this script cannot train, in one sentence."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{name} is an adapter: merge it into its model first, by PEFT's merge_and_unload()")
+    if model.config.model_type != "gpt2":
+        raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
+    context = model.config.max_position_embeddings
+    if args.max_length > context or args.response_length >= context:
+        raise InputError(
+            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
+            f"of {context} tokens that {name} has"
+        )
+
+
+def load_reward_model(args, name, tokenizer):
+    """A reward model from disk, checked: it has a trained head, and it knows the policy's tokens."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_disk("AutoModelForSequenceClassification", name, **options)
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise InputError(f"{name} is no reward model: it has no trained head with one output")
+    if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
+    return without_dropout(model).to(args.device)
+
+
 def fit_to_tokenizer(model, tokenizer):
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
@@ -1075,6 +991,69 @@ def fit_to_tokenizer(model, tokenizer):
 
 
 # ---- Data sets ----
+
+ROW = "number of the row"  # a column that load_rows adds to a data set, for what it says of a row
+
+
+def read_data_set(args):
+    """num_texts rows of --dataset in random order. Each has a text and a label, or a chosen and a rejected text."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say of a file is said below
+    path = Path(args.dataset)
+    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
+    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
+    try:
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError("the file is empty")
+        rows = datasets.load_dataset(**source, split="train", streaming=True)
+        rows = rows.map(lambda row, i: {**row, ROW: i + 1}, with_indices=True)
+        # many sets are sorted by label: the first rows would be of one class
+        buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
+        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
+        random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
+    except Exception as error:
+        reason = broken_line(path) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
+    if len(rows) < 10:
+        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
+    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
+    columns = [name for name in rows[0] if name != ROW]
+    if not any(set(needed) <= set(columns) for needed in (labelled, paired)):
+        raise InputError(
+            f"--dataset {args.dataset} has the columns {', '.join(columns)}; needed are {' and '.join(labelled)} "
+            f"(--text-column, --label-column), or {' and '.join(paired)}"
+        )
+    is_labelled = set(labelled) <= set(columns)
+    texts = [args.text_column] if is_labelled else [*paired, *{"prompt"} & set(columns)]
+    for row in rows:
+        where = f"--dataset {args.dataset}, row {row[ROW]}"
+        for name in texts:
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise InputError(f"{where}: {name} must hold texts, found {row[name]!r}")
+        if is_labelled and row[args.label_column] not in (0, 1):
+            raise InputError(f"{where}: labels must be 0 and 1, found {row[args.label_column]!r}")
+        if not is_labelled and "prompt" not in columns and not all(DIALOGUE.fullmatch(row[name]) for name in paired):
+            raise InputError(f"{where}: neither a column prompt nor 'Assistant:' in each text")
+    return rows
+
+
+def report_short_texts(args, num_rows, num_texts):
+    """Say how many texts have no response."""
+    num_short = num_rows - num_texts
+    if num_short:
+        print(f"data        {num_short:,} of {num_rows:,} texts have no more than {args.prompt_words} words: left out")
+
+
+def report_lengths(args, encoded, num_fitting, room, eos_id):
+    """Say how many responses are cut, and how many prompts are too long for stage 3."""
+    responses = [response for _, response in encoded]
+    if num_cut := sum(response[-1:] != [eos_id] for response in responses):
+        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
+        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
+    if num_over := len(responses) - num_fitting:
+        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
 
 
 def broken_line(path):
@@ -1201,6 +1180,19 @@ def revise_by_judge(args, texts):
     return revised, critiques
 
 
+def ask_judge(args, run, texts, pairs):
+    """Texts and pairs as the judge revises and orders them, where it is asked for."""
+    if args.preferences == "ai" and "reward" in args.stages:
+        run.claim()
+        pairs, agreement = kept_in(run.dir / "preferences.json", label_by_judge, args, pairs)
+        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run.dir}/preferences.json")
+    if args.sft_data == "critique" and "sft" in args.stages:
+        run.claim()
+        texts, _ = kept_in(run.dir / "revisions.json", revise_by_judge, args, texts)
+        print(f"judge       revised {len(texts)} texts: {run.dir}/revisions.json")
+    return texts, pairs
+
+
 def kept_in(path, ask, *arguments):
     """What ask(*arguments) returns, read from the file if it was asked before: the judge is slow, and a run resumes."""
     if not path.is_file():
@@ -1303,6 +1295,28 @@ def print_comparison(metrics, before, after):
         print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
 
 
+def print_summary(args, run, sft_dir, seconds):
+    """How good the models of the stages are, how long all took, where everything is, and the next command to try."""
+    for row in run.metrics:
+        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
+            if name in row:
+                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
+    phases = ", ".join(f"{phase} {share:.1f}" for phase, share in run.seconds.items())
+    since = "since it was resumed" if run.saved else "in all"
+    print(f"seconds     {seconds:.1f} {since}; the stages: {phases}")
+    print(f"models      {', '.join(sorted(path.parent.name for path in run.dir.glob('*/config.json')))} in {run.dir}")
+    print(f"logs        tensorboard --logdir {run.dir}")
+    following = {
+        "sft": f"reward --model {sft_dir}",
+        "reward": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'}",
+        "all": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
+    }
+    if args.stage in following:
+        given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
+        data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
+        print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
+
+
 # ---- Files, logs, resuming ----
 
 # what a resumed run may do otherwise than before; everything else would make it another run
@@ -1310,6 +1324,34 @@ CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
 
 # what the stages of one experiment have in common
 DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
+
+
+def check_bounds(args):
+    """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
+    for field in fields(args):
+        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
+        if bounds and not bounds[1](getattr(args, field.name)):
+            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+
+
+def check_settings(args):
+    """Raise ValueError for settings that do not fit together."""
+    if args.batch_size < args.num_minibatches:
+        raise ValueError(f"num_minibatches {args.num_minibatches} must not exceed batch_size {args.batch_size}")
+    if args.stage in ("reward", "ppo") and args.model is None:
+        raise ValueError(f"stage {args.stage} starts from a model: model must name stage 1's, got none")
+    if args.stage == "ppo" and not args.reward_model:
+        raise ValueError("stage ppo needs reward_model, the directory of at least one, got none")
+    if args.stage != "ppo" and (args.reward_model or args.gold_model):
+        raise ValueError(f"reward_model and gold_model are for stage ppo; stage {args.stage} trains its own")
+    if (args.preferences == "ai" or args.sft_data == "critique") and args.judge is None:
+        raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
+    if args.adaptive_kl and args.kl_coef == 0:
+        raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0 (--no-adaptive-kl)")
+    if "" in (args.model, args.dataset, args.judge, args.resume, args.run_dir):
+        raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
+    if args.resume and args.run_dir:
+        raise ValueError(f"resume {args.resume} goes on in its own directory, not in run_dir {args.run_dir}")
 
 
 def check_device(device):
@@ -1447,6 +1489,15 @@ class Run:
             path = self.dir / "checkpoint.pt"
             kept = f"; {path} holds the last good state" if path.exists() else ""
             raise InputError(f"the loss is not finite in step {step} of stage {stage}: lower its learning rate{kept}")
+
+
+def check_resumed(args, saved):
+    """Refuse a setting that would make the run in --resume another one."""
+    settings = replace(saved["args"], run_dir=None)
+    for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+        given, before = getattr(args, name), getattr(settings, name)
+        if given != before:
+            raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
 
 
 def make_run_dir(run_dir):
