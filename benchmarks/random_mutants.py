@@ -93,7 +93,7 @@ def survives(script, source, change, folder):
         tests = [f"tests/test_{name}.py" for name in TESTS[script].split()]
         options = ["-x", "-q", "-p", "no:cacheprovider", "-k", f"not ({' or '.join(SKIPPED.split())})"]
         os.chdir(ROOT)
-        os._exit(pytest.main([*options, "--mutant", str(path), *tests]))
+        os._exit(pytest.main([*options, f"--mutant={path}", *tests]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
