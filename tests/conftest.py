@@ -127,7 +127,6 @@ def small(cartpole, tmp_path):
             "num_minibatches": 3,
             "update_epochs": 2,
             "eval_episodes": 0,
-            "checkpoint_every": 0,
             "run_dir": str(tmp_path / name),
         }
         return cartpole.Args(**{**defaults, **changes})
