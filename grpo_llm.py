@@ -512,7 +512,7 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
         raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
     parts = {name: [row[name] for row in rows] for name in rows[0]}
     if reward_model:
-        scores = score_texts(*reward_model, answers_of(args, group, is_truncated))
+        scores = reward_model.score(answers_of(args, group, is_truncated))
         parts["model"] = (args.reward_model_weight * scores).tolist()
     for name, rewards in parts.items():
         for reward, text in zip(rewards, group.texts):
@@ -786,9 +786,8 @@ def evaluate(args, model, tokenizer, eos_ids, problems):
     """Held-out problems: greedy accuracy, and of eval_samples samples pass@1, pass@k, maj@k [G21]. The noise is always
     the same, so that two policies differ by what they learned alone."""
     n, k, count = args.eval_samples, args.eval_k, len(problems)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    names = [("eval", i) for i in range(rank, count, world_size)]
-    problems = problems[rank::world_size]
+    names = [("eval", i) for i in own_share(range(count))]
+    problems = own_share(problems)
     greedy = sample_groups(args, model, tokenizer, eos_ids, problems, 1, 0.0, names)
     sampled = sample_groups(args, model, tokenizer, eos_ids, problems, n, args.temperature, names)
     row = Counter()
@@ -811,27 +810,6 @@ def majority_at_k(answers, right, k):
     return won / len(starts)
 
 
-def describe(args, seen):
-    """What a reader wants to know of the sampled (group, rating)s, each a mean over all processes' share of it."""
-    rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
-    mask, logprobs = (torch.cat([group[i] for group, _ in seen]) for i in (4, 3))
-    truncated = torch.cat([rating.is_truncated for _, rating in seen]).float()
-    row = {"reward/mean": rewards, "reward/std": rewards.std(-1, correction=0)}
-    for name in seen[0][1].parts:
-        row[f"reward/{name}"] = torch.cat([rating.parts[name] for _, rating in seen])
-    steps = [reward for _, rating in seen for rewards in rating.step_rewards for reward in rewards]
-    row |= {
-        "reward/steps": torch.tensor(steps),
-        "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]),
-        "completion/length": mask.sum(-1),
-        "completion/truncated": truncated,
-        "completion/eos_rate": 1 - truncated,
-        "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
-    }
-    sums, counts = over_ranks(torch.tensor([[x.sum(), x.numel()] for x in row.values()], dtype=torch.float64)).T
-    return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
-
-
 def learning_rate_of(args, step):
     """Rises over warmup_steps, then falls to 0 over the rest, if it is to."""
     if step < args.warmup_steps:
@@ -840,144 +818,54 @@ def learning_rate_of(args, step):
     return args.learning_rate * (remaining if args.anneal_lr else 1.0)
 
 
-def over_ranks(tensor, operation="SUM"):
-    """The tensor, summed (or so) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
-    return tensor
-
-
-def log(writer, metrics, step, row):
-    for name, number in row.items() if writer else ():
-        writer.add_scalar(name, number, step)
-    metrics.append({"step": step, **row})
-
-
 def train(args: Args) -> list[dict]:
     """Run GRPO. Returns the metrics of each step and of each evaluation, oldest first."""
-    import transformers
-    from torch.utils.tensorboard import SummaryWriter
     from tqdm import trange
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
 
-    # 1. Settings, problems, processes, run directory
-    saved = load(Path(args.resume) / "checkpoint.pt", "step", "policy", "optimizer", "metrics") if args.resume else None
-    if saved:
-        settings = replace(saved["args"], run_dir=None)
-        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
-            given, before = getattr(args, name), getattr(settings, name)
-            if given != before:
-                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.prompts_per_step % world_size:
-        raise InputError(
-            f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {world_size} processes"
-        )
-    if args.shard and world_size == 1:
-        raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
-    if world_size > 1 and args.reward_model_steps:
-        raise InputError(f"--reward-model-steps trains in one process: {world_size} would have a reward model each")
+    # 1. Problems, processes, run directory
+    saved = load_checkpoint(args)  # of the run that --resume names, else None
     problems, held_out = load_problems(args)
-    if len(held_out) < world_size:
-        raise InputError(f"{len(held_out)} held-out problems are fewer than the {world_size} processes that share them")
-    P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
-    run_dir = [args.resume or args.run_dir or new_run_dir(args)]
-    if world_size > 1:
-        if args.device == "cuda":
-            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)  # where NCCL works
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
-        dist.broadcast_object_list(run_dir)  # its name holds the time
-    run_dir = Path(run_dir[0])
-    if rank == 0 and run_dir.exists() and not saved:
-        make_run_dir(run_dir)  # it is refused now, not after minutes
-    check_device(args.device)
-    torch.set_num_threads(args.torch_threads)
-    if args.track and rank == 0:
-        start_wandb(args, run_dir)  # before the writer, which it watches from its making on
+    args, run_dir = start_run(args, held_out)
+    P = len(own_share(range(args.prompts_per_step)))  # prompts of this process
+    G, T = args.group_size, args.max_tokens
 
-    # 2. The policy: from disk, or a small one that has seen worked solutions
+    # 2. The policy π: --model, or a small transformer that has seen worked solutions
     start_dir = args.model or str(run_dir / "start")
-    if args.model is None and not saved and rank == 0:
-        make_run_dir(run_dir)
-        torch.manual_seed(args.seed)
-        tokenizer = new_tokenizer()
-        policy = new_model(tokenizer).to(args.device)
-        problems, held_out = those_that_fit(args, policy, tokenizer, problems, held_out)
-        num_long = sum(len(problem.solution) >= T for problem in problems)  # a token a character, and EOS
-        if num_long:
-            say(f"            {num_long:,} of {len(problems):,} worked solutions do not end within --max-tokens {T}")
-        warm_start(args, policy, tokenizer, problems, held_out[:128])
-        save_model(Path(start_dir), policy, tokenizer)
-    if world_size > 1:
-        dist.barrier()
+    if args.model is None:
+        problems, held_out = make_start_model(args, start_dir, problems, held_out)
     policy, tokenizer, eos_ids = load_model(args, start_dir)
     problems, held_out = those_that_fit(args, policy, tokenizer, problems, held_out)
-    if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
-    adapter = add_adapter(args, policy) if args.lora_rank else None
-    if policy.plain_because and rank == 0:
-        print(f"path        plain, not fast: {policy.plain_because}")
-    base, start = args.model and base_of_adapter(args.model), None
-    if base and adapter and args.beta:
-        start = [x.detach().clone() for x in policy.parameters() if x.requires_grad]
-    if base and rank == 0:
-        what = "trained further" if adapter else "merged into it, and the whole model is trained"
-        print(f"adapter     {args.model}, of {base}: it is {what}")
-    if rank == 0 and not tokenizer.chat_template and tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id:
-        print("prompts     the EOS that the tokenizer appends is left out: nothing is sampled after it")
-    if saved:
-        policy.load_state_dict(saved["policy"], strict=False)
-    if args.shard:
-        shard(args, policy)
+    adapter = prepare_policy(args, policy, tokenizer, saved)  # None without --lora-rank
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
 
-    # 3. The reference: a frozen copy, or the policy itself with its adapter as it began; a learned reward
-    reference = policy if adapter else load_reference(args, start_dir, policy.plain_because) if args.beta else None
-    if saved and saved["reference"]:
-        reference.load_state_dict(saved["reference"])
-    if args.shard and args.beta:
-        shard(args, reference)
-    reward_model = load_reward_model(args) if args.reward_model else None
-    if args.reward_model_steps:
-        reward_optimizer = torch.optim.AdamW(reward_model[0].parameters(), args.reward_model_learning_rate)
+    # 3. The reference π_ref, which is the policy as the run begins, frozen; a learned reward model R_φ
+    reference = reference_of(args, start_dir, policy, adapter, saved) if args.beta else None
+    reward_model = RewardModel(args) if args.reward_model else None
 
-    # 4. What the checkpoint says of them, or a first evaluation
-    first, cursor, metrics, pairs, replay = 0, 0, [], [], []
-    if saved:
-        first, cursor, metrics, pairs, replay = (saved[key] for key in ("step", "cursor", "metrics", "pairs", "replay"))
-        optimizer.load_state_dict(saved["optimizer"])
-        if args.reward_model_steps:
-            reward_model[0].load_state_dict(saved["reward_model"])
-            reward_optimizer.load_state_dict(saved["reward_optimizer"])
-    writer = None
-    if rank == 0:
-        if args.model and not saved:
-            make_run_dir(run_dir)
-        writer = SummaryWriter(run_dir, purge_step=first + 1 if saved else None)
-    if not saved:
+    # 4. A first evaluation; a resumed run has its own already
+    first, cursor, metrics = restore(saved, optimizer, reward_model)
+    writer = open_log(args, run_dir, first)
+    if not metrics:
         log(writer, metrics, 0, evaluate(args, policy, tokenizer, eos_ids, held_out))
 
-    bar = trange(first, args.steps, desc="grpo", initial=first, total=args.steps, disable=rank > 0)
+    seen = []
+    bar = trange(first, args.steps, desc="grpo", initial=first, total=args.steps, disable=process_rank() > 0)
     for step in bar:
-        torch.manual_seed(zlib.crc32(f"{args.seed} {step} {rank}".encode()))  # a resumed run needs no random state
+        seed_torch(args.seed, step, process_rank())
         optimizer.param_groups[0]["lr"] = learning_rate_of(args, step)
         clock = [time.perf_counter()]
 
-        # 5. G answers to each of P questions [G1], and what they earn; DAPO asks on until P groups have variance [G11]
+        # 5. Sample G answers to each of P questions [G1] and rate them. DAPO's dynamic sampling replaces groups without
+        # variance by answers to further questions, until there are P groups [G11]
         groups, ratings, seen = [], [], []
         for _ in range(1 + args.dynamic_sampling):
-            positions = range(cursor + rank * P, cursor + (rank + 1) * P)
+            positions = own_share(range(cursor, cursor + args.prompts_per_step))
             names = [("train", position) for position in positions]
-            chosen = problems_from(problems, positions, args.seed)
-            sampled = sample_groups(args, policy, tokenizer, eos_ids, chosen, G, args.temperature, names)
-            for group in sampled:
+            asked = problems_from(problems, positions, args.seed)
+            for group in sample_groups(args, policy, tokenizer, eos_ids, asked, G, args.temperature, names):
                 rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
                 seen.append((group, rating))
                 if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
@@ -988,14 +876,16 @@ def train(args: Args) -> list[dict]:
                 break
         row = describe(args, seen)
         if args.reward_model_steps:
-            pairs += [pair for group, rating in seen for pair in pairs_of(args, group, rating)]
-        if not groups:  # whatever was asked, all answers were alike: a step that takes no step
+            reward_model.pairs += [pair for group, rating in seen for pair in pairs_of(args, group, rating)]
+        if not groups:  # no group has variance: nothing will be learned in this step
             groups, ratings = zip(*seen[-P:])
         clock.append(time.perf_counter())
 
-        # 6. Advantages: how much better than the other answers to the same question
+        # 6. Advantages: how much better is an answer than the other answers to the same question?
         prompts = [group.prompt for group in groups]
-        tokens, sampler_logprobs, mask = (torch.cat(column) for column in list(zip(*groups))[2:5])
+        tokens = torch.cat([group.tokens for group in groups])
+        mask = torch.cat([group.mask for group in groups])
+        sampler_logprobs = torch.cat([group.logprobs for group in groups])
         if args.supervision == "process":
             step_rewards = [rewards for rating in ratings for rewards in rating.step_rewards]
             step_ids = torch.cat([rating.step_ids for rating in ratings])
@@ -1005,7 +895,8 @@ def train(args: Args) -> list[dict]:
         if args.truncated == "mask":
             mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]
 
-        # 7. Epochs of minibatches of groups. What has no advantage has no gradient, unless the KL gives it one [G10]
+        # 7. Each epoch splits the groups into minibatches, and each of these into micro-batches that fit into memory.
+        # An answer whose advantage is 0 has no gradient and is left out, unless the KL gives it one [G10]
         teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0))
         lengths, prompt_lengths = lengths_of(mask), [len(prompt) for prompt in prompts]
         minibatches = []
@@ -1015,24 +906,24 @@ def train(args: Args) -> list[dict]:
                 taught = {i: lengths[i] for i in rows[teaches[rows]].tolist()}
                 minibatches.append((rows, plan_for(args, policy, prompt_lengths, taught, G)))
 
-        # 8. π_old and π_ref, before anything moves
-        first_epoch = [rows for _, plan in minibatches[: args.num_minibatches] for rows in plan]
+        # 8. ln π_old and ln π_ref, before the policy moves
+        first_epoch = [micro_batch for _, plan in minibatches[: args.num_minibatches] for micro_batch in plan]
         old_logprobs, sequences = sampler_logprobs, (prompts, tokens, mask)
         if args.old_logprobs == "recomputed" and args.updates > 1:
             old_logprobs = score(args, policy, sequences, first_epoch)
         if args.beta:
-            with as_begun(adapter, start) if adapter else nullcontext():
-                ref_logprobs = score(args, reference, sequences, first_epoch)
+            ref_logprobs = score_reference(args, reference, adapter, sequences, first_epoch)
 
-        # 9. Update
+        # 9. Update: one optimizer step for each minibatch
         policy.train()
-        stats, ratio_max, norms, gap = torch.zeros(7), torch.zeros(()), [], 0.0
+        statistics, norms = new_statistics(), []
         for update, (rows, plan) in enumerate(minibatches):
-            # [G8] of the whole step and of all processes: a mean of micro-batch means would weigh short ones more
-            total_tokens, total_sequences, taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))
-            if not taught:
-                continue  # nobody has anything to learn from
-            most = int(over_ranks(torch.tensor(len(plan)), "MAX"))  # micro-batches of a process
+            # [G8] Totals of the whole step and of all processes: a mean of means would weigh small micro-batches more
+            counts = torch.tensor([mask[rows].sum(), len(rows), len(plan)])
+            total_tokens, total_sequences, total_micro_batches = over_ranks(counts)
+            if not total_micro_batches:
+                continue  # no process has anything to learn from
+            num_idle = idle_passes(plan)
             optimizer.zero_grad()
             for micro_batch in plan:
                 logprob = micro_batch_logprobs(args, policy, *sequences, micro_batch)
@@ -1040,137 +931,52 @@ def train(args: Args) -> list[dict]:
                 m, advantage, old_logprob = (x[i].to(args.device) for x in (mask, advantages, old_logprobs))
                 if args.old_logprobs == "recomputed" and args.updates == 1:
                     old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
-                ref_logprob = ref_logprobs[i].to(args.device) if args.beta else None
-                ratio_logprob, clip = logprob, (args.clip_low, args.clip_high)
-                if args.importance == "token":
-                    token_loss = grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, *clip, args.beta)
-                else:
-                    ratio_logprob = sequence_logprob(logprob, old_logprob, m)
-                    token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip, 0.0)
-                    token_loss = token_loss + args.beta * kl_k3(logprob, ref_logprob) if args.beta else token_loss
+                is_gspo = args.importance == "sequence"
+                ratio_logprob = sequence_logprob(logprob, old_logprob, m) if is_gspo else logprob
+                clip_range = args.clip_low, args.clip_high
+                token_loss, kl = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0), None
+                if args.beta:
+                    kl = kl_k3(logprob, ref_logprobs[i].to(args.device))
+                    token_loss = token_loss + args.beta * kl
                 loss = reduce_loss(token_loss, m, args.reduction, total_tokens, total_sequences, T)
                 loss.backward()
-                with torch.no_grad():
-                    on = m.bool()
-                    ratio, side = (ratio_logprob - old_logprob).exp()[on], advantage[on]
-                    numbers = [
-                        torch.ones_like(ratio),
-                        ratio,
-                        (ratio < 1 - args.clip_low) & (side < 0),
-                        (ratio > 1 + args.clip_high) & (side > 0),
-                        kl_k3(logprob, ref_logprob)[on] if args.beta else torch.zeros(1),
-                        (logprob.cpu() - sampler_logprobs[i]).abs()[on.cpu()],
-                    ]
-                    stats += torch.stack([*(x.sum().float().cpu() for x in numbers), loss.cpu()])
-                    ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
-            if args.shard:
-                for _ in range(most - len(plan)):
-                    (0.0 * idle_pass(args, policy)).sum().backward()
-            elif world_size > 1:
-                for parameter in parameters:
-                    if gradient_of(parameter) is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
+                gap = logprob.cpu() - sampler_logprobs[i] if update == 0 else None  # later ones differ in weights too
+                add_statistics(args, statistics, m, ratio_logprob - old_logprob, advantage, kl, loss, gap)
+            sum_gradients(args, policy, parameters, num_idle)  # over all processes
             norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))
-            if not math.isfinite(norms[-1]):
-                can_resume = (run_dir / "checkpoint.pt").exists()
-                kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
-                raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
-            torch.manual_seed(zlib.crc32(f"{args.seed} {step} {update} rounding".encode()))  # all processes round alike
+            check_gradient(norms[-1], run_dir, step)
+            seed_torch(args.seed, step, update, "rounding")  # all processes round alike
             optimizer.step()
-            if update == 0:
-                count, distance = over_ranks(stats[[0, 5]])  # before the first step, so the same weights twice
-                gap = float(distance / count.clamp(min=1))
         optimizer.zero_grad()
         policy.eval()
         clock.append(time.perf_counter())
 
-        # 10. Iterative GRPO: the reference catches up, the reward model learns from what was sampled [G13]
+        # 10. Iterative GRPO: the policy becomes the reference, and the reward model learns from what was sampled [G13]
         if args.reference_every and (step + 1) % args.reference_every == 0:
             if args.beta:
                 reference.load_state_dict(policy.state_dict())
-            if args.reward_model_steps and pairs:
-                loss = continue_reward_model(args, *reward_model, reward_optimizer, pairs, replay, step)
-                row["reward_model/loss"] = loss
-                pairs, replay = [], (replay + pairs)[-10_000:]
+            if args.reward_model_steps and reward_model.pairs:
+                row["reward_model/loss"] = reward_model.learn(step)
 
         # 11. Metrics, evaluation, checkpoint
-        over_ranks(stats)
-        over_ranks(ratio_max, "MAX")
-        if stats[0]:  # something was taught
-            names = ("policy/ratio_mean", "policy/clip_low", "policy/clip_high", "kl/reference")
-            row |= dict(zip(names[: 4 if args.beta else 3], (stats[1:5] / stats[0]).tolist()))
-            row |= {"policy/ratio_max": float(ratio_max), "policy/sampler_gap": gap}
-        row |= {
-            "policy/loss": float(stats[6]) / max(len(norms), 1),
-            "policy/grad_norm": sum(norms) / max(len(norms), 1),
-            "policy/learning_rate": optimizer.param_groups[0]["lr"],
-            "time/generate_tokens_per_second": sum(float(group.mask.sum()) for group, _ in seen)
-            / (clock[1] - clock[0]),
-            "time/train_tokens_per_second": float(mask.sum()) * args.num_epochs / (clock[2] - clock[1]),
-            "time/step_seconds": clock[2] - clock[0],
-        }
-        if (peak := peak_memory(args.device)) is not None:
-            row["memory/peak_gb"] = peak / 1e9
+        row |= update_metrics(args, statistics, norms) | {"policy/learning_rate": optimizer.param_groups[0]["lr"]}
+        row |= speed_metrics(args, clock, [group for group, _ in seen], mask)
         done = step + 1
-        is_last = done == args.steps
-        if is_last or (args.eval_every and done % args.eval_every == 0):
+        if is_due(args, args.eval_every, done):
             row |= evaluate(args, policy, tokenizer, eos_ids, held_out)
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
         log(writer, metrics, done, row)
-        is_due = is_last or (args.checkpoint_every and done % args.checkpoint_every == 0)
-        if is_due and (rank == 0 or args.shard):  # to gather takes all processes
-            trained = {name: gathered(x.detach()) for name, x in policy.named_parameters() if x.requires_grad}
-            refreshed = args.reference_every and args.beta
-            content = {
-                "args": asdict(args),
-                "step": done,
-                "cursor": cursor,
-                "policy": trained,
-                "optimizer": optimizer.state_dict(),
-                "reference": {n: gathered(x) for n, x in reference.state_dict().items()} if refreshed else None,
-                "reward_model": reward_model[0].state_dict() if args.reward_model_steps else None,
-                "reward_optimizer": reward_optimizer.state_dict() if args.reward_model_steps else None,
-                "pairs": pairs,
-                "replay": replay,
-                "metrics": metrics,
-            }
-            if rank == 0:
-                writer.flush()
-                save(run_dir / "checkpoint.pt", content)
+        if is_due(args, args.checkpoint_every, done):
+            progress = {"step": done, "cursor": cursor, "metrics": metrics}
+            save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model)
 
-    # 12. Summary
-    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:
-        return metrics
-    writer.close()
-    save_model(run_dir / "policy", adapter or policy, tokenizer, weights)
-    if args.save_merged:
-        plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
-        save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
-    with written_aside(run_dir / "metrics.jsonl") as path:
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
-    draw_curves(metrics, run_dir / "curves.png")
-    before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
-    print(f"\n{len(held_out)} held-out problems   before    after")
-    for name in [name for name in before if name.startswith("eval/")]:
-        print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")
-    if first < args.steps:
-        print_samples(*seen[0])
-    print(f"\ncurves      {run_dir / 'curves.png'}")
-    print(f"policy      {run_dir / 'policy'}, for from_pretrained")
-    if args.save_merged:
-        print(f"merged      {run_dir / 'merged'}, the same without PEFT")
-    spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
-    print(f"seconds     {time.perf_counter() - started:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
-    print(f"logs        tensorboard --logdir {run_dir}")
-    if args.model is None:
-        other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"
-        print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
+    # 12. The trained policy, the curves, a summary
+    weights = end_processes(args, policy)
+    if process_rank() == 0:
+        writer.close()
+        save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
+        print_summary(args, run_dir, metrics, len(held_out), seen, time.perf_counter() - started)
     return metrics
 
 
@@ -1654,19 +1460,47 @@ def pairs_of(args, group, rating):
     return list(zip(right, [text for text, it_is in zip(texts, is_right) if not it_is]))
 
 
-def continue_reward_model(args, model, tokenizer, optimizer, pairs, replay, step):
-    """Train R_φ on (right, wrong) pairs of texts of the last rollouts, a tenth of each batch from earlier ones [G13]
-    (DeepSeekMath Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
-    rng, losses = random.Random(f"{args.seed} reward {step}"), []
-    for _ in range(args.reward_model_steps):
-        batch = [rng.choice(replay) if replay and i % 10 == 0 else rng.choice(pairs) for i in range(20)]
-        right, wrong = raw_scores(model, tokenizer, [text for pair in batch for text in pair]).view(-1, 2).T
-        loss = -torch.nn.functional.logsigmoid(right - wrong).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
+class RewardModel:
+    """The learned reward R_φ. With --reward-model-steps it goes on learning, from (right, wrong) pairs of answers."""
+
+    def __init__(self, args):
+        self.args = args
+        self.model, self.tokenizer = load_reward_model(args)
+        self.pairs, self.replay, self.optimizer = [], [], None  # pairs: since it learned last; replay: the older ones
+        if args.reward_model_steps:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), args.reward_model_learning_rate)
+
+    def score(self, answers):
+        return score_texts(self.model, self.tokenizer, answers)
+
+    def learn(self, step):
+        """Train on the pairs of the last rollouts; a tenth of each batch are earlier pairs [G13] (DeepSeekMath
+        Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
+        rng, losses = random.Random(f"{self.args.seed} reward {step}"), []
+        for _ in range(self.args.reward_model_steps):
+            sources = [self.replay if self.replay and i % 10 == 0 else self.pairs for i in range(20)]
+            texts = [text for source in sources for text in rng.choice(source)]
+            right, wrong = raw_scores(self.model, self.tokenizer, texts).view(-1, 2).T
+            loss = -torch.nn.functional.logsigmoid(right - wrong).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.item())
+        self.pairs, self.replay = [], (self.replay + self.pairs)[-10_000:]
+        return sum(losses) / len(losses)
+
+    def state_dict(self):
+        """Of one that learns; any other is loaded again as it was."""
+        if self.optimizer is None:
+            return {}
+        states = {"reward_model": self.model.state_dict(), "reward_optimizer": self.optimizer.state_dict()}
+        return {**states, "pairs": self.pairs, "replay": self.replay}
+
+    def load_state_dict(self, saved):
+        if self.optimizer is not None:
+            self.model.load_state_dict(saved["reward_model"])
+            self.optimizer.load_state_dict(saved["reward_optimizer"])
+            self.pairs, self.replay = saved["pairs"], saved["replay"]
 
 
 # ---- Models: from disk, prompts, the warm start ----
@@ -2868,6 +2702,350 @@ def peak_memory(device):
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- Several processes (torchrun) ----
+
+
+def process_rank():
+    """The number of this process among those that torchrun started, from 0 on; 0 if there is one process."""
+    return int(os.environ.get("RANK", 0))
+
+
+def num_processes():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_share(items):
+    """This process's part of a sequence that all processes share: consecutive items, nearly as many in each process."""
+    count, rank = num_processes(), process_rank()
+    return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+
+
+def over_ranks(tensor, operation="SUM"):
+    """The tensor, summed over all processes (or their "MIN" or "MAX"), in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def idle_passes(plan):
+    """How many micro-batches this process has fewer than the process that has most."""
+    return int(over_ranks(torch.tensor(len(plan)), "MAX")) - len(plan)
+
+
+def sum_gradients(args, policy, parameters, num_idle):
+    """Sum the gradients over all processes. FSDP has done so in backward, where no process may be missing: one that
+    had fewer micro-batches joins in by idle passes."""
+    if args.shard:
+        for _ in range(num_idle):
+            (0.0 * idle_pass(args, policy)).sum().backward()
+    elif num_processes() > 1:
+        for parameter in parameters:
+            if gradient_of(parameter) is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
+
+
+def end_processes(args, policy):
+    """Leave the group of processes. Returns the weights that --shard has split, gathered; None without it."""
+    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
+    if num_processes() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return weights
+
+
+# ---- The beginning of a run ----
+
+
+def load_checkpoint(args):
+    """What the run that --resume names saved last; None without --resume. It keeps its settings, but for CHANGEABLE."""
+    if not args.resume:
+        return None
+    saved = load(Path(args.resume) / "checkpoint.pt", "step", "policy", "optimizer", "metrics")
+    settings = replace(saved["args"], run_dir=None)
+    for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+        given, before = getattr(args, name), getattr(settings, name)
+        if given != before:
+            raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a separate run")
+    return saved
+
+
+def start_run(args, held_out):
+    """Processes, device, threads and Weights & Biases. Returns the settings, with this process's own device, and the
+    run directory, which does not exist yet: a run that fails before it has a model leaves nothing behind."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    count = num_processes()
+    if args.prompts_per_step % count:
+        raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {count} processes")
+    if args.shard and count == 1:
+        raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
+    if count > 1 and args.reward_model_steps:
+        raise InputError(f"--reward-model-steps trains in one process: {count} would have a reward model each")
+    if len(held_out) < count:
+        raise InputError(f"{len(held_out)} held-out problems are fewer than the {count} processes that share them")
+    run_dir = [args.resume or args.run_dir or new_run_dir(args)]
+    if count > 1:
+        if args.device == "cuda":
+            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)  # where NCCL works
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        dist.broadcast_object_list(run_dir)  # its name holds the time
+    run_dir = Path(run_dir[0])
+    if process_rank() == 0 and run_dir.exists() and not args.resume:
+        make_run_dir(run_dir)  # it is refused now, not after minutes
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    if args.track and process_rank() == 0:
+        start_wandb(args, run_dir)  # before the writer, because it watches the writers that are made after it
+    return args, run_dir
+
+
+def make_start_model(args, directory, problems, held_out):
+    """The small model, warm-started on worked solutions and saved for all processes; a resumed run has it already.
+    Returns the problems and the held-out ones that fit into its context."""
+    if process_rank() == 0 and not args.resume:
+        make_run_dir(Path(directory).parent)
+        torch.manual_seed(args.seed)
+        tokenizer = new_tokenizer()
+        model = new_model(tokenizer).to(args.device)
+        problems, held_out = those_that_fit(args, model, tokenizer, problems, held_out)
+        num_long = sum(len(problem.solution) >= args.max_tokens for problem in problems)  # a token a character, and EOS
+        if num_long:
+            say(
+                f"            {num_long:,} of {len(problems):,} worked solutions do not end within "
+                f"--max-tokens {args.max_tokens}"
+            )
+        warm_start(args, model, tokenizer, problems, held_out[:128])
+        save_model(Path(directory), model, tokenizer)
+    if num_processes() > 1:
+        dist.barrier()
+    return problems, held_out
+
+
+def prepare_policy(args, policy, tokenizer, saved):
+    """Add the adapter of --lora-rank, restore what a checkpoint holds, and split the weights over the processes.
+    Returns PEFT's handle of the adapter, or None. Prints a line for each thing that a reader may not expect."""
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+    torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
+    adapter = add_adapter(args, policy) if args.lora_rank else None
+    base = args.model and base_of_adapter(args.model)
+    if adapter:
+        is_needed = base and args.beta  # a new adapter begins as no change at all: it is enough to switch it off
+        first = [x.detach().clone() for x in policy.parameters() if x.requires_grad] if is_needed else None
+        adapter.first_weights = first
+    if policy.plain_because:
+        say(f"path        plain, not fast: {policy.plain_because}")
+    if base:
+        what = "trained further" if adapter else "merged into it, and the whole model is trained"
+        say(f"adapter     {args.model}, of {base}: it is {what}")
+    if not tokenizer.chat_template and tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id:
+        say("prompts     the EOS that the tokenizer appends is left out: nothing is sampled after it")
+    if saved:
+        policy.load_state_dict(saved["policy"], strict=False)
+    if args.shard:
+        shard(args, policy)
+    return adapter
+
+
+def reference_of(args, start_dir, policy, adapter, saved):
+    """The frozen reference. With an adapter it is the policy itself, and score_reference() switches the adapter off."""
+    if adapter:
+        return policy
+    reference = load_reference(args, start_dir, policy.plain_because)
+    if saved and saved["reference"]:
+        reference.load_state_dict(saved["reference"])
+    if args.shard:
+        shard(args, reference)
+    return reference
+
+
+def score_reference(args, reference, adapter, sequences, micro_batches):
+    """ln π_ref of the sequences, (B, T)."""
+    with as_begun(adapter, adapter.first_weights) if adapter else nullcontext():
+        return score(args, reference, sequences, micro_batches)
+
+
+def restore(saved, optimizer, reward_model):
+    """Restore optimizer and reward model. Returns the first step, where the stream of problems stands, the metrics."""
+    if not saved:
+        return 0, 0, []
+    optimizer.load_state_dict(saved["optimizer"])
+    if reward_model:
+        reward_model.load_state_dict(saved)
+    return saved["step"], saved["cursor"], saved["metrics"]
+
+
+def open_log(args, run_dir, first):
+    """TensorBoard's writer in the first process, None in the others."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if process_rank() > 0:
+        return None
+    if args.model and not args.resume:
+        make_run_dir(run_dir)
+    return SummaryWriter(run_dir, purge_step=first + 1 if args.resume else None)
+
+
+def seed_torch(*names):
+    """Seed torch's generator: what it draws depends on these names alone, so a resumed run needs no random state."""
+    torch.manual_seed(zlib.crc32(" ".join(map(str, names)).encode()))
+
+
+def check_gradient(norm, run_dir, step):
+    """Stop before a gradient of inf or NaN becomes the weights."""
+    if not math.isfinite(norm):
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
+        raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
+
+
+# ---- Metrics, checkpoints, results ----
+
+
+def describe(args, seen):
+    """What a reader wants to know of the sampled (group, rating)s, each a mean over all processes' share of it."""
+    rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
+    mask = torch.cat([group.mask for group, _ in seen])
+    logprobs = torch.cat([group.logprobs for group, _ in seen])
+    truncated = torch.cat([rating.is_truncated for _, rating in seen]).float()
+    row = {"reward/mean": rewards, "reward/std": rewards.std(-1, correction=0)}
+    for name in seen[0][1].parts:
+        row[f"reward/{name}"] = torch.cat([rating.parts[name] for _, rating in seen])
+    steps = [reward for _, rating in seen for rewards in rating.step_rewards for reward in rewards]
+    row |= {
+        "reward/steps": torch.tensor(steps),
+        "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]),
+        "completion/length": mask.sum(-1),
+        "completion/truncated": truncated,
+        "completion/eos_rate": 1 - truncated,
+        "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
+    }
+    sums, counts = over_ranks(torch.tensor([[x.sum(), x.numel()] for x in row.values()], dtype=torch.float64)).T
+    return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
+
+
+def new_statistics():
+    """Sums over the tokens of a rollout's updates, and the largest ratio, by name. The same names in all processes."""
+    names = (
+        "tokens policy/ratio_mean policy/ratio_max policy/clip_low policy/clip_high kl/reference policy/loss "
+        "first_update_tokens policy/sampler_gap"
+    )
+    return {name: torch.zeros(()) for name in names.split()}
+
+
+@torch.no_grad()
+def add_statistics(args, statistics, mask, log_ratio, advantage, kl, loss, gap):
+    """Add those of a micro-batch. kl: None without β; gap, ln π minus the sampler's: None after the first update."""
+    mask = mask.bool()
+    ratio, side = log_ratio.exp()[mask], advantage[mask]
+    found = {
+        "tokens": torch.ones_like(ratio),
+        "policy/ratio_mean": ratio,
+        "policy/clip_low": (ratio < 1 - args.clip_low) & (side < 0),
+        "policy/clip_high": (ratio > 1 + args.clip_high) & (side > 0),
+        "policy/loss": loss,
+    }
+    if kl is not None:
+        found["kl/reference"] = kl[mask]
+    if gap is not None:
+        found |= {"first_update_tokens": torch.ones_like(ratio), "policy/sampler_gap": gap.abs()[mask.cpu()]}
+    for name, x in found.items():
+        statistics[name] += x.sum().float().cpu()
+    statistics["policy/ratio_max"] = torch.maximum(statistics["policy/ratio_max"], ratio.max().cpu())
+
+
+def update_metrics(args, statistics, norms):
+    """Their means over the tokens of all processes; no ratio where nothing was taught."""
+    for name, x in statistics.items():
+        over_ranks(x, "MAX" if name == "policy/ratio_max" else "SUM")
+    row, num_updates = {}, max(len(norms), 1)
+    if statistics["tokens"]:
+        names = ["policy/ratio_mean", "policy/clip_low", "policy/clip_high"] + ["kl/reference"] * (args.beta > 0)
+        row = {name: float(statistics[name] / statistics["tokens"]) for name in names}
+        row["policy/ratio_max"] = float(statistics["policy/ratio_max"])
+        first = statistics["first_update_tokens"].clamp(min=1)
+        row["policy/sampler_gap"] = float(statistics["policy/sampler_gap"] / first)
+    row["policy/loss"] = float(statistics["policy/loss"]) / num_updates
+    return row | {"policy/grad_norm": sum(norms) / num_updates}
+
+
+def speed_metrics(args, clock, groups, mask):
+    """Tokens a second and, where the system tells it, the peak of memory. clock: begun, sampled, learned."""
+    begun, sampled, learned = clock
+    row = {
+        "time/generate_tokens_per_second": sum(float(group.mask.sum()) for group in groups) / (sampled - begun),
+        "time/train_tokens_per_second": float(mask.sum()) * args.num_epochs / (learned - sampled),
+        "time/step_seconds": learned - begun,
+    }
+    peak = peak_memory(args.device)
+    return row if peak is None else row | {"memory/peak_gb": peak / 1e9}
+
+
+def is_due(args, every, done):
+    """Is it time for what happens every so many steps, or never for 0, and after the last step in any case?"""
+    return done == args.steps or bool(every and done % every == 0)
+
+
+def log(writer, metrics, step, row):
+    for name, number in row.items() if writer else ():
+        writer.add_scalar(name, number, step)
+    metrics.append({"step": step, **row})
+
+
+def save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model):
+    """All that a resumed run needs. progress: the steps done, where the stream of problems stands, the metrics."""
+    if process_rank() > 0 and not args.shard:  # to gather takes all processes
+        return
+    is_refreshed = args.reference_every and args.beta  # else it can be loaded as it was at first
+    content = {
+        "args": asdict(args),
+        "policy": {name: gathered(x.detach()) for name, x in policy.named_parameters() if x.requires_grad},
+        "optimizer": optimizer.state_dict(),
+        "reference": {name: gathered(x) for name, x in reference.state_dict().items()} if is_refreshed else None,
+        **progress,
+        **(reward_model.state_dict() if reward_model else {}),
+    }
+    if process_rank() == 0:
+        writer.flush()
+        save(run_dir / "checkpoint.pt", content)
+
+
+def save_results(args, run_dir, model, tokenizer, weights, metrics):
+    """The policy as a transformers directory, metrics.jsonl and curves.png. weights: in place of the model's own."""
+    save_model(run_dir / "policy", model, tokenizer, weights)
+    if args.save_merged:
+        plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
+        save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
+    with written_aside(run_dir / "metrics.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
+    draw_curves(metrics, run_dir / "curves.png")
+
+
+def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
+    """One screen: before and after, some answers of the last step, where everything is, what to try next."""
+    before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
+    print(f"\n{num_held_out} held-out problems   before    after")
+    for name in [name for name in before if name.startswith("eval/")]:
+        print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")
+    if seen:
+        print_samples(*seen[0])
+    print(f"\ncurves      {run_dir / 'curves.png'}")
+    print(f"policy      {run_dir / 'policy'}, for from_pretrained")
+    if args.save_merged:
+        print(f"merged      {run_dir / 'merged'}, the same without PEFT")
+    spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
+    print(f"seconds     {seconds:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
+    print(f"logs        tensorboard --logdir {run_dir}")
+    if args.model is None:
+        other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"
+        print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
 
 
 # ---- Command line ----
