@@ -69,177 +69,107 @@ from fractions import Fraction
 from functools import cache, lru_cache, partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
+PositiveFloat = Annotated[float, "must be above 0", lambda x: x > 0]
+NonNegativeInt = Annotated[int, "must not be negative", lambda x: x >= 0]
+NonNegativeFloat = Annotated[float, "must not be negative", lambda x: x >= 0]
+
 
 @dataclass(frozen=True)
 class Args:
     # the task
-    task: Literal["arithmetic", "countdown", "gsm8k", "jsonl"] = "arithmetic"  # what is asked
-    data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
-    terms: int = 5  # numbers in a problem of arithmetic or countdown
-    max_term: int = 9  # the largest of them
-    operators: str = "+"  # of arithmetic: "+" or "+-"
-    instruction: str | None = None  # for --model: what it is told, {} is the problem; default INSTRUCTIONS[task]
-    num_problems: int = 20_000  # problems that are generated, or drawn at random from the file at most
-    seed: int = 1  # of weights, problems and samples
-    # the model
-    model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 needs --optimizer adamw8bit
-    lora_rank: int = 0  # train adapters of this rank; the reference is the model as the run began, at no cost
-    quantize: Literal["none", "int8"] = "none"  # with --lora-rank: the frozen weights under the adapters in 8 bits
-    save_merged: bool = False  # with --lora-rank: write the model with the adapter merged into it too, as merged
-    warm_start: float = 0.33  # without --model: share of right answers until which it sees worked solutions
-    warm_start_steps: int = 2000  # supervised steps on them at most
-    warm_start_batch_size: int = 32  # solutions in each
-    warm_start_learning_rate: float = 3e-3  # AdamW's, in those steps
+    task: Literal["arithmetic", "countdown", "gsm8k", "jsonl"] = "arithmetic"  # questions; the last two need --model
+    terms: PositiveInt = 5  # numbers in a problem of arithmetic or countdown
+    max_term: PositiveInt = 9  # the largest number that such a problem may have
+    operators: str = "+"  # signs in a problem of arithmetic: "+" or "+-"
+    num_problems: PositiveInt = 20_000  # problems to generate, or the most to draw at random from a file
+    seed: NonNegativeInt = 1  # seed of weights, problems and samples
     # the algorithm
-    algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
-    supervision: Literal["outcome", "process"] = "outcome"  # one reward an answer, or one for each written step
-    steps: int = 100  # rollouts
-    prompts_per_step: int = 32  # P, over all processes
+    steps: PositiveInt = 100  # rollouts: each samples answers, then learns from them
+    prompts_per_step: PositiveInt = 32  # P, prompts in a rollout, over all processes
     group_size: int = 8  # G, completions of each prompt
-    max_tokens: int = 40  # T, tokens of a completion at most
-    temperature: float = 1.0  # of the sampling, and of every log-probability in training
-    num_epochs: int = 1  # μ, passes over each rollout
-    num_minibatches: int = 1  # gradient steps in each
-    clip_low: float = 0.2  # ε_low: the ratio's gradient ends below 1 − ε_low
-    clip_high: float = 0.2  # ε_high: and above 1 + ε_high
-    beta: float = 0.0  # β, weight of the KL to the reference in the loss; 0 keeps no reference
-    scale_by_std: bool = True  # divide by the group's standard deviation
+    max_tokens: PositiveInt = 40  # T, the most tokens of a completion
+    temperature: PositiveFloat = 1.0  # temperature of the sampling, and of every log-probability in training
+    num_epochs: PositiveInt = 1  # μ, passes over each rollout
+    num_minibatches: PositiveInt = 1  # gradient steps in each pass
+    clip_low: NonNegativeFloat = 0.2  # ε_low: below a ratio of 1 − ε_low a bad answer has no gradient
+    clip_high: PositiveFloat = 0.2  # ε_high: above a ratio of 1 + ε_high a good answer has no gradient
+    beta: NonNegativeFloat = 0.0  # β, weight of the KL to the reference in the loss; with 0 no reference is kept
+    scale_by_std: bool = True  # divide advantages by the standard deviation of the group
     reduction: Literal["sequence", "token", "constant"] = "sequence"  # what the token losses are averaged over
-    importance: Literal["token", "sequence"] = "token"  # a ratio for each token, or one for the sequence (GSPO)
-    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: the trainer's arithmetic or the sampler's
-    reference_every: int = 0  # steps after which the reference becomes the policy (iterative GRPO); 0: never
-    dynamic_sampling: int = 0  # further rounds of prompts, at most, to replace groups without variance (DAPO)
-    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: kept, left out, or paid less
-    truncation_penalty: float = 1.0  # with --truncated penalise: taken from their reward
-    # the rewards, which add up; that of the verifier has weight 1
-    format_weight: float = 0.0  # reward of a completion that matches --format-pattern
-    format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression for all of it
-    length_weight: float = 0.0  # taken from the reward of a completion of T tokens, in proportion from shorter ones
-    reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, e.g. stage 3's reward
-    reward_model_weight: float = 1.0  # of its score
-    reward_model_steps: int = 0  # its gradient steps at each refresh of the reference, a tenth of them replay
-    reward_model_learning_rate: float = 1e-5  # AdamW's, in those steps
     # the update
-    learning_rate: float = 3e-4  # of the small model; about 1e-6 to 1e-5 for a trained one
-    warmup_steps: int = 0  # rollouts over which the learning rate rises to its value
-    anneal_lr: bool = True  # after them, the learning rate falls to 0 over the rest of the run
-    weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # global norm that the gradient is cut to
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or 2 bytes of state a parameter
-    micro_batch_tokens: int = 0  # tokens in one forward pass of training, the same gradient; 0: 2048, on a GPU 8192
-    fast: bool = True  # shared-prompt cache and packed rows, where they are right for the model; else the plain path
-    logprob_tokens: int = 1024  # tokens whose logits exist at once
-    offload: bool = False  # gradients, 8-bit state and reference in host memory; the device holds the weights alone
-    shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
-    gradient_checkpointing: bool = False  # keep a layer's input alone, compute the rest again: less memory, more time
-    generate_rows: int = 2048  # sequences that are sampled at once
-    cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
+    learning_rate: PositiveFloat = 3e-4  # AdamW's; about 1e-6 to 1e-5 for a model that is already trained
+    warmup_steps: NonNegativeInt = 0  # rollouts over which the learning rate rises to its value
+    anneal_lr: bool = True  # after the warm-up, let the learning rate fall to 0 until the end of the run
+    weight_decay: NonNegativeFloat = 0.0  # AdamW's
+    max_grad_norm: PositiveFloat = 1.0  # the largest global norm of the gradient; a larger gradient is scaled down
+    # the warm start, without --model
+    warm_start: PositiveFloat = 0.33  # stop the supervised steps when this share of answers is right
+    warm_start_steps: PositiveInt = 2000  # the most supervised steps on worked solutions
+    warm_start_batch_size: PositiveInt = 32  # solutions in each of these steps
+    warm_start_learning_rate: PositiveFloat = 3e-3  # AdamW's in these steps
     # evaluation
-    eval_every: int = 25  # steps between two evaluations on held-out problems; 0: before and after only
-    eval_problems: int = 256  # held-out problems
-    eval_samples: int = 16  # samples of each, n
-    eval_k: int = 8  # k of pass@k and maj@k
+    eval_every: NonNegativeInt = 25  # steps between two evaluations on held-out problems; 0: before and after only
+    eval_problems: PositiveInt = 256  # held-out problems
+    eval_samples: PositiveInt = 16  # n, samples of each held-out problem
+    eval_k: PositiveInt = 8  # k of pass@k and maj@k
     # the run
     device: str = "cpu"  # cpu, cuda, cuda:1 …
-    torch_threads: int = 1  # CPU threads of torch
+    torch_threads: PositiveInt = 1  # CPU threads of torch
     run_dir: str | None = None  # where everything is written; default runs/<task>__<script>__<seed>__<time>
-    checkpoint_every: int = 25  # steps between two checkpoints; 0: at the end only
-    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
-    plan: int = 0  # print what memory these settings need with prompts of this many tokens; load and train nothing
-    gpu_memory: float = 0.0  # GB of the device that --plan compares with; 0: none
+    checkpoint_every: NonNegativeInt = 25  # steps between two checkpoints; 0: at the end only
+    resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "grpo-llm"  # its project there
+    wandb_project: str = "grpo-llm"  # project there
+    # your own model and data
+    model: str | None = None  # Hub id or directory of a causal language model; default a small one, trained here
+    data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
+    instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of the weights; bfloat16 needs --optimizer adamw8bit
+    lora_rank: NonNegativeInt = 0  # train LoRA adapters of this rank; the reference then costs no memory
+    quantize: Literal["none", "int8"] = "none"  # with --lora-rank: keep the frozen weights in 8 bits
+    save_merged: bool = False  # with --lora-rank: also write the model with the adapter merged into it, as merged
+    # other algorithms
+    algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
+    supervision: Literal["outcome", "process"] = "outcome"  # one reward for an answer, or one for each of its steps
+    importance: Literal["token", "sequence"] = "token"  # one ratio for each token, or one for the sequence (GSPO)
+    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: computed by the trainer or by the sampler
+    dynamic_sampling: NonNegativeInt = 0  # the most further rounds of prompts to replace groups without variance (DAPO)
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: keep, leave out, or pay less
+    truncation_penalty: NonNegativeFloat = 1.0  # with --truncated penalise: subtracted from their reward
+    reference_every: NonNegativeInt = 0  # steps after which the policy becomes the reference (iterative GRPO); 0: never
+    # further rewards; all are added up, and the verifier's has weight 1
+    format_weight: NonNegativeFloat = 0.0  # reward of a completion that matches --format-pattern
+    format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression that the whole completion must match
+    length_weight: NonNegativeFloat = 0.0  # subtracted for a completion of T tokens; for a shorter one in proportion
+    reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, e.g. stage 3's reward
+    reward_model_weight: float = 1.0  # weight of its score
+    reward_model_steps: NonNegativeInt = 0  # gradient steps of R_φ at each --reference-every; a tenth is replay
+    reward_model_learning_rate: NonNegativeFloat = 1e-5  # AdamW's in these steps
+    # speed and memory
+    fast: bool = True  # shared-prompt cache and packed rows, if they are right for the model; else the plain path
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or one with 2 bytes of state a parameter
+    micro_batch_tokens: NonNegativeInt = (
+        0  # tokens in a forward pass of training, any with the same gradient; 0: chosen
+    )
+    logprob_tokens: PositiveInt = 1024  # tokens whose logits exist at the same time
+    generate_rows: PositiveInt = 2048  # sequences that are sampled at the same time
+    cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
+    gradient_checkpointing: bool = False  # keep only the input of each layer and compute the rest again
+    offload: bool = False  # gradients, 8-bit state and reference in host memory; only the weights stay on the device
+    shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
+    plan: NonNegativeInt = 0  # print the memory that these settings need with prompts of this length; train nothing
+    gpu_memory: NonNegativeFloat = 0.0  # GB of the device that --plan compares with; 0: none
 
     def __post_init__(self):
-        positive = (
-            "terms max_term num_problems warm_start warm_start_steps warm_start_batch_size warm_start_learning_rate "
-            "steps prompts_per_step max_tokens temperature num_epochs num_minibatches clip_high learning_rate "
-            "max_grad_norm logprob_tokens generate_rows eval_problems eval_samples "
-            "eval_k torch_threads"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        from_zero = (
-            "seed lora_rank clip_low beta reference_every dynamic_sampling truncation_penalty format_weight "
-            "length_weight reward_model_steps reward_model_learning_rate warmup_steps weight_decay micro_batch_tokens "
-            "eval_every checkpoint_every plan gpu_memory"
-        )
-        for name in from_zero.split():
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be 2 or more, or every advantage is 0, got {self.group_size}")
-        if self.prompts_per_step < self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches {self.num_minibatches} must not exceed prompts_per_step {self.prompts_per_step}"
-            )
-        if self.eval_k > self.eval_samples:
-            raise ValueError(f"eval_k {self.eval_k} must not exceed eval_samples {self.eval_samples}")
-        if self.operators not in ("+", "+-"):
-            raise ValueError(f"operators must be + or +-, got {self.operators!r}")
-        if self.dtype == "bfloat16" and self.optimizer == "adamw" and not self.lora_rank:
-            raise ValueError(
-                "dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began"
-            )
-        if self.quantize != "none" and not self.lora_rank:
-            raise ValueError(
-                f"quantize {self.quantize} freezes the weights, and lora_rank 0 adds none that could learn"
-            )
-        if self.save_merged and not self.lora_rank:
-            raise ValueError("save_merged merges the adapter of lora_rank, got 0")
-        if self.offload and self.optimizer != "adamw8bit":
-            raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")
-        if self.shard and (self.optimizer != "adamw8bit" or self.offload or self.lora_rank):
-            raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
-        if self.task in ("gsm8k", "jsonl") and self.model is None:
-            raise ValueError(f"task {self.task} needs a model that can read, got none")
-        if self.data and self.task not in ("gsm8k", "jsonl"):
-            raise ValueError(f"data is read for task gsm8k and jsonl; task {self.task} writes its own problems")
-        if self.instruction is not None and "{}" not in self.instruction:
-            raise ValueError(f"instruction needs {{}} where the problem is to stand, got {self.instruction!r}")
-        if self.task == "jsonl" and self.data is None:
-            raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
-        if self.supervision == "process" and (self.algorithm != "grpo" or not self.scale_by_std):
-            raise ValueError(
-                f"supervision process is GRPO's own: algorithm {self.algorithm} and scale_by_std {self.scale_by_std} "
-                "must be grpo and True"
-            )
-        if self.supervision == "process" and self.task in ("countdown", "jsonl"):
-            raise ValueError(
-                f"supervision process needs the values of a solution's steps, which task {self.task} does not have"
-            )
-        for_all_of_it = self.format_weight, self.length_weight, self.reward_model, self.truncated == "penalise"
-        if self.supervision == "process" and any(for_all_of_it):
-            raise ValueError(
-                "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
-                "penalise, which judge a whole completion, would do nothing"
-            )
-        if self.reference_every and not (self.beta or self.reward_model_steps):
-            raise ValueError(
-                f"reference_every {self.reference_every} refreshes nothing: beta and reward_model_steps are 0"
-            )
-        if self.reward_model_steps and not (self.reward_model and self.reference_every):
-            raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
-        if self.lora_rank and self.reference_every:
-            raise ValueError(
-                "lora_rank keeps the model without the adapter as the reference: reference_every must be 0"
-            )
-        if "" in (self.model, self.data, self.resume, self.run_dir, self.reward_model):
-            raise ValueError("model, data, resume, run_dir and reward_model need a name or a path, got an empty one")
-        if self.resume and self.run_dir:
-            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
-        try:
-            re.compile(self.format_pattern)
-        except re.error as error:
-            raise ValueError(f"format_pattern {self.format_pattern!r} is no regular expression: {error}") from None
+        check_bounds(self)
+        check_settings(self)
 
     @property
     def updates(self):
@@ -2702,6 +2632,78 @@ def peak_memory(device):
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- Settings ----
+
+
+def check_bounds(args):
+    """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
+    for field in fields(args):
+        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
+        if bounds and not bounds[1](getattr(args, field.name)):
+            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+
+
+def check_settings(args):
+    """Raise ValueError where settings do not fit each other."""
+    if args.group_size < 2:
+        raise ValueError(f"group_size must be 2 or more, or every advantage is 0, got {args.group_size}")
+    if args.prompts_per_step < args.num_minibatches:
+        raise ValueError(
+            f"num_minibatches {args.num_minibatches} must not exceed prompts_per_step {args.prompts_per_step}"
+        )
+    if args.eval_k > args.eval_samples:
+        raise ValueError(f"eval_k {args.eval_k} must not exceed eval_samples {args.eval_samples}")
+    if args.operators not in ("+", "+-"):
+        raise ValueError(f"operators must be + or +-, got {args.operators!r}")
+    if args.dtype == "bfloat16" and args.optimizer == "adamw" and not args.lora_rank:
+        raise ValueError("dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began")
+    if args.quantize != "none" and not args.lora_rank:
+        raise ValueError(f"quantize {args.quantize} freezes the weights, and lora_rank 0 adds none that could learn")
+    if args.save_merged and not args.lora_rank:
+        raise ValueError("save_merged merges the adapter of lora_rank, got 0")
+    if args.offload and args.optimizer != "adamw8bit":
+        raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {args.optimizer}")
+    if args.shard and (args.optimizer != "adamw8bit" or args.offload or args.lora_rank):
+        raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
+    if args.task in ("gsm8k", "jsonl") and args.model is None:
+        raise ValueError(f"task {args.task} needs a model that can read, got none")
+    if args.data and args.task not in ("gsm8k", "jsonl"):
+        raise ValueError(f"data is read for task gsm8k and jsonl; task {args.task} writes its own problems")
+    if args.instruction is not None and "{}" not in args.instruction:
+        raise ValueError(f"instruction needs {{}} where the problem is to stand, got {args.instruction!r}")
+    if args.task == "jsonl" and args.data is None:
+        raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
+    if args.supervision == "process" and (args.algorithm != "grpo" or not args.scale_by_std):
+        raise ValueError(
+            f"supervision process is GRPO's own: algorithm {args.algorithm} and scale_by_std {args.scale_by_std} "
+            "must be grpo and True"
+        )
+    if args.supervision == "process" and args.task in ("countdown", "jsonl"):
+        raise ValueError(
+            f"supervision process needs the values of a solution's steps, which task {args.task} does not have"
+        )
+    for_all_of_it = args.format_weight, args.length_weight, args.reward_model, args.truncated == "penalise"
+    if args.supervision == "process" and any(for_all_of_it):
+        raise ValueError(
+            "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
+            "penalise, which judge a whole completion, would do nothing"
+        )
+    if args.reference_every and not (args.beta or args.reward_model_steps):
+        raise ValueError(f"reference_every {args.reference_every} refreshes nothing: beta and reward_model_steps are 0")
+    if args.reward_model_steps and not (args.reward_model and args.reference_every):
+        raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
+    if args.lora_rank and args.reference_every:
+        raise ValueError("lora_rank keeps the model without the adapter as the reference: reference_every must be 0")
+    if "" in (args.model, args.data, args.resume, args.run_dir, args.reward_model):
+        raise ValueError("model, data, resume, run_dir and reward_model need a name or a path, got an empty one")
+    if args.resume and args.run_dir:
+        raise ValueError(f"resume {args.resume} goes on in its own directory, not in run_dir {args.run_dir}")
+    try:
+        re.compile(args.format_pattern)
+    except re.error as error:
+        raise ValueError(f"format_pattern {args.format_pattern!r} is no regular expression: {error}") from None
 
 
 # ---- Several processes (torchrun) ----
