@@ -288,15 +288,6 @@ class Problem(NamedTuple):
     messages: tuple = ()  # of a chat: {"role", "content"} each, as the file has them
 
 
-INSTRUCTIONS = {
-    "arithmetic": "What is {}?",
-    "countdown": "{}\nUse each of the numbers once, with + - * / and parentheses, to reach the target. "
-    "Write the expression alone on the last line.",
-    "gsm8k": "{}\nThink step by step, a step a line, and end with #### and the answer, a number.",
-    "jsonl": "{}",
-}
-
-
 def write_sum(rng, args):
     """12+34-56 → the lines 12+34=46, 46-56=-10 and #-10."""
     total = rng.randint(0, args.max_term)
@@ -311,38 +302,16 @@ def write_sum(rng, args):
 
 
 def load_problems(args):
-    """(to learn from, held out): generated, or read from a file or the Hub. No held-out prompt is among the others."""
-    if args.task in ("arithmetic", "countdown"):
+    """(problems to learn from, held-out problems). No held-out prompt is learned from."""
+    if args.task == "arithmetic":
         rng = random.Random(args.seed)
-        write = write_sum if args.task == "arithmetic" else write_countdown
-        problems = [write(rng, args) for _ in range(args.num_problems)]
+        found = [write_sum(rng, args) for _ in range(args.num_problems)]
     else:
-        problems = []
-        for where, row in read_rows(args):
-            try:
-                problems.append(read_problem(args, row))
-                check_answer(problems[-1])
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
-        random.Random(args.seed).shuffle(problems)  # a file may be sorted: its first rows would be an unlike test set
-    num_read = len(problems)
-    drawn = problems[: args.num_problems]
+        found = load_other_task(args)
+    drawn = found[: args.num_problems]
     problems = list({problem.prompt: problem for problem in drawn}.values())  # each prompt once
     held_out = min(args.eval_problems, len(problems) // 2)
-    if len(problems) - held_out < args.prompts_per_step or not held_out:
-        raise InputError(
-            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside the "
-            f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
-        )
-    left_out = {
-        f"are left out by --num-problems {args.num_problems}": num_read - len(drawn),
-        "are left out because another has the same prompt": len(drawn) - len(problems),
-        "of these have another answer than it": len({(x.prompt, x.answer) for x in drawn}) - len(problems),
-    }
-    say(f"problems    {len(problems) - held_out:,} to learn from, {held_out:,} held out")
-    for why, count in left_out.items():
-        if count:
-            say(f"            {count:,} {why}")
+    check_problems(args, found, drawn, problems, held_out)
     return problems[held_out:], problems[:held_out]
 
 
@@ -362,37 +331,13 @@ def seeded(*names):
     return torch.Generator().manual_seed(zlib.crc32(repr(names).encode()))
 
 
-def last_number(text):
-    """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
-    match = None
-    for match in NUMBER.finditer(ending(slashed(ending(text)))):  # noqa: B007
-        pass
-    return value_of(match) if match else None
-
-
 def is_right(problem, completion):
-    """Does the completion answer as the problem wants [G20]? The wanted answer says what is compared:
-
-    A number (18, 1,000, 1/2, 1e3, −5, $18, 50%): its exact value with the last number of the completion. What follows a
-    number is its unit and is set aside, % too: 50% is 50, and not 0.5.
-    Anything else: its text with the last line of the completion, as it is or without a lead-in ("The answer is"). They
-    must be equal, but for case, outer punctuation, dollars, \\text{} and the way in which a number is written. Nothing
-    is searched inside a sentence. An answer of several lines is compared with the whole completion.
-    Mathematics (x^2+1, (2,3), \\sqrt{2}: is_mathematics), if its text differs: by math-verify with the last formula
-    between dollars in the last line, or with all of that line.
-    Where a completion has a \\boxed{}, only what stands in the last one is read.
-    """
-    given, value = final_answer(problem, completion), wanted_number(problem)
-    if given is None or value is not None:
-        return given is not None and given == value
-    wanted, line = unboxed(problem.answer), last_line(completion)
-    if key(bare(wanted)) in (given, key(bare(line))) or ("\n" in wanted and key(bare(wanted)) == key(bare(completion))):
-        return True
-    if not is_mathematics(wanted):
-        return False
-    formulas = re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", line)
-    line = "".join(formulas[-1]) if formulas else without_lead_in(line)
-    return same_mathematics(as_latex(wanted), as_latex(line))
+    """Is the completion's answer right [G20]? A number, such as a sum's, is compared by its exact value with the last
+    number of the completion. Other answers are texts or formulas: is_right_text()."""
+    given, wanted = final_answer(problem, completion), wanted_number(problem)
+    if given is None or wanted is not None:
+        return given is not None and given == wanted
+    return is_right_text(problem, completion, given)
 
 
 def step_rewards_of(problem, completion):
@@ -433,24 +378,14 @@ class Rating(NamedTuple):
 
 
 def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
-    """What a group's completions earned, whole and step by step; step is named where a reward is no finite number."""
+    """What a group's completions earned, as a whole and step by step. A message about a bad reward names `step`."""
     is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
     columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
-    rows = [reward_parts(args, group.problem, *column) for column in columns]
-    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
-        found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
-        raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
-    parts = {name: [row[name] for row in rows] for name in rows[0]}
+    parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
     if reward_model:
         scores = reward_model.score(answers_of(args, group, is_truncated))
         parts["model"] = (args.reward_model_weight * scores).tolist()
-    for name, rewards in parts.items():
-        for reward, text in zip(rewards, group.texts):
-            if not is_finite_number(reward):
-                raise InputError(
-                    f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
-                    f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
-                )
+    check_rewards(parts, group, step)
     parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
     step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
     step_ids = step_ids_of(tokenizer, group, step_of_line)
@@ -529,24 +464,11 @@ def new_model(tokenizer):
 
 
 def load_model(args, name, is_compared=True):
-    """(language model, tokenizer, EOS ids) of a Hub id or a directory, fit to be trained here or refused.
+    """(language model, tokenizer, EOS ids) of a Hub id or a directory, ready to be trained, or refused in one sentence.
 
-    A saved adapter is merged into the model that it was trained on; with --lora-rank that model comes without it, and
-    add_adapter() puts it on.
+    is_compared: find out whether the fast path is right for this model (Machinery), and keep the answer with it.
     """
-    base = base_of_adapter(name)
-    try:
-        model = from_disk("AutoModelForCausalLM", base or name, dtype=getattr(torch, args.dtype))
-    except InputError as error:
-        raise InputError(f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error) from error
-    try:
-        tokenizer = from_disk("AutoTokenizer", name)
-    except InputError:
-        if base is None:
-            raise
-        tokenizer = from_disk("AutoTokenizer", base)
-    if base and not args.lora_rank:
-        model = with_adapter(model, name).merge_and_unload().requires_grad_(True)
+    model, tokenizer = read_model(args, name)
     eos_ids = model.generation_config.eos_token_id  # [G9] one, several or none; chat models often have two
     eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
     if tokenizer.eos_token_id is not None:
@@ -1018,6 +940,40 @@ def is_finite_number(x):
         return False
 
 
+def load_other_task(args):
+    """The problems of countdown, or of a file or the Hub in random order: in a sorted file the first ones are alike."""
+    if args.task == "countdown":
+        rng = random.Random(args.seed)
+        return [write_countdown(rng, args) for _ in range(args.num_problems)]
+    problems = []
+    for where, row in read_rows(args):
+        try:
+            problems.append(read_problem(args, row))
+            check_answer(problems[-1])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    random.Random(args.seed).shuffle(problems)
+    return problems
+
+
+def check_problems(args, found, drawn, problems, held_out):
+    """Refuse a task that is too small, and say what of the problems found is left out: not drawn, or drawn twice."""
+    if len(problems) - held_out < args.prompts_per_step or not held_out:
+        raise InputError(
+            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside the "
+            f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
+        )
+    left_out = {
+        f"are left out by --num-problems {args.num_problems}": len(found) - len(drawn),
+        "are left out because another has the same prompt": len(drawn) - len(problems),
+        "of these have another answer than it": len({(x.prompt, x.answer) for x in drawn}) - len(problems),
+    }
+    say(f"problems    {len(problems) - held_out:,} to learn from, {held_out:,} held out")
+    for why, count in left_out.items():
+        if count:
+            say(f"            {count:,} {why}")
+
+
 # ---- Verifiers: is an answer right? ----
 
 # One way of writing what has several: hyphens and minus signs, quotation marks, spaces, powers
@@ -1225,6 +1181,37 @@ def check_answer(problem):
         math_verifier()
 
 
+def last_number(text):
+    """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
+    match = None
+    for match in NUMBER.finditer(ending(slashed(ending(text)))):  # noqa: B007
+        pass
+    return value_of(match) if match else None
+
+
+def is_right_text(problem, completion, given):
+    """Does a completion answer as the problem wants, where that is no number [G20]? `given` is its final_answer().
+
+    In general the wanted answer says what is compared:
+    A number (18, 1,000, 1/2, 1e3, −5, $18, 50%): its exact value with the last number of the completion. What follows a
+    number is its unit and is set aside, % too: 50% is 50, and not 0.5.
+    Anything else: its text with the last line of the completion, as it is or without a lead-in ("The answer is"). They
+    must be equal, but for case, outer punctuation, dollars, \\text{} and the way in which a number is written. Nothing
+    is searched inside a sentence. An answer of several lines is compared with the whole completion.
+    Mathematics (x^2+1, (2,3), \\sqrt{2}: is_mathematics), if its text differs: by math-verify with the last formula
+    between dollars in the last line, or with all of that line.
+    Where a completion has a \\boxed{}, only what stands in the last one is read.
+    """
+    wanted, line = unboxed(problem.answer), last_line(completion)
+    if key(bare(wanted)) in (given, key(bare(line))) or ("\n" in wanted and key(bare(wanted)) == key(bare(completion))):
+        return True
+    if not is_mathematics(wanted):
+        return False
+    formulas = re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", line)
+    line = "".join(formulas[-1]) if formulas else without_lead_in(line)
+    return same_mathematics(as_latex(wanted), as_latex(line))
+
+
 # ---- Mathematics, by math-verify in a process of its own ----
 
 FUNCTIONS = "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi"
@@ -1320,6 +1307,28 @@ def math_verifier():
     if worker.stdout.readline() != "True\n":
         raise InputError(f"an answer is mathematics, and math-verify does not work in {sys.executable}")
     return worker
+
+
+# ---- What a reward must be ----
+
+
+def parts_by_name(rows, step):
+    """The dicts that reward_parts() gave for the completions of a group, as one dict of lists."""
+    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
+        raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def check_rewards(parts, group, step):
+    """Refuse a reward that is no finite number: it would become the weights."""
+    for name, rewards in parts.items():
+        for reward, text in zip(rewards, group.texts):
+            if not is_finite_number(reward):
+                raise InputError(
+                    f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
+                    f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
+                )
 
 
 # ---- A learned reward model, R_φ ----
@@ -1549,6 +1558,15 @@ def load_reference(args, name, plain_because=""):
     return stream_weights(model, args.device) if args.offload else model
 
 
+INSTRUCTIONS = {
+    "arithmetic": "What is {}?",
+    "countdown": "{}\nUse each of the numbers once, with + - * / and parentheses, to reach the target. "
+    "Write the expression alone on the last line.",
+    "gsm8k": "{}\nThink step by step, a step a line, and end with #### and the answer, a number.",
+    "jsonl": "{}",
+}
+
+
 # ---- LoRA adapters, quantized weights ----
 
 
@@ -1666,6 +1684,25 @@ def quantize(model, device):
         layer.weight = torch.nn.Parameter(codes, requires_grad=False)
         layer.register_buffer("scale", scale)
         layer.forward = partial(int8_linear, layer)
+
+
+def read_model(args, name):
+    """(model, tokenizer) from disk or the Hub. An adapter that was saved is merged into the model that it was trained
+    on; with --lora-rank that model comes without it, and add_adapter() adds it."""
+    base = base_of_adapter(name)
+    try:
+        model = from_disk("AutoModelForCausalLM", base or name, dtype=getattr(torch, args.dtype))
+    except InputError as error:
+        raise InputError(f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error) from error
+    try:
+        tokenizer = from_disk("AutoTokenizer", name)
+    except InputError:
+        if base is None:
+            raise
+        tokenizer = from_disk("AutoTokenizer", base)
+    if base and not args.lora_rank:
+        model = with_adapter(model, name).merge_and_unload().requires_grad_(True)
+    return model, tokenizer
 
 
 # ---- Is the fast path right for this model? ----

@@ -551,7 +551,7 @@ GRPO = [
     ("the brackets of a list forgotten", "len({text[0] + text[-1] for text in ends}) > 1", "False"),
     ("an equation for an expression", ' or ("=" in given) > ("=" in wanted)', ""),
     ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
-    ("an answer that nothing could match is kept", "                check_answer(problems[-1])\n", ""),
+    ("an answer that nothing could match is kept", "            check_answer(problems[-1])\n", ""),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
     ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
     (
