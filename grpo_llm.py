@@ -15,17 +15,20 @@
 # ///
 """GRPO for language models: groups of answers in place of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation, its details tagged [G1]..[G30] where each happens (docs/details.md)
+Teaches  group relative policy optimisation. Its details are tagged [G1]..[G30] where each happens (docs/details.md)
 Run      python grpo_llm.py
-Read     "Equations", then train() from step 5 to 9, then what they call (docs/4_grpo.md has a way through). What
-         belongs to --offload, --shard and --plan, AdamW8bit and fixed_step() make large models fit: they can wait
-Expect   a small transformer that has seen some worked sums answers 35 to 59% of new ones; 100 steps of GRPO later 91 to
-         96%, in 5 seeds of 5, 97 to 100% where it may take its likeliest words; under two minutes on one thread of an
-         AMD EPYC. SmolLM2-135M comes from a sixth of one-digit sums to 82 to 95% in 16 steps (benchmarks/RESULTS.md)
-Departs  from DeepSeekMath's settings by β 0 (it has 0.04: --beta), so that no reference is kept; by groups of 8 for 64;
-         by learning rate 3e-4, which suits a small model, for 1e-6; by AdamW's β₂ 0.95. One gradient step a rollout as
-         there: the ratio is 1, and clipping plays no part until --num-minibatches or --num-epochs rises. Answers of
-         groups without variance are left out of the update, not out of the averages: the same gradient, sooner
+Read     from here to the heading "Machinery": that is all of GRPO, in its plainest form, and right for any causal
+         language model of transformers. Begin with "Equations" and train(), then read what train() calls. Below the
+         heading is what makes it fast, large, distributed and restartable: you can stop there (docs/4_grpo.md)
+Expect   a small transformer first sees worked sums, until it answers 35 to 59% of new ones. After 100 steps of GRPO it
+         answers 91 to 96%, in 5 seeds of 5, and 97 to 100% with its likeliest words. The run takes less than two
+         minutes on one thread of an AMD EPYC. SmolLM2-135M goes from a sixth of one-digit sums to 82 to 95% in 16 steps
+         (benchmarks/RESULTS.md)
+Departs  from the settings of DeepSeekMath. β is 0, not 0.04 (--beta), so no reference model is kept. Groups of 8, not
+         64. Learning rate 3e-4, not 1e-6, because the default model is tiny. AdamW's β₂ is 0.95. Each rollout gets one
+         gradient step, as there: every ratio is 1, and nothing is clipped until you raise --num-minibatches or
+         --num-epochs. Groups without variance are skipped in the update but counted in its averages. That is the same
+         gradient in less time
 
     Âᵢ   = (Rᵢ − mean(R)) / std(R)  over the G answers to one question        DeepSeekMath §4.1.2, outcome supervision
     Âᵢₜ  = Σ of the normalised rewards of the steps that end at t or later     DeepSeekMath §4.1.3, process supervision
@@ -33,15 +36,15 @@ Departs  from DeepSeekMath's settings by β 0 (it has 0.04: --beta), so that no 
     k3ᵢₜ = π_ref/π − ln(π_ref/π) − 1                                          DeepSeekMath Eq. 4
     L    = −1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Âᵢₜ) − β k3ᵢₜ }      DeepSeekMath Eq. 3
 
-Which knobs make which algorithm (each a flag, in any combination):
+Which flags make which algorithm. Any combination works:
 
-    GRPO       the defaults' --reduction sequence, --scale-by-std, --clip-low 0.2 --clip-high 0.2, --beta above 0
+    GRPO       --reduction sequence --scale-by-std --clip-low 0.2 --clip-high 0.2, the defaults, and --beta above 0
     DAPO       --reduction token --clip-high 0.28 --dynamic-sampling 4 --truncated mask, --beta 0
     Dr. GRPO   --reduction constant --no-scale-by-std, --beta 0
     GSPO       --importance sequence --clip-low 3e-4 --clip-high 4e-4, --beta 0
 
-Shapes   P prompts, G completions of each, B = P·G sequences, T tokens of a completion at most. (B, T) over completion
-         tokens: mask 1 up to and with the first EOS, 0 after it. A group is G consecutive rows.
+Shapes   P prompts, G completions of each, B = P·G sequences, at most T tokens in a completion. (B, T) are completion
+         tokens. Their mask is 1 up to the first EOS, which is included, and 0 after it. A group is G consecutive rows.
 """
 
 import ast
@@ -173,7 +176,7 @@ class Args:
 
     @property
     def updates(self):
-        """Gradient steps for each rollout; with one, π_old is π and every ratio is exactly 1."""
+        """Gradient steps for each rollout. With one step π_old is π, and every ratio is exactly 1."""
         return self.num_epochs * self.num_minibatches
 
 
@@ -187,8 +190,8 @@ class InputError(ValueError):
 def group_advantages(rewards, group_size, scale_by_std=True):
     """(Rᵢ − mean) / std within each group [G2] (DeepSeekMath §4.1.2). rewards (B,), groups consecutive → (B,).
 
-    The standard deviation is the paper's, over G (biased). scale_by_std=False is Dr. GRPO's. A group whose rewards are
-    all equal gives exactly 0, not 0/0. Raises ValueError where the rewards are no whole groups of 1 or more.
+    The standard deviation is the paper's: the mean over G, not G − 1. scale_by_std=False is Dr. GRPO. A group whose
+    rewards are all equal gives exactly 0, not 0/0. Raises ValueError if the rewards do not make whole groups.
     """
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are no whole groups of {group_size}")
@@ -201,10 +204,10 @@ def group_advantages(rewards, group_size, scale_by_std=True):
 
 
 def process_advantages(step_rewards, step_ids, group_size):
-    """Σ of the normalised rewards of a token's own step and the later ones [G3] (DeepSeekMath §4.1.3) → (B, T).
+    """Σ of the normalised rewards of a token's own step and of later steps [G3] (DeepSeekMath §4.1.3) → (B, T).
 
-    step_rewards: B lists of floats; step_ids (B, T): the step of each token, −1 for none, which gets 0. All step
-    rewards of a group are normalised together, in float64. Raises ValueError where B is no whole groups of 1 or more.
+    step_rewards: B lists of floats. step_ids (B, T): the step of each token; −1 is no step and gets 0. All step rewards
+    of a group are normalised together, in float64. Raises ValueError if the B sequences do not make whole groups.
     """
     if group_size < 1 or len(step_rewards) % group_size:
         raise ValueError(f"{len(step_rewards)} sequences are no whole groups of {group_size}")
@@ -236,7 +239,7 @@ def kl_k3(logprob, ref_logprob):
 def grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, clip_low, clip_high, beta):
     """−min(ρ Â, clip(ρ, 1−ε_low, 1+ε_high) Â) + β k3 for each token [G4] (DeepSeekMath Eq. 3).
 
-    logprob, old_logprob, ref_logprob (B, T), advantage (B,) or (B, T) → (B, T). ref_logprob=None when beta is 0.
+    logprob, old_logprob, ref_logprob (B, T), advantage (B,) or (B, T) → (B, T). ref_logprob is None if beta is 0.
     """
     advantage = advantage.unsqueeze(-1) if advantage.dim() < logprob.dim() else advantage
     ratio = (logprob - old_logprob).exp()
@@ -245,13 +248,13 @@ def grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, clip_low, clip
 
 
 def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens):
-    """Token losses (B, T) to the scalar to minimise [G7].
+    """Token losses (B, T) → the scalar to minimise [G7].
 
-    "sequence"  a mean over each sequence, then over sequences            GRPO, DeepSeekMath Eq. 3
-    "token"     a mean over all tokens                                    DAPO Eq. 8
-    "constant"  a sum over sequences · max_tokens, whatever their length  Dr. GRPO §3.2
+    "sequence"  the mean over each sequence, then over sequences               GRPO, DeepSeekMath Eq. 3
+    "token"     the mean over all tokens                                       DAPO Eq. 8
+    "constant"  the sum, divided by sequences · max_tokens, whatever the length  Dr. GRPO §3.2
 
-    The totals are those of the whole optimiser step, so that the losses of micro-batches add up to its loss.
+    The totals are those of the whole optimizer step, so the losses of its micro-batches add up to its loss.
     """
     mask = mask.bool()
     loss = torch.where(mask, loss, 0.0)
@@ -265,31 +268,41 @@ def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens
 
 
 def sequence_logprob(logprob, old_logprob, mask):
-    """ln π_old + mean over the sequence of ln π/π_old, (B, T) [G15]: every token's ratio is GSPO's (Eq. 7) then."""
+    """ln π_old + the mean of ln π/π_old over the sequence, (B, T) [G15]: each token then has GSPO's ratio (Eq. 7)."""
     mask = mask.bool()
     log_ratio = torch.where(mask, logprob - old_logprob, 0.0)
     return old_logprob + log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def pass_at_k(num_samples, num_right, k):
-    """Chance that one of k samples is right, unbiased from n of which c were [G21] (Chen et al. 2021, Eq. 1)."""
+    """Chance that at least one of k samples is right: an unbiased estimate [G21] (Chen et al. 2021, Eq. 1)."""
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def majority_at_k(answers, right, k):
+    """maj@k [G21] (Wang et al. 2023): split the answers into ballots of k; in each the most frequent answer wins, and
+    None is no vote. Returns the share of ballots that a right answer wins."""
+    starts, won = range(0, len(answers) - k + 1, k), 0
+    for start in starts:
+        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
+        won += bool(votes) and right[answers.index(votes.most_common(1)[0][0], start)]
+    return won / len(starts)
 
 
 # ---- Problems and rewards ----
 
 
 class Problem(NamedTuple):
-    prompt: str  # of a chat, its messages in one text
-    answer: str  # a number, a text or a formula (is_right), or for countdown the target
-    values: tuple = ()  # what a right solution's steps come to, for process supervision
-    solution: str = ""  # worked out, for the warm start
-    numbers: tuple = ()  # countdown's
-    messages: tuple = ()  # of a chat: {"role", "content"} each, as the file has them
+    prompt: str  # the question; the messages of a chat as one text
+    answer: str  # a number, a text or a formula; the target of a countdown
+    values: tuple = ()  # the result of each step of a right solution, for process supervision
+    solution: str = ""  # a worked solution, for the warm start
+    numbers: tuple = ()  # the numbers of a countdown
+    messages: tuple = ()  # the messages of a chat, {"role", "content"} each
 
 
 def write_sum(rng, args):
-    """12+34-56 → the lines 12+34=46, 46-56=-10 and #-10."""
+    """A random problem such as 12+34-56. Its solution is the lines 12+34=46, 46-56=-10 and #-10."""
     total = rng.randint(0, args.max_term)
     prompt, lines, values = str(total), [], []
     for _ in range(args.terms - 1):
@@ -316,7 +329,7 @@ def load_problems(args):
 
 
 def problems_from(problems, positions, seed):
-    """Those at some positions of an endless stream that shuffles the problems anew each epoch."""
+    """The problems at these positions of an endless stream. Each epoch of the stream has an order of its own."""
     chosen, orders = [], {}
     for position in positions:
         epoch, index = divmod(position, len(problems))
@@ -327,7 +340,7 @@ def problems_from(problems, positions, seed):
 
 
 def seeded(*names):
-    """A generator for each use: what it draws depends on its names alone, not on the process, nor on a resume."""
+    """A random generator. What it draws depends on these names alone, so a resumed run draws the same."""
     return torch.Generator().manual_seed(zlib.crc32(repr(names).encode()))
 
 
@@ -341,10 +354,10 @@ def is_right(problem, completion):
 
 
 def step_rewards_of(problem, completion):
-    """(rewards of the completion's steps, step of each line). A step is a line that is not blank.
+    """(reward of each step, step of each line) of a completion. Each line that is not blank is a step.
 
-    It is worth 1 if its value, the line's last number, is one that a right solution comes to and that no earlier line
-    had: that its own arithmetic is consistent says nothing, and a line written twice is worth nothing [G20].
+    The value of a step is its last number. The reward is 1 if a step of a right solution has this value and no earlier
+    line of the completion had it, else 0 [G20]: a repeated line earns nothing, and neither does 1+1=2 just anywhere.
     """
     wanted = Counter(as_number(value) for value in problem.values)
     rewards, step_of_line = [], []
@@ -358,7 +371,7 @@ def step_rewards_of(problem, completion):
 
 
 def reward_parts(args, problem, completion, num_tokens, is_truncated):
-    """The rewards of a completion, by name; they add up. YOUR OWN TASK: write its reward here, as a line more."""
+    """The rewards of a completion, by name. They are added up. YOUR OWN TASK: add a line with its reward here."""
     parts = {"verifier": float(is_right(problem, completion))}
     if args.format_weight:
         parts["format"] = args.format_weight * bool(re.fullmatch(args.format_pattern, completion))
@@ -371,14 +384,14 @@ def reward_parts(args, problem, completion, num_tokens, is_truncated):
 
 class Rating(NamedTuple):
     rewards: torch.Tensor  # (G,)
-    parts: dict  # name: (G,), which add up to them
-    is_truncated: torch.Tensor  # (G,) no EOS within max_tokens
-    step_rewards: list  # G lists
+    parts: dict  # name → (G,); their sum is rewards
+    is_truncated: torch.Tensor  # (G,) whether there is no EOS within max_tokens
+    step_rewards: list  # G lists of floats
     step_ids: torch.Tensor  # (G, T) step of each token, −1 for none
 
 
 def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
-    """What a group's completions earned, as a whole and step by step. A message about a bad reward names `step`."""
+    """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
     is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
     columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
     parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
@@ -393,26 +406,26 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
 
 
 def has_variance(args, rating):
-    """Whether a group's rewards differ; where they do not, its advantages are all 0 and it teaches nothing [G10]."""
+    """Do the rewards of a group differ? If not, its advantages are all 0 and it teaches nothing [G10]."""
     if args.supervision == "process":
         return len({reward for rewards in rating.step_rewards for reward in rewards}) > 1
     return len(set(rating.rewards.tolist())) > 1
 
 
 def advantages_of(args, rewards):
-    """(B,) advantages from (B,) rewards. The baselines keep GRPO's loss: at ρ = 1 it has the policy gradient."""
-    if args.algorithm == "reinforce":  # the mean over everything as the baseline (Williams 1992)
+    """Rewards (B,) → advantages (B,). Older algorithms keep GRPO's loss, whose gradient at ρ = 1 is the policy's."""
+    if args.algorithm == "reinforce":  # baseline: the mean of all rewards (Williams 1992)
         total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
         return rewards - total / count
-    if args.algorithm == "rloo":  # the mean of the other G − 1 answers (Kool et al. 2019; Ahmadian et al. 2024)
+    if args.algorithm == "rloo":  # baseline: the mean of the other G − 1 (Kool et al. 2019; Ahmadian et al. 2024)
         return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
-    if args.algorithm == "rft":  # imitate the right answers, nothing else (DeepSeekMath §5.2.1)
+    if args.algorithm == "rft":  # imitate the right answers (DeepSeekMath §5.2.1)
         return (rewards > 0).float()
     return group_advantages(rewards, args.group_size, args.scale_by_std)
 
 
 def step_ids_of(tokenizer, group, step_of_line):
-    """(G, T) step of each token: that of the line it stands in; a newline belongs to the line that it ends."""
+    """(G, T): the step of each token is that of its line. A newline belongs to the line that it ends."""
     ids = torch.full(group.tokens.shape, -1)
     for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
         line = 0
@@ -426,7 +439,7 @@ def step_ids_of(tokenizer, group, step_of_line):
 
 
 def new_tokenizer():
-    """A token a character, enough for arithmetic; padding is no EOS."""
+    """One token for each character of arithmetic. Padding and EOS are two different tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -444,7 +457,7 @@ def new_tokenizer():
 
 
 def new_model(tokenizer):
-    """A transformer like Qwen3 of 0.4M parameters and random weights: the code path is that of the large ones."""
+    """A Qwen3 of 0.4M parameters with random weights. Large models take the same path through the code."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -484,7 +497,7 @@ def load_model(args, name, is_compared=True):
 
 
 def without_dropout(model):
-    """No dropout and no jitter, in modules and configs [G14]: with it, the ratio would compare two networks."""
+    """Turn off dropout and jitter, in modules and configs [G14]: else the ratio compares two different networks."""
     modules = list(model.modules())
     for owner in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
         if isinstance(owner, torch.nn.modules.dropout._DropoutNd):
@@ -502,18 +515,18 @@ class Group(NamedTuple):
     problem: Problem
     prompt: list  # its tokens
     tokens: torch.Tensor  # (G, T)
-    logprobs: torch.Tensor  # (G, T) as the sampler saw them
-    mask: torch.Tensor  # (G, T) 1 up to and with the first EOS
+    logprobs: torch.Tensor  # (G, T) computed by the sampler
+    mask: torch.Tensor  # (G, T) 1 up to the first EOS, which is included
     texts: list  # G completions
 
 
 def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, temperature, names):
-    """A group for each problem, at most generate_rows sequences at once. names: what seeds the noise of each."""
+    """Sample a group for each problem, generate_rows sequences at a time. names: the seed of each problem's noise."""
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
-    pad_id = 0  # it is read nowhere; the tokenizer's own may lie outside the embedding
-    with whole(model):
+    pad_id = 0  # it is never read, and the tokenizer's own may lie outside the embedding
+    with whole(model):  # under --shard the weights are gathered once
         for start in range(0, len(prompts), at_once):
             part = slice(start, start + at_once)
             rows = noise[part].flatten(0, 1)
@@ -527,7 +540,7 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
 
 
 def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
-    """G completions of each prompt, as plain_sample() or generate() say, by the path that is taken for this model."""
+    """G completions of each prompt by plain_sample(), or by its fast equal generate() if it is right for the model."""
     settings = noise.to(args.device), temperature, eos_ids, pad_id
     if not is_fast(args, model):
         return plain_sample(model, prompts, *settings)
@@ -536,9 +549,10 @@ def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
 
 
 def sample_token(logits, noise, temperature):
-    """One token a row of logits (B, V) by noise (B,) uniform in [0, 1), and its log-probability. Temperature 0: greedy.
+    """For each row of logits (B, V) one token and its log-probability. noise (B,) is uniform in [0, 1); the token is
+    where the cumulative distribution exceeds it. Temperature 0 takes the likeliest token.
 
-    By the cumulative sum: torch.multinomial over a vocabulary of 49k takes many times as long on a CPU.
+    On a CPU torch.multinomial takes many times as long with a vocabulary of 49k.
     """
     logits = logits.float()
     if temperature == 0:
@@ -553,17 +567,18 @@ def sample_token(logits, noise, temperature):
 
 @torch.no_grad()
 def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
-    """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
+    """G completions of each prompt: tokens, log-probabilities, mask, each (B, T). noise (B, T) is uniform in [0, 1).
 
-    prompts: P token lists; B = P·G and G consecutive rows belong to a prompt [G1]. From the whole distribution at the
-    temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9].
+    prompts: P token lists; B = P·G, and the completions of a prompt are G consecutive rows [G1]. Tokens come from the
+    whole distribution at the temperature, without top-k or top-p. The mask ends with the first EOS, included [G9].
     """
     (B, T), device = noise.shape, noise.device
     prompts = [prompt for prompt in prompts for _ in range(B // len(prompts))]
-    Q = max(map(len, prompts))  # padding stands on the left, so that all prompts end in the same column
+    Q = max(map(len, prompts))  # padding is on the left, so all prompts end in the same column
     ids = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (Q - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    eos, going, cache = torch.tensor(eos_ids, device=device), torch.ones_like(ids[:, 0]).bool(), None
+    eos, cache = torch.tensor(eos_ids, device=device), None
+    going = torch.ones_like(ids[:, 0]).bool()  # (B,) which sequences have no EOS yet
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros_like(tokens)
     for t in range(T):
@@ -587,7 +602,7 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
 
 
 def policy_logprobs(args, model, prompts, tokens, mask):
-    """(B, T) log-probabilities of completions with gradient, 0 off the mask, as train() makes them."""
+    """(B, T) log-probabilities of completions with gradient, 0 off the mask, computed as train() computes them."""
     lengths = {i: length for i, length in enumerate(lengths_of(mask)) if length}
     logprobs = torch.zeros(mask.shape, device=args.device)
     for rows in plan_for(args, model, list(map(len, prompts)), lengths, len(tokens) // len(prompts)):
@@ -597,16 +612,17 @@ def policy_logprobs(args, model, prompts, tokens, mask):
 
 
 def plain_logprobs(model, prompts, tokens, mask, temperature):
-    """(B, T) log-probabilities with gradient, 0 off the mask: a row a sequence, padded on the right.
+    """(B, T) log-probabilities with gradient, 0 off the mask. Each sequence is one row, padded on the right.
 
-    prompts: B token lists. A sequence ends with the last 1 of its mask; zeros before it are read, not scored.
+    prompts: B token lists. A sequence ends with the last 1 of its mask. A token before it whose mask is 0, such as one
+    of a tool's answer, is read but not scored.
     """
     T, device = tokens.shape[1], tokens.device
     rows = [prompt + row[:n] for prompt, row, n in zip(prompts, tokens.tolist(), lengths_of(mask))]
     L = max(map(len, rows))
     ids = torch.tensor([row + [0] * (L - len(row)) for row in rows], device=device)
     attention_mask = torch.tensor([[1] * len(row) + [0] * (L - len(row)) for row in rows], device=device)
-    first = min(map(len, prompts))  # the column of the first token that is scored: that before it predicts it
+    first = min(map(len, prompts))  # column of the first scored token; the column before predicts it
     kept = L - first + 1
     logits = model(ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=kept).logits[:, -kept:-1]
     scored = token_logprobs(logits.float(), ids[:, first:], temperature)
@@ -616,18 +632,19 @@ def plain_logprobs(model, prompts, tokens, mask, temperature):
 
 
 def lengths_of(mask):
-    """How many tokens each row of a mask (B, T) has, up to its last 1: a list."""
+    """Length of each row of a mask (B, T), up to its last 1: a list of B integers."""
     return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1).tolist()
 
 
 @torch.no_grad()
 def score(args, model, sequences, micro_batches):
-    """(B, T) log-probabilities of the sequences under a model, 0 where the micro-batches do not reach."""
-    logprobs = torch.zeros(sequences[2].shape)
-    with whole(model):
+    """(B, T) log-probabilities of the sequences under a model, without gradient, 0 for those in no micro-batch."""
+    prompts, tokens, mask = sequences
+    logprobs = torch.zeros(mask.shape)
+    with whole(model):  # under --shard the weights are gathered once
         for rows in micro_batches:
             order = [i for row in rows for i in row]
-            logprobs[order] = micro_batch_logprobs(args, model, *sequences, rows).cpu()
+            logprobs[order] = micro_batch_logprobs(args, model, prompts, tokens, mask, rows).cpu()
     return logprobs
 
 
@@ -635,8 +652,8 @@ def score(args, model, sequences, micro_batches):
 
 
 def evaluate(args, model, tokenizer, eos_ids, problems):
-    """Held-out problems: greedy accuracy, and of eval_samples samples pass@1, pass@k, maj@k [G21]. The noise is always
-    the same, so that two policies differ by what they learned alone."""
+    """Accuracy on held-out problems: greedy, and pass@1, pass@k and maj@k of eval_samples samples [G21]. The noise is
+    always the same, so two policies differ only in what they have learned."""
     n, k, count = args.eval_samples, args.eval_k, len(problems)
     names = [("eval", i) for i in own_share(range(count))]
     problems = own_share(problems)
@@ -653,17 +670,8 @@ def evaluate(args, model, tokenizer, eos_ids, problems):
     return {f"eval/{name}": mean for name, mean in zip(row, means.tolist())}
 
 
-def majority_at_k(answers, right, k):
-    """Share of the ballots of k answers, one after the other, that elect a right one [G21] (Wang et al. 2023)."""
-    starts, won = range(0, len(answers) - k + 1, k), 0
-    for start in starts:
-        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
-        won += bool(votes) and right[answers.index(votes.most_common(1)[0][0], start)]
-    return won / len(starts)
-
-
 def learning_rate_of(args, step):
-    """Rises over warmup_steps, then falls to 0 over the rest, if it is to."""
+    """It rises over warmup_steps. Then it falls to 0 at the end of the run, or stays with --no-anneal-lr."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
     remaining = (args.steps - step) / (args.steps - args.warmup_steps)
@@ -754,12 +762,12 @@ def train(args: Args) -> list[dict]:
         minibatches = []
         for _ in range(args.num_epochs):
             for chosen in torch.randperm(len(groups)).tensor_split(args.num_minibatches):
-                rows = (chosen[:, None] * G + torch.arange(G)).flatten()
-                taught = {i: lengths[i] for i in rows[teaches[rows]].tolist()}
-                minibatches.append((rows, plan_for(args, policy, prompt_lengths, taught, G)))
+                answers = (chosen[:, None] * G + torch.arange(G)).flatten()
+                taught = {i: lengths[i] for i in answers[teaches[answers]].tolist()}
+                minibatches.append((answers, plan_for(args, policy, prompt_lengths, taught, G)))
 
         # 8. ln π_old and ln π_ref, before the policy moves
-        first_epoch = [micro_batch for _, plan in minibatches[: args.num_minibatches] for micro_batch in plan]
+        first_epoch = [micro_batch for _, batches in minibatches[: args.num_minibatches] for micro_batch in batches]
         old_logprobs, sequences = sampler_logprobs, (prompts, tokens, mask)
         if args.old_logprobs == "recomputed" and args.updates > 1:
             old_logprobs = score(args, policy, sequences, first_epoch)
@@ -769,31 +777,31 @@ def train(args: Args) -> list[dict]:
         # 9. Update: one optimizer step for each minibatch
         policy.train()
         statistics, norms = new_statistics(), []
-        for update, (rows, plan) in enumerate(minibatches):
+        for update, (answers, micro_batches) in enumerate(minibatches):
             # [G8] Totals of the whole step and of all processes: a mean of means would weigh small micro-batches more
-            counts = torch.tensor([mask[rows].sum(), len(rows), len(plan)])
+            counts = torch.tensor([mask[answers].sum(), len(answers), len(micro_batches)])
             total_tokens, total_sequences, total_micro_batches = over_ranks(counts)
             if not total_micro_batches:
                 continue  # no process has anything to learn from
-            num_idle = idle_passes(plan)
+            num_idle = idle_passes(micro_batches)
             optimizer.zero_grad()
-            for micro_batch in plan:
+            for micro_batch in micro_batches:
                 logprob = micro_batch_logprobs(args, policy, *sequences, micro_batch)
-                i = [i for row in micro_batch for i in row]
-                m, advantage, old_logprob = (x[i].to(args.device) for x in (mask, advantages, old_logprobs))
+                mb = [i for row in micro_batch for i in row]  # its answers
+                mb_mask, advantage, old_logprob = (x[mb].to(args.device) for x in (mask, advantages, old_logprobs))
                 if args.old_logprobs == "recomputed" and args.updates == 1:
                     old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
                 is_gspo = args.importance == "sequence"
-                ratio_logprob = sequence_logprob(logprob, old_logprob, m) if is_gspo else logprob
+                ratio_logprob = sequence_logprob(logprob, old_logprob, mb_mask) if is_gspo else logprob
                 clip_range = args.clip_low, args.clip_high
-                token_loss, kl = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0), None
+                token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0)
+                kl = kl_k3(logprob, ref_logprobs[mb].to(args.device)) if args.beta else None
                 if args.beta:
-                    kl = kl_k3(logprob, ref_logprobs[i].to(args.device))
                     token_loss = token_loss + args.beta * kl
-                loss = reduce_loss(token_loss, m, args.reduction, total_tokens, total_sequences, T)
+                loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, T)
                 loss.backward()
-                gap = logprob.cpu() - sampler_logprobs[i] if update == 0 else None  # later ones differ in weights too
-                add_statistics(args, statistics, m, ratio_logprob - old_logprob, advantage, kl, loss, gap)
+                gap = logprob.cpu() - sampler_logprobs[mb] if update == 0 else None  # later the weights differ too
+                add_statistics(args, statistics, mb_mask, ratio_logprob - old_logprob, advantage, kl, loss, gap)
             sum_gradients(args, policy, parameters, num_idle)  # over all processes
             norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))
             check_gradient(norms[-1], run_dir, step)
@@ -2812,8 +2820,8 @@ def load_checkpoint(args):
 
 
 def start_run(args, held_out):
-    """Processes, device, threads and Weights & Biases. Returns the settings, with this process's own device, and the
-    run directory, which does not exist yet: a run that fails before it has a model leaves nothing behind."""
+    """Start processes, threads and Weights & Biases, and check the device. Returns the settings, with this process's
+    own device, and the run directory. A new run makes it later: if loading the model fails, nothing is left behind."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -684,8 +684,8 @@ GRPO = [
     ),
     (
         "gradients of micro-batches forgotten",
-        "            for micro_batch in plan:\n",
-        "            for micro_batch in plan:\n                optimizer.zero_grad()\n",
+        "            for micro_batch in micro_batches:\n",
+        "            for micro_batch in micro_batches:\n                optimizer.zero_grad()\n",
     ),
     ("learning rate not annealed", "(remaining if args.anneal_lr else 1.0)", "1.0"),
     (
