@@ -556,7 +556,7 @@ GRPO = [
     ("the brackets of a list forgotten", "len({text[0] + text[-1] for text in ends}) > 1", "False"),
     ("an equation for an expression", ' or ("=" in given) > ("=" in wanted)', ""),
     ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
-    ("an answer that nothing could match is kept", "                check_answer(problems[-1])\n", ""),
+    ("an answer that nothing could match is kept", "            check_answer(problems[-1])\n", ""),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
     ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
     (
@@ -646,7 +646,7 @@ GRPO = [
     ),
     (
         "reference learns too",
-        "load_reference(args, start_dir, policy.plain_because) if args.beta else None",
+        "reference_of(args, start_dir, policy, adapter, saved) if args.beta else None",
         "policy if args.beta else None",
     ),
     (
@@ -654,6 +654,8 @@ GRPO = [
         'if args.old_logprobs == "recomputed" and args.updates == 1:',
         'if args.old_logprobs == "recomputed":',
     ),
+    ("β ignored in the loop", "token_loss = token_loss + args.beta * kl\n", "token_loss = token_loss + kl\n"),
+    ("KL rewarded in the loop", "token_loss + args.beta * kl\n", "token_loss - args.beta * kl\n"),
     (
         "truncated completions learned from",
         "mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]",
@@ -687,14 +689,14 @@ GRPO = [
     ),
     (
         "gradients of micro-batches forgotten",
-        "            for micro_batch in plan:\n",
-        "            for micro_batch in plan:\n                optimizer.zero_grad()\n",
+        "            for micro_batch in micro_batches:\n",
+        "            for micro_batch in micro_batches:\n                optimizer.zero_grad()\n",
     ),
     ("learning rate not annealed", "(remaining if args.anneal_lr else 1.0)", "1.0"),
     (
         "same questions in every process",
-        "range(cursor + rank * P, cursor + (rank + 1) * P)",
-        "range(cursor, cursor + P)",
+        "items[len(items) * rank // count : len(items) * (rank + 1) // count]",
+        "items[: len(items) // count]",
     ),
     (
         "gradients not exchanged",
@@ -703,22 +705,22 @@ GRPO = [
     ),
     (
         "totals of one process",
-        "taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))",
-        "taught = torch.tensor([mask[rows].sum(), len(rows), len(plan)])",
+        "total_micro_batches = over_ranks(counts)",
+        "total_micro_batches = counts",
     ),
-    ("optimizer not restored on resume", '        optimizer.load_state_dict(saved["optimizer"])\n', ""),
+    ("optimizer not restored on resume", '    optimizer.load_state_dict(saved["optimizer"])\n', ""),
     (
         "questions begin anew on resume",
-        "first, cursor, metrics, pairs, replay = (saved[key]",
-        "first, _, metrics, pairs, replay = (saved[key]",
+        'return saved["step"], saved["cursor"], saved["metrics"]',
+        'return saved["step"], 0, saved["metrics"]',
     ),
     (
         "reference not restored on resume",
         '        reference.load_state_dict(saved["reference"])\n',
         "        pass\n",
     ),
-    ("replay not kept", "(replay + pairs)[-10_000:]", "[]"),
-    ("NaN goes unnoticed", "            if not math.isfinite(norms[-1]):", "            if False:"),
+    ("replay not kept", "(self.replay + self.pairs)[-10_000:]", "[]"),
+    ("NaN goes unnoticed", "    if not math.isfinite(norm):", "    if False:"),
     (
         "checkpoint unpickled without a guard",
         "weights_only=True)\n        content",
@@ -771,7 +773,7 @@ GRPO = [
         "gathered(x.detach()) for name, x in policy.named_parameters() if",
         "own_part(x.detach()) for name, x in policy.named_parameters() if",
     ),
-    ("copies rounded apart", '{update} rounding"', '{update} {rank} rounding"'),
+    ("copies rounded apart", 'update, "rounding")', 'update, process_rank(), "rounding")'),
     ("the plan forgets gradients", "held = largest if away else gradients", "held = 0"),
     ("the plan learns from nothing", "for _ in rows[:2]:", "for _ in rows[:0]:"),
     ("fixed shapes see what was never written", "seen[rows] & (columns <= Q + t)", "seen[rows]"),
