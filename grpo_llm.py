@@ -158,17 +158,13 @@ class Args:
     # speed and memory
     fast: bool = True  # shared-prompt cache and packed rows, if they are right for the model; else the plain path
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or one with 2 bytes of state a parameter
-    micro_batch_tokens: NonNegativeInt = (
-        0  # tokens in a forward pass of training, any with the same gradient; 0: chosen
-    )
+    micro_batch_tokens: NonNegativeInt = 0  # tokens in a forward pass of training; 0: chosen; same gradient with any
     logprob_tokens: PositiveInt = 1024  # tokens whose logits exist at the same time
     generate_rows: PositiveInt = 2048  # sequences that are sampled at the same time
     cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
     gradient_checkpointing: bool = False  # keep only the input of each layer and compute the rest again
     offload: bool = False  # gradients, 8-bit state and reference in host memory; only the weights stay on the device
     shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
-    plan: NonNegativeInt = 0  # print the memory that these settings need with prompts of this length; train nothing
-    gpu_memory: NonNegativeFloat = 0.0  # GB of the device that --plan compares with; 0: none
 
     def __post_init__(self):
         check_bounds(self)
@@ -1628,7 +1624,7 @@ def add_adapter(args, model):
             f"--model {args.model} is an adapter of rank {config.r}: --lora-rank {config.r} trains it further, "
             "without --lora-rank it is merged and the whole model trained"
         )
-    if os.path.isdir(config.base_model_name_or_path):
+    if os.path.isdir(config.base_model_name_or_path or ""):
         config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
     without_dropout(model)  # an adapter can bring its own
     return adapter
@@ -2363,186 +2359,6 @@ def scattered(x, like):
     return distribute_tensor(x, like.device_mesh, like.placements).to_local()
 
 
-# ---- What memory a run needs, on paper (--plan) ----
-
-GPU_CONTEXT = 0.8e9  # bytes that a GPU holds before the first tensor: assumed, it differs by card and driver
-
-
-def counter_of_bytes(known):
-    """A context that counts the bytes of the tensors made in it: .alive now, .peak at most. The known ones are free."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    seen = weakref.WeakSet(x.untyped_storage() for x in known)
-
-    class Counter(TorchDispatchMode):
-        alive = peak = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            output = function(*args, **(kwargs or {}))
-            for x in tree_leaves(output):
-                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in seen:
-                    seen.add(storage)
-                    self.alive += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage.nbytes())
-            self.peak = max(self.peak, self.alive)
-            return output
-
-        def free(self, count):
-            self.alive -= count
-
-    return Counter()
-
-
-def model_on_paper(args):
-    """The policy made from its configuration alone; on the meta device its weights are shapes without content."""
-    import transformers
-
-    if args.model is None:
-        model = new_model(new_tokenizer())
-    else:
-        config = from_disk("AutoConfig", base_of_adapter(args.model) or args.model)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
-    model = without_dropout(model).eval()
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    if args.quantize != "none":
-        quantize(model, "meta")
-    if args.lora_rank:
-        with warnings.catch_warnings(action="ignore"):  # the weights of a saved adapter are not needed
-            add_adapter(args, model)
-    return model
-
-
-def on_cpu_on_paper(model):
-    """Meta tensors replaced, under FakeTensorMode, by those that pass for a CPU's: its attention is the fused one."""
-    made = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, x in own.items():
-                if x is not None and x not in made:
-                    new = torch.empty(x.shape, dtype=x.dtype)
-                    made[x] = torch.nn.Parameter(new, x.requires_grad) if own is module._parameters else new
-                own[name] = None if x is None else made[x]  # a tied weight stays one
-
-
-@torch.no_grad()
-def sample_on_paper(args, model, prompts, group_size):
-    """What generate() makes at its ends: the prefill, and the last token of sequences of full length. The cache."""
-    rows, length = prompts * group_size, args.plan + args.max_tokens
-    cache, head = new_cache(model, rows, length), model.get_output_embeddings()
-    for count, new, seen in ((prompts, args.plan, args.plan), (rows, 1, length)):
-        ids = torch.zeros(count, new, dtype=torch.long)
-        visible = torch.ones(count, 1, new, seen, dtype=torch.bool)
-        masks = attention_masks(model, visible, ids, torch.zeros(1, seen, dtype=torch.long))
-        logits = head(last_states(model, ids, ids, masks, cache)[:, -1]).repeat_interleave(rows // count, 0)
-        sample_token(logits, torch.zeros(rows), args.temperature)
-        for layer in cache.layers:
-            layer.used = length - 1
-    return sum(room.nbytes for layer in cache.layers for room in layer.room)
-
-
-def memory_plan(args):
-    """{what: (bytes on the device, bytes on the host)}, the peaks of a step's phases last [G26]; a reward model aside.
-
-    The phases are run on tensors without content, so that what is counted is what the code does: the longest
-    micro-batch, forward and backward; the prefill and the last token of the largest batch of samples; the update.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map
-
-    Q, T, G, count = args.plan, args.max_tokens, args.group_size, 1 << 25
-    P = max(args.prompts_per_step // int(os.environ.get("WORLD_SIZE", 1)), 1)
-    for_gpu = bool(args.gpu_memory) or args.device.startswith("cuda")
-    paper = FakeTensorMode()
-    with torch.device("meta"):
-        model = model_on_paper(args)
-    with paper:
-        on_cpu_on_paper(model)
-        parameters = list(model.parameters())
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        optimizer = new_optimizer(replace(args, offload=False), model)
-    weights = sum(x.nbytes for x in (*parameters, *model.buffers()))
-    if args.beta and args.lora_rank and args.model and base_of_adapter(args.model):
-        weights += sum(x.nbytes for x in trained)  # the adapter as it began, which is the reference
-    gradients, largest = sum(x.nbytes for x in trained), max(x.nbytes for x in trained)
-    state = 2 * gradients if args.optimizer == "adamw" else sum(x.nbytes for own in optimizer.state for x in own)
-    reference = weights if args.beta and not args.lora_rank else 0
-
-    # learning from the two longest micro-batches; scoring the first
-    device = "cuda" if for_gpu else "cpu"
-    rows = plan_for(replace(args, device=device), model, [Q] * P, dict.fromkeys(range(P * G), T), G)
-    tokens = torch.zeros(P * G, T, dtype=torch.long)
-    batch = pack_rows([[0] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
-    batch = tree_map(paper.from_tensor, batch)
-    settings = T, args.temperature, args.logprob_tokens
-    with paper, torch.no_grad(), counter_of_bytes(parameters) as scoring:
-        completion_logprobs(model, batch, *settings)
-    for parameter in trained if args.offload else ():
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    model.train()
-    with paper, counter_of_bytes(parameters) as learning:
-        for _ in rows[:2]:
-            completion_logprobs(model, batch, *settings).sum().backward()
-    model.eval()
-    for parameter in trained:
-        parameter.grad = None
-
-    # sampling, for training and for both kinds of evaluation
-    sampling = cache = 0
-    for prompts, group_size in {(P, G), (args.eval_problems, 1), (args.eval_problems, args.eval_samples)}:
-        prompts = min(prompts, max(args.generate_rows // group_size, 1))
-        with paper, counter_of_bytes(parameters) as counter:
-            cache = max(cache, sample_on_paper(args, model, prompts, group_size))
-        sampling = max(sampling, counter.peak)
-
-    # the update of a large parameter; torch's needs nothing
-    with paper:
-        parameter = torch.nn.Parameter(torch.zeros(min(count, largest // trained[0].itemsize), dtype=trained[0].dtype))
-        parameter.grad = torch.zeros_like(parameter)
-        update = new_optimizer(replace(args, offload=False), torch.nn.ParameterList([parameter]))
-        if args.optimizer == "adamw8bit":
-            update.at_once = 1 << 24 if for_gpu else update.at_once
-            with counter_of_bytes([parameter, parameter.grad, *update.state[0]]) as updating:
-                update.step()
-
-    away = args.offload
-    held = largest if away else gradients
-    visiting = max(x.nbytes for x in parameters) if reference and away else reference
-    always = weights + (0 if away else state + reference) + (GPU_CONTEXT if for_gpu else 0)
-    table = {
-        "weights": (weights, 0),
-        "gradients": (held, gradients if away else 0),
-        "optimizer state": (0, state) if away else (state, 0),
-        "reference": (visiting, reference if away else 0),
-        "keys and values": (cache, 0),
-        "activations and logits": (learning.peak - held, 0),
-        "GPU context, assumed": (GPU_CONTEXT if for_gpu else 0, 0),
-    }
-    host = sum(on_host for _, on_host in table.values())
-    peaks = {
-        "peak of sampling": sampling,
-        "peak of scoring": scoring.peak + (visiting if away else 0) if args.beta or args.updates > 1 else 0,
-        "peak of learning": learning.peak,
-        "peak of the update": updating.peak + (0 if away else gradients)
-        if args.optimizer == "adamw8bit"
-        else gradients,
-    }
-    table |= {name: (always + more, host) for name, more in peaks.items() if more}
-    return table | {"peak": max(row for name, row in table.items() if name.startswith("peak"))}
-
-
-def print_plan(args):
-    plan = memory_plan(args)
-    print(f"{'GB':38}{'device':>15}{'host':>10}")
-    for name, (device, host) in plan.items():
-        print(f"{name:38}{device / 1e9:15.3f}{host / 1e9:10.3f}")
-    if args.gpu_memory:
-        spare = args.gpu_memory - plan["peak"][0] / 1e9
-        fits = f"fits, {spare:.1f} to spare" if spare >= 0 else f"does not fit, {-spare:.1f} too many"
-        print(f"of {args.gpu_memory:g} GB: {fits}")
-
-
 # ---- Files, logs, resuming ----
 
 # what a resumed run may do otherwise than before; everything else would make it another run
@@ -2550,6 +2366,12 @@ CHANGEABLE = (
     "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
     "cuda_graph fast save_merged"
 )
+# Flags that were removed, and what took their place. A run that was saved with them is resumed without them
+REMOVED = {
+    "plan": "python benchmarks/memory_plan.py --plan took its place",
+    "gpu_memory": "python benchmarks/memory_plan.py --gpu-memory took its place",
+    "row_tokens": "the row length is chosen from the lengths now",
+}
 
 
 def make_run_dir(run_dir):
@@ -2600,10 +2422,13 @@ def load(path, *keys):
         raise InputError(f"{path} is not a file: --resume takes a run directory")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        content["args"] = Args(**content["args"])
+        removed = [name for name in REMOVED if name in content["args"]]
+        content["args"] = Args(**{name: x for name, x in content["args"].items() if name not in removed})
         missing = set(keys) - content.keys()
     except Exception as error:
         raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
+    if removed and keys:  # without keys only the settings are wanted, and train() will load it again
+        say(f"resume      settings that no longer exist are ignored: {', '.join(removed)}")
     if missing:
         raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
     return content
@@ -3102,6 +2927,10 @@ def parse_args():
     """The command line. With --resume the saved run's settings are the defaults of the other flags."""
     import tyro
 
+    for word in sys.argv[1:]:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and (instead := REMOVED.get(flag[2:].replace("-", "_"))):
+            raise InputError(f"{flag} was removed: {instead}")
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     if args.resume:
         return tyro.cli(Args, default=resumed_args(args.resume))
@@ -3132,13 +2961,11 @@ def main():
     run_dir = None
     try:
         args = parse_args()
-        if args.plan:
-            return print_plan(args)
         run_dir = args.resume or args.run_dir
         train(args)
     except torch.OutOfMemoryError as error:
         flags = "--generate-rows if it was sampling, --micro-batch-tokens if it was learning"
-        more = "--gradient-checkpointing and --offload save most, --plan says what is needed"
+        more = "--gradient-checkpointing and --offload save most, benchmarks/memory_plan.py counts what is needed"
         print(f"error: out of memory: lower {flags}; {more}: {error}", file=sys.stderr)
         sys.exit(2)
     except (InputError, OSError) as error:

@@ -33,7 +33,7 @@ REPORTS = {
         (8, 9),
     ),
     "grpo_llm.py": (
-        "new_model evaluate majority_at_k describe print_samples learning_rate_of peak_memory draw_curves print_plan "
+        "new_model evaluate majority_at_k describe print_samples learning_rate_of peak_memory draw_curves "
         "has_variance pairs_of warm_start",
         (11, 12),
     ),

@@ -250,6 +250,14 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
     return make
 
 
+@pytest.fixture
+def planner(grpo, monkeypatch):
+    """benchmarks/memory_plan.py, which plans for the script under test."""
+    module = contract.load_script(contract.ROOT / "benchmarks" / "memory_plan.py")
+    monkeypatch.setattr(module, "grpo_llm", grpo)
+    return module
+
+
 # ---- What a run shows, caught (test_*_reports.py) ----
 
 

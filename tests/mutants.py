@@ -723,8 +723,8 @@ GRPO = [
     ("NaN goes unnoticed", "    if not math.isfinite(norm):", "    if False:"),
     (
         "checkpoint unpickled without a guard",
-        "weights_only=True)\n        content",
-        "weights_only=False)\n        content",
+        "weights_only=True)\n        removed",
+        "weights_only=False)\n        removed",
     ),
     (
         "held-out problems learned from",
@@ -774,8 +774,6 @@ GRPO = [
         "own_part(x.detach()) for name, x in policy.named_parameters() if",
     ),
     ("copies rounded apart", 'update, "rounding")', 'update, process_rank(), "rounding")'),
-    ("the plan forgets gradients", "held = largest if away else gradients", "held = 0"),
-    ("the plan learns from nothing", "for _ in rows[:2]:", "for _ in rows[:0]:"),
     ("fixed shapes see what was never written", "seen[rows] & (columns <= Q + t)", "seen[rows]"),
     ("a window one token too wide", "keys[:, None, None, :] < window)", "keys[:, None, None, :] <= window)"),
     ("the paths are compared within the window alone", "for length in sorted({20, beyond}):", "for length in (20,):"),
@@ -820,11 +818,6 @@ GRPO = [
         "            kept = [gradient_of(x) for x in parameters]  # noqa\n            norms.append(cut_gradients(",
     ),
     ("biases lost under 8 bits", "y if module.bias is None else y + module.bias", "y"),
-    (
-        "the plan forgets the 8 bits",
-        '        quantize(model, "meta")\n',
-        "        pass\n",
-    ),
     ("W&B never begins", "        start_wandb(args, run_dir)  # before", "        pass  # before"),
     ("the reward model sees no EOS", "*ids, *[tokenizer.eos_token_id] * (has_ended and", "*ids, *[0] * (False and"),
     ("a newline before the response", "tokenizer([prompt, text], add", 'tokenizer([f"{prompt}\\n", text], add'),

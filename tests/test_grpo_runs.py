@@ -306,6 +306,33 @@ def test_resume_keeps_the_settings(grpo, tiny_grpo, command, no_picture):
     assert status == 0 and "held-out problems" in out, error
 
 
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["--plan", 256], "--plan was removed: python benchmarks/memory_plan.py --plan took its place"),
+        (["--gpu-memory=8"], "--gpu-memory was removed: python benchmarks/memory_plan.py --gpu-memory took its place"),
+        (["--row_tokens", 256], "--row_tokens was removed: the row length is chosen from the lengths now"),
+    ],
+)
+def test_a_removed_flag_names_what_took_its_place(command, words, instead):
+    status, out, error = command(*words)
+    assert (status, out, error) == (2, "", f"error: {instead}\n")
+
+
+def test_a_run_saved_with_removed_flags_is_resumed(grpo, tiny_grpo, command, no_picture):
+    """They are ignored, and one line says so."""
+    args = tiny_grpo()
+    grpo.train(args)
+    path = Path(args.run_dir) / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"] |= {"row_tokens": 256, "plan": 0, "gpu_memory": 0.0}
+    torch.save(saved, path)
+    status, out, error = command("--resume", args.run_dir)
+    assert status == 0, error
+    lines = [line for line in out.splitlines() if "no longer exist" in line]
+    assert lines == ["resume      settings that no longer exist are ignored: plan, gpu_memory, row_tokens"]
+
+
 def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command, no_picture):
     grpo.train(tiny_grpo())
     before = (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes()

@@ -85,7 +85,8 @@ def test_tags_and_details_agree():
     """Each tag in a script stands in docs/details.md and the other way round; the tests named there exist."""
     details = read(ROOT / "docs" / "details.md")
     listed = set(re.findall(r"^\| ([DRG]\d+) \|", details, re.MULTILINE))
-    used = {tag for script in SCRIPTS for tag in re.findall(r"\[([DRG]\d+)\]", read(script).split('"""', 2)[2])}
+    programs = [*SCRIPTS, ROOT / "benchmarks" / "memory_plan.py"]
+    used = {tag for script in programs for tag in re.findall(r"\[([DRG]\d+)\]", read(script).split('"""', 2)[2])}
     assert used == listed
     assert {f"D{i}" for i in range(1, 14)} <= used
     for row in re.findall(r"^\| [DRG]\d+ \|.*$", details, re.MULTILINE):
