@@ -1,5 +1,7 @@
 """The suite must fail on every planted bug (python -m pytest -m mutants)."""
 
+import ast
+
 import mutants
 import pytest
 
@@ -12,7 +14,7 @@ def test_mutant_is_caught(mutant, tmp_path):
 
 
 def test_every_mutant_can_be_planted(tmp_path):
-    """The texts that they replace still stand in the script, and what they leave compiles."""
+    """The texts that they replace still stand in the script, and what they leave can be parsed."""
     assert all(sum(mutant[0] == script for mutant in mutants.MUTANTS) >= 15 for script in mutants.SUITES)
     for mutant in mutants.MUTANTS:
-        compile(mutants.plant(mutant, tmp_path).read_text(encoding="utf-8"), mutant[1], "exec")
+        ast.parse(mutants.plant(mutant, tmp_path).read_text(encoding="utf-8"), mutant[1])
