@@ -71,24 +71,24 @@ class Args:
     max_length: PositiveInt = 64  # tokens of a text; what is longer is cut
     seed: NonNegativeInt = 1  # of weights, data and samples
     # stage 1: supervised fine-tuning
-    sft_steps: PositiveInt = 300  # gradient steps
+    sft_steps: PositiveInt = 300  # gradient steps of stage 1
     sft_batch_size: PositiveInt = 32  # texts in each step
     sft_learning_rate: PositiveFloatOrNone = None  # default 3e-3 below 10M parameters, else 3e-5
     mask_prompt: bool = False  # learn only the responses, not the prompts
     # stage 2: the reward model
-    reward_steps: PositiveInt = 300  # gradient steps
+    reward_steps: PositiveInt = 300  # gradient steps of stage 2
     reward_batch_size: PositiveInt = 24  # pairs in each step
     reward_learning_rate: PositiveFloatOrNone = None  # default 1e-3 below 10M parameters, else 2e-5
     # stage 3: PPO
-    ppo_iterations: PositiveInt = 30  # rollouts, each followed by its updates
+    ppo_iterations: PositiveInt = 30  # rollouts of stage 3, each followed by its updates
     batch_size: PositiveInt = 96  # responses in each rollout, B
     response_length: PositiveInt = 20  # the most tokens of a response, T
     temperature: PositiveFloat = 1.0  # temperature of the sampling and of every log-probability
     num_epochs: PositiveInt = 2  # passes over each rollout
     num_minibatches: PositiveInt = 2  # gradient steps in each pass
-    learning_rate: PositiveFloatOrNone = None  # default 6e-4 below 10M parameters, else 1e-5
+    learning_rate: PositiveFloatOrNone = None  # of stage 3; default 6e-4 below 10M parameters, else 1e-5
     value_learning_rate: PositiveFloatOrNone = None  # of the value network; default --learning-rate
-    warmup_iterations: NonNegativeInt = 5  # iterations over which the learning rates rise to their value; 0: none
+    warmup_iterations: NonNegativeInt = 5  # iterations over which stage 3's rates rise to their value; 0: none
     kl_coef: NonNegativeFloat = 0.2  # β, the price of one nat of KL to the reference
     adaptive_kl: bool = True  # change β so that the KL of a response comes to --kl-target
     kl_target: PositiveFloat = 2.9  # in nats a response

@@ -22,8 +22,6 @@ def test_every_mutant_can_be_planted():
         assert source.count(right) == 1, f"{what!r}: its text stands {source.count(right)} times in {script}, not once"
         begin = source.index(right)
         end = begin + len(right)
-        block_begin, block_end = (
-            max(source.rfind("\n\n\n", 0, begin), 0),
-            source.find("\n\n\n", end),
-        )  # around functions
+        block_begin = max(source.rfind("\n\n\n", 0, begin), 0)  # two empty lines stand between functions
+        block_end = source.find("\n\n\n", end)
         ast.parse(source[block_begin:begin] + wrong + source[end:block_end], what)
