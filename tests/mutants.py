@@ -304,7 +304,7 @@ RLHF = [
     ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
     ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
     ("words of a short text cut in two", r"(?:\s*\S+(?!\S))", r"(?:\s*\S+)"),
-    ("rows counted from 0", "ROW: i + 1}", "ROW: i}"),
+    ("rows counted from 0", "ROW: [k + 1 for k in i]", "ROW: list(i)"),
     (
         "temperature forgotten in the score",
         "    logits = logits / temperature\n    return logits.gather",
