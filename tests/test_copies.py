@@ -24,6 +24,8 @@ DIFFERENT = {
     ("ppo_cartpole", "ppo_atari"): {
         "Args": "other defaults; sticky, episodic_life and bf16 for hidden_size",
         **NO_RESUME,
+        "check_settings": "no --resume",
+        "start_run": "no --resume, one process",
         "env_seed": "no --resume: the environments are seeded once",
         "draw_learning_curve": "no written_aside",
         "evaluate_saved": "the weights of a finished run, no checkpoint",
