@@ -45,120 +45,103 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
-PRINCIPLES = (
-    "Prefer the review that is glad about the film.",
-    "Prefer praise to complaint.",
-)
+# a field's type says between which bounds its value must lie
+PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
+PositiveFloat = Annotated[float, "must be above 0", lambda x: x > 0]
+PositiveFloatOrNone = Annotated[float | None, "must be above 0", lambda x: x is None or x > 0]
+NonNegativeInt = Annotated[int, "must not be negative", lambda x: x >= 0]
+NonNegativeFloat = Annotated[float, "must not be negative", lambda x: x >= 0]
+UnitFloat = Annotated[float, "must lie between 0 and 1", lambda x: 0 <= x <= 1]
 
 
 @dataclass(frozen=True)
 class Args:
-    stage: Literal["all", "sft", "reward", "ppo"] = "all"  # one stage alone, or all three
-    model: str | None = None  # Hub id or directory to start from, e.g. gpt2; default a small GPT-2 with random weights
-    reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
-    gold_model: str | None = None  # for --stage ppo: a reward model that only judges, in place of the grammar's truth
-    dataset: str | None = None  # Hub id or file: text and label, or chosen and rejected; default the grammar's
-    text_column: str = "text"  # the data set's column of texts
-    label_column: str = "label"  # its column of labels: 1 positive, 0 negative
-    num_texts: int = 16_000  # rows that are read, or texts that the grammar writes
-    prompt_words: int = 5  # words of a labelled text that are the prompt; what follows is the response
-    max_length: int = 64  # tokens of a text that are used; what is longer is cut
-    seed: int = 1  # of weights, data and samples
-    sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
-    sft_steps: int = 300  # gradient steps of stage 1
-    sft_batch_size: int = 32  # texts in each
-    sft_learning_rate: float | None = None  # default 3e-3 below 10M parameters, else 3e-5
-    mask_prompt: bool = False  # stage 1 learns the responses alone
-    preferences: Literal["labels", "ai"] = "labels"  # who says which text of a pair is better: the data, or --judge
-    judge: str | None = None  # Hub id or directory of an instruct model
-    judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
-    constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 300  # gradient steps of stage 2
-    reward_batch_size: int = 24  # pairs in each
-    reward_learning_rate: float | None = None  # default 1e-3 below 10M parameters, else 2e-5
-    ensemble: int = 1  # reward models, K
-    ensemble_std: float = 1.0  # k: the score is the ensemble's mean less k standard deviations
-    train_gold: bool = False  # train one reward model more, on half of the pairs, that only judges
-    ppo_iterations: int = 30  # rollouts of stage 3
-    batch_size: int = 96  # responses in each, B
-    response_length: int = 20  # tokens of a response at most, T
-    temperature: float = 1.0  # of the sampling, and of every log-probability in stage 3
-    num_epochs: int = 2  # passes over each rollout
-    num_minibatches: int = 2  # gradient steps in each
-    micro_batch_size: int = 64  # sequences in one forward pass of training; changes memory, never the gradient
-    learning_rate: float | None = None  # of stage 3; default 6e-4 below 10M parameters, else 1e-5
-    value_learning_rate: float | None = None  # of its value network; default learning_rate
-    anneal_lr: bool = True  # learning rates fall to 0 over their stage
-    warmup_iterations: int = 5  # iterations over which stage 3's learning rates rise to their full value; 0: none
-    kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
-    adaptive_kl: bool = True  # steer β so that the KL of a response comes to kl_target
-    kl_target: float = 2.9  # in nats a response
-    kl_horizon: int = 500  # responses over which β may change by a fifth at most
-    gamma: float = 1.0  # discount per token
-    gae_lambda: float = 0.95  # GAE's λ
-    clip_coef: float = 0.2  # ε of the policy's ratio
-    value_clip: float | None = 0.2  # how far a value may move in an update at full gradient; None: anywhere
-    vf_coef: float = 0.5  # weight of the value loss, c₁
-    share_backbone: bool = False  # the value is a head on the policy, not a network of its own
-    whiten_rewards: bool = False  # rewards of a rollout to variance 1, their mean kept
-    whiten_advantages: bool = True  # advantages of a minibatch to mean 0, variance 1
-    ent_coef: float = 0.01  # weight of the entropy bonus
-    ptx_coef: float = 0.0  # weight of stage 1's loss in stage 3's, InstructGPT's γ
-    length_penalty: float = 0.0  # taken from the score for each token of the response
-    missing_eos_penalty: float = 1.0  # taken from the score of a response that does not end
-    max_grad_norm: float = 1.0  # global norm that each network's gradients are cut to
-    target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL to its sampler exceeds this, nats
-    eval_prompts: int = 1024  # held-out prompts that the policies before and after answer
+    # the stages and their data
+    stage: Literal["all", "sft", "reward", "ppo"] = "all"  # run all three stages, or one of them
+    num_texts: PositiveInt = 16_000  # texts that the grammar writes, or rows that are read from --dataset
+    prompt_words: PositiveInt = 5  # the first words of a labelled text are the prompt; the rest is the response
+    max_length: PositiveInt = 64  # tokens of a text; what is longer is cut
+    seed: NonNegativeInt = 1  # of weights, data and samples
+    # stage 1: supervised fine-tuning
+    sft_steps: PositiveInt = 300  # gradient steps
+    sft_batch_size: PositiveInt = 32  # texts in each step
+    sft_learning_rate: PositiveFloatOrNone = None  # default 3e-3 below 10M parameters, else 3e-5
+    mask_prompt: bool = False  # learn only the responses, not the prompts
+    # stage 2: the reward model
+    reward_steps: PositiveInt = 300  # gradient steps
+    reward_batch_size: PositiveInt = 24  # pairs in each step
+    reward_learning_rate: PositiveFloatOrNone = None  # default 1e-3 below 10M parameters, else 2e-5
+    # stage 3: PPO
+    ppo_iterations: PositiveInt = 30  # rollouts, each followed by its updates
+    batch_size: PositiveInt = 96  # responses in each rollout, B
+    response_length: PositiveInt = 20  # the most tokens of a response, T
+    temperature: PositiveFloat = 1.0  # temperature of the sampling and of every log-probability
+    num_epochs: PositiveInt = 2  # passes over each rollout
+    num_minibatches: PositiveInt = 2  # gradient steps in each pass
+    learning_rate: PositiveFloatOrNone = None  # default 6e-4 below 10M parameters, else 1e-5
+    value_learning_rate: PositiveFloatOrNone = None  # of the value network; default --learning-rate
+    warmup_iterations: NonNegativeInt = 5  # iterations over which the learning rates rise to their value; 0: none
+    kl_coef: NonNegativeFloat = 0.2  # β, the price of one nat of KL to the reference
+    adaptive_kl: bool = True  # change β so that the KL of a response comes to --kl-target
+    kl_target: PositiveFloat = 2.9  # in nats a response
+    kl_horizon: PositiveInt = 500  # β changes by at most a fifth in so many responses
+    gamma: UnitFloat = 1.0  # discount per token
+    gae_lambda: UnitFloat = 0.95  # GAE's λ
+    clip_coef: PositiveFloat = 0.2  # ε: the ratio's range is 1 − ε to 1 + ε
+    value_clip: PositiveFloatOrNone = 0.2  # how far a value may move from the old one; None: the loss is not clipped
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss, c₁
+    ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus
+    whiten_rewards: bool = False  # scale the rewards of a rollout to variance 1; their mean is kept
+    whiten_advantages: bool = True  # shift and scale the advantages of a minibatch to mean 0, variance 1
+    missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted from the score of a response without EOS
+    length_penalty: NonNegativeFloat = 0.0  # subtracted from the score for each token of the response
+    target_kl: PositiveFloatOrNone = None  # stop a rollout's updates when a minibatch's KL is above this, in nats
+    share_backbone: bool = False  # make the value a head on the policy, not a network of its own
+    ptx_coef: NonNegativeFloat = 0.0  # weight of stage 1's loss in stage 3, InstructGPT's γ
+    # every stage
+    micro_batch_size: PositiveInt = 64  # sequences in one forward pass; changes the memory, never the gradient
+    anneal_lr: bool = True  # let the learning rates fall to 0 over their stage
+    max_grad_norm: PositiveFloat = 1.0  # gradients of each network are scaled down to this global norm
+    eval_prompts: PositiveInt = 1024  # held-out prompts that the policies before and after stage 3 answer
+    # the run
     device: str = "cpu"  # cpu, cuda, cuda:1 …
-    torch_threads: int = 1  # CPU threads of torch
+    torch_threads: PositiveInt = 1  # CPU threads of torch
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: str | None = None  # where everything is written; default runs/<data>__<script>__<seed>__<time>
-    checkpoint_every: int = 50  # gradient steps (stage 3: iterations) between two checkpoints; 0: at a stage's end only
-    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    checkpoint_every: NonNegativeInt = (
+        50  # gradient steps (stage 3: iterations) between checkpoints; 0: at a stage's end
+    )
+    resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "rlhf-gpt2-ppo"  # its project there
+    wandb_project: str = "rlhf-gpt2-ppo"  # the project there
+    # your own model and data
+    model: str | None = None  # Hub id or directory of a GPT-2, e.g. gpt2; default a small one with random weights
+    dataset: str | None = (
+        None  # Hub id or file with text and label, or chosen and rejected; default the grammar's texts
+    )
+    text_column: str = "text"  # the data set's column of texts
+    label_column: str = "label"  # its column of labels: 1 positive, 0 negative
+    # several reward models
+    reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
+    ensemble: PositiveInt = 1  # K, reward models to train
+    ensemble_std: NonNegativeFloat = 1.0  # k: the score is the ensemble's mean minus k standard deviations
+    train_gold: bool = False  # train another reward model, on the other half of the pairs, that only judges
+    gold_model: str | None = None  # for --stage ppo: a reward model that only judges, instead of the grammar's truth
+    # a language model as the judge
+    judge: str | None = None  # Hub id or directory of an instruct model
+    preferences: Literal["labels", "ai"] = "labels"  # which text of a pair is better is said by the data, or by --judge
+    sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
+    judge_pairs: PositiveInt = 1000  # pairs that it judges, or texts that it revises
+    constitution: str | None = None  # file of principles for it, one a line; default PRINCIPLES in this file
 
     def __post_init__(self):
-        positive = (
-            "num_texts prompt_words max_length sft_steps sft_batch_size judge_pairs reward_steps reward_batch_size "
-            "ensemble ppo_iterations batch_size response_length temperature num_epochs num_minibatches "
-            "micro_batch_size kl_target kl_horizon clip_coef max_grad_norm eval_prompts torch_threads"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        optional = "sft_learning_rate reward_learning_rate learning_rate value_learning_rate value_clip target_kl"
-        for name in optional.split():
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        from_zero = "seed checkpoint_every ensemble_std kl_coef vf_coef ent_coef ptx_coef length_penalty"
-        for name in (*from_zero.split(), "missing_eos_penalty", "warmup_iterations"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.batch_size < self.num_minibatches:
-            raise ValueError(f"num_minibatches {self.num_minibatches} must not exceed batch_size {self.batch_size}")
-        if self.stage in ("reward", "ppo") and self.model is None:
-            raise ValueError(f"stage {self.stage} starts from a model: model must name stage 1's, got none")
-        if self.stage == "ppo" and not self.reward_model:
-            raise ValueError("stage ppo needs reward_model, the directory of at least one, got none")
-        if self.stage != "ppo" and (self.reward_model or self.gold_model):
-            raise ValueError(f"reward_model and gold_model are for stage ppo; stage {self.stage} trains its own")
-        if (self.preferences == "ai" or self.sft_data == "critique") and self.judge is None:
-            raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
-        if self.adaptive_kl and self.kl_coef == 0:
-            raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0 (--no-adaptive-kl)")
-        if "" in (self.model, self.dataset, self.judge, self.resume, self.run_dir):
-            raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
-        if self.resume and self.run_dir:
-            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
+        check_bounds(self)
+        check_settings(self)
 
     @property
     def stages(self):
@@ -362,72 +345,13 @@ def true_sentiment(text):
     return total / max(len(sentences), 1)
 
 
-ROW = "number of the row"  # a column that load_rows adds to a data set, for what it says of a row
-
-
 def load_rows(args):
     """num_texts rows of the data set, or of the grammar in the same form: dicts with text and label."""
     if args.dataset is None:
         rng = random.Random(args.seed)
         labels = [i % 2 for i in range(args.num_texts)]
         return [{args.text_column: write_review(rng, label == 1), args.label_column: label} for label in labels]
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say of a file is said below
-    path = Path(args.dataset)
-    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
-    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
-    try:
-        if path.is_file() and not path.stat().st_size:
-            raise ValueError("the file is empty")
-        rows = datasets.load_dataset(**source, split="train", streaming=True)
-        rows = rows.map(lambda row, i: {**row, ROW: i + 1}, with_indices=True)
-        # many sets are sorted by label: the first rows would be of one class
-        buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
-        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
-        random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
-    except Exception as error:
-        reason = broken_line(path) or (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
-    if len(rows) < 10:
-        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
-    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
-    columns = [name for name in rows[0] if name != ROW]
-    if not any(set(needed) <= set(columns) for needed in (labelled, paired)):
-        raise InputError(
-            f"--dataset {args.dataset} has the columns {', '.join(columns)}; needed are {' and '.join(labelled)} "
-            f"(--text-column, --label-column), or {' and '.join(paired)}"
-        )
-    is_labelled = set(labelled) <= set(columns)
-    texts = [args.text_column] if is_labelled else [*paired, *{"prompt"} & set(columns)]
-    for row in rows:
-        where = f"--dataset {args.dataset}, row {row[ROW]}"
-        for name in texts:
-            if not isinstance(row[name], str) or not row[name].strip():
-                raise InputError(f"{where}: {name} must hold texts, found {row[name]!r}")
-        if is_labelled and row[args.label_column] not in (0, 1):
-            raise InputError(f"{where}: labels must be 0 and 1, found {row[args.label_column]!r}")
-        if not is_labelled and "prompt" not in columns and not all(DIALOGUE.fullmatch(row[name]) for name in paired):
-            raise InputError(f"{where}: neither a column prompt nor 'Assistant:' in each text")
-    return rows
-
-
-def broken_line(path):
-    """What is wrong with the first line that is no JSON in a file of JSON lines; None for any other file.
-
-    datasets counts rows from 0, in the part of the file that it reads at once.
-    """
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        return None
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1 and line.startswith("["):
-                return None  # one array
-            try:
-                json.loads(line.strip() or "0")
-            except ValueError as error:
-                return f"line {number} is no JSON: {str(error).partition(': line')[0]}"
+    return read_data_set(args)
 
 
 DIALOGUE = re.compile(r"(.*\bAssistant:)(.*)", re.DOTALL)  # of hh-rlhf: what comes before the last answer, and it
@@ -507,32 +431,6 @@ def epochs_of(count, steps, batch_size, seed):
 # ---- Models ----
 
 
-def from_disk(kind, name, **options):
-    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
-    import transformers
-
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
-
-
-def new_tokenizer(texts):
-    """A byte-level BPE like GPT-2's, trained on the texts; its padding is a token of its own, not EOS [R2]."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    eos, pad = "<|endoftext|>", "<|pad|>"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes: no text is unknown
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=[eos, pad], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
-
-
 def start_model(args, name, texts=()):
     """(language model, tokenizer) of a Hub id or a directory; without a name, a small GPT-2 of random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -553,39 +451,11 @@ def start_model(args, name, texts=()):
     else:
         tokenizer = from_disk("AutoTokenizer", name)
         model = from_disk("AutoModelForCausalLM", name, dtype=torch.float32)
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise InputError(f"{name} is an adapter: merge it into its model first, by PEFT's merge_and_unload()")
-        if model.config.model_type != "gpt2":
-            raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
+        check_model(args, name, model, tokenizer)
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # where padding is EOS, nobody learns to stop
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     fit_to_tokenizer(model, tokenizer)
-    context = model.config.max_position_embeddings
-    if args.max_length > context or args.response_length >= context:
-        raise InputError(
-            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
-            f"of {context} tokens that {name} has"
-        )
     return without_dropout(model).to(args.device), tokenizer
-
-
-def fit_to_tokenizer(model, tokenizer):
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def without_dropout(model):
-    """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
-
-    p = 0 and not evaluation mode, which switches gradient checkpointing off too.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
 
 
 def new_reward_model(args, name, tokenizer):
@@ -597,15 +467,15 @@ def new_reward_model(args, name, tokenizer):
     return without_dropout(model).to(args.device)
 
 
-def load_reward_model(args, name, tokenizer):
-    """A reward model from disk, checked: it has a trained head, and it knows the policy's tokens."""
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = from_disk("AutoModelForSequenceClassification", name, **options)
-    if info["missing_keys"] or model.config.num_labels != 1:
-        raise InputError(f"{name} is no reward model: it has no trained head with one output")
-    if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
-    return without_dropout(model).to(args.device)
+def without_dropout(model):
+    """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
+
+    p = 0 and not evaluation mode, which switches gradient checkpointing off too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
 
 
 def frozen(model):
@@ -645,6 +515,9 @@ def response_values(value_model, policy, tokens, mask, length):
     return value_model(hidden).squeeze(-1) if shared else head_scores(value_model, hidden)
 
 
+# ---- Rollouts ----
+
+
 @torch.no_grad()
 def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
     """Responses to queries (B, Q), padded on the left: tokens, their log-probabilities and mask, each (B, length).
@@ -675,7 +548,538 @@ def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
     return tokens, logprobs, mask[:, Q:]
 
 
+class Rollout(NamedTuple):
+    tokens: torch.Tensor  # (B, T) response tokens
+    logprobs: torch.Tensor  # (B, T) their log-probabilities under the policy that drew them
+    mask: torch.Tensor  # (B, T) 1 up to and with the first EOS
+    whole: torch.Tensor  # (B, Q + T) query and response
+    whole_mask: torch.Tensor  # (B, Q + T) 1 on what is no padding
+    texts: list  # B pairs (prompt, response) of text
+
+
+def roll_out(args, policy, tokenizer, prompts):
+    """The policy's responses to prompts, B token lists."""
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    queries, query_mask = pad(prompts, pad_id, args.device, "left")
+    tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, eos_id, pad_id)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = list(zip(*(tokenizer.batch_decode(part, **options) for part in (prompts, tokens))))
+    whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
+    return Rollout(tokens, logprobs, mask, whole, whole_mask, texts)
+
+
+@torch.no_grad()
+def judge_rollout(args, rollout, reference, reward_models, gold_model):
+    """What the frozen models say: the reference's log-probabilities (B, T), scores (B,), and what is true (B,) or None.
+
+    True is 1 for a positive review of the grammar and 0 for any other, or the score of the model that only judges.
+    """
+    logits = policy_logits(reference, rollout.whole, rollout.whole_mask, args.response_length)
+    ref_logprobs = token_logprobs(logits, rollout.tokens, args.temperature)
+    scores = torch.stack([reward_scores(model, rollout.whole, rollout.whole_mask) for model in reward_models])
+    gold = None
+    if gold_model is not None:
+        gold = reward_scores(gold_model, rollout.whole, rollout.whole_mask)
+    elif args.dataset is None:
+        gold = torch.tensor([float(true_sentiment(prompt + response) > 0) for prompt, response in rollout.texts])
+    return ref_logprobs, ensemble_score(scores, args.ensemble_std), gold
+
+
+# ---- Stage 1: supervised fine-tuning ----
+
+
+def stage_seed(args, stage):
+    """Each stage draws numbers of its own, the same whether it runs alone or after others."""
+    return args.seed + zlib.crc32(stage.encode())
+
+
+def new_optimizer(*groups):
+    """One Adam over (module, learning rate) groups."""
+    groups = [{"params": list(module.parameters()), "lr": rate, "initial_lr": rate} for module, rate in groups]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # [D3] not 1e-8
+
+
+def anneal(optimizer, remaining):
+    """Set every rate to a share of its initial value [R5]. Over a stage the share falls linearly to 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * remaining
+
+
+def sft_loss(model, tokens, mask, learned):
+    """Sum of −ln π over the tokens that are learned, (B, L) with 1 for each; divide by their number. In nats."""
+    hidden = hidden_states(model, tokens, mask)[:, :-1]
+    logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
+    return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
+
+
+def sft_backward(args, model, tokenizer, texts, weight):
+    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R12]; the mean."""
+    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
+    learned = learned_tokens(texts, mask, args.mask_prompt)
+    count = learned[:, 1:].sum().clamp(min=1)
+    loss = torch.zeros((), device=args.device)
+    for rows in in_parts(torch.arange(len(texts)), args.micro_batch_size):
+        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
+        (weight * micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss
+
+
+def learned_tokens(texts, mask, mask_prompt):
+    """Which tokens stage 1 learns: all real ones, or the responses' alone."""
+    learned = mask.clone()
+    for i, (prompt, _) in enumerate(texts):
+        learned[i, : len(prompt) if mask_prompt else 0] = 0
+    return learned
+
+
+def train_sft(args, run, model, tokenizer, texts, held_out):
+    """Supervised fine-tuning on token lists (prompt, response); writes the directory sft."""
+    from tqdm import trange
+
+    started = time.perf_counter() - run.seconds.get("sft", 0.0)
+    optimizer = new_optimizer((model, args.rate("sft_learning_rate", model)))
+    first = run.begin("sft", {"model": model}, optimizer)
+    order = epochs_of(len(texts), args.sft_steps, args.sft_batch_size, stage_seed(args, "sft"))
+    bar = trange(first, args.sft_steps, desc="1 sft", initial=first, total=args.sft_steps)
+    for step in bar:
+        anneal(optimizer, 1 - step / args.sft_steps if args.anneal_lr else 1)
+        batch = [texts[i] for i in order[step]]
+        optimizer.zero_grad()
+        loss = sft_backward(args, model, tokenizer, batch, weight=1.0)
+        run.check_finite(loss, "sft", step)
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        row = {"sft/loss": float(loss), "sft/learning_rate": optimizer.param_groups[0]["lr"]}
+        if step + 1 == args.sft_steps:
+            row["sft/perplexity"] = perplexity(args, model, tokenizer, held_out)
+        bar.set_postfix(loss=f"{row['sft/loss']:.3f}", refresh=False)
+        run.seconds["sft"] = time.perf_counter() - started
+        run.log("sft", step + 1, row)
+        run.checkpoint("sft", step + 1, args.sft_steps, {"model": model}, optimizer)
+    save_model(run.dir / "sft", model, tokenizer)
+
+
+# ---- Stage 2: the reward model ----
+
+
+def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
+    """A reward model on pairs (chosen, rejected) of token lists; writes the directory named like the stage."""
+    from tqdm import trange
+
+    started = time.perf_counter() - run.seconds.get(stage, 0.0)
+    torch.manual_seed(stage_seed(args, stage))
+    model = new_reward_model(args, policy.name_or_path, tokenizer)
+    optimizer = new_optimizer((model, args.rate("reward_learning_rate", model)))
+    first = run.begin(stage, {"model": model}, optimizer)
+    order = epochs_of(len(pairs), args.reward_steps, args.reward_batch_size, stage_seed(args, stage))
+    bar = trange(first, args.reward_steps, desc=f"2 {stage}", initial=first, total=args.reward_steps)
+    for step in bar:
+        anneal(optimizer, 1 - step / args.reward_steps if args.anneal_lr else 1)
+        batch = [pairs[i] for i in order[step]]
+        optimizer.zero_grad()
+        loss = accuracy = 0.0
+        for micro in in_parts(batch, args.micro_batch_size):
+            both = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
+            chosen, rejected = reward_scores(model, *pad(both, tokenizer.pad_token_id, args.device)).chunk(2)
+            micro_loss = preference_loss(chosen, rejected) * len(micro) / len(batch)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            accuracy += float((chosen > rejected).float().sum()) / len(batch)
+        run.check_finite(loss, stage, step)
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        row = {f"{stage}/loss": float(loss), f"{stage}/accuracy": accuracy}
+        if step + 1 == args.reward_steps:
+            chosen, rejected = (score_texts(args, model, tokenizer, side) for side in zip(*held_out))
+            row[f"{stage}/held_out_accuracy"] = float((chosen > rejected).float().mean())
+            row[f"{stage}/calibration_error"] = calibration_error(chosen - rejected)
+            normalise_scores(args, model, policy, tokenizer, prompts)
+            row[f"{stage}/mean"], row[f"{stage}/std"] = model.config.reward_mean, model.config.reward_std
+        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
+        run.seconds[stage] = time.perf_counter() - started
+        run.log(stage, step + 1, row)
+        more = {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
+        run.checkpoint(stage, step + 1, args.reward_steps, {"model": model}, optimizer, **more)
+    if first == args.reward_steps:
+        model.config.reward_mean, model.config.reward_std = run.saved["reward_mean"], run.saved["reward_std"]
+    save_model(run.dir / stage, model, tokenizer)
+
+
+@torch.no_grad()
+def normalise_scores(args, model, policy, tokenizer, prompts):
+    """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
+    scores = []
+    for part in in_parts(prompts, args.batch_size):
+        rollout = roll_out(args, policy, tokenizer, part)
+        scores.append(reward_scores(model, rollout.whole, rollout.whole_mask))
+    scores = torch.cat(scores)
+    model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
+
+
+# ---- Stage 3: PPO ----
+
+
+def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts, texts):
+    """PPO on prompts (token lists), texts for --ptx-coef; writes the directories policy and value."""
+    from tqdm import trange
+
+    # 1. Optimizer, β, or what the checkpoint says of them
+    T = args.response_length
+    rate = args.rate("learning_rate", policy)
+    optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
+    modules = {"policy": policy, "value": value_model}
+    first = run.begin("ppo", modules, optimizer)
+    controller = AdaptiveKLController(run.saved["kl_coef"] if first else args.kl_coef, args.kl_target, args.kl_horizon)
+    order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
+    updates = args.num_epochs * args.num_minibatches
+    ptx_order = epochs_of(len(texts), args.ppo_iterations * updates, args.sft_batch_size, stage_seed(args, "ptx"))
+    bar = trange(first, args.ppo_iterations, desc="3 ppo", initial=first, total=args.ppo_iterations)
+
+    for iteration in bar:
+        clock = [time.perf_counter()]
+        remaining = 1 - iteration / args.ppo_iterations if args.anneal_lr else 1
+
+        # 2. Rollout: the policy answers B queries
+        rollout = roll_out(args, policy, tokenizer, [prompts[i] for i in order[iteration]])
+        tokens, old_logprobs, mask, whole, whole_mask, _ = rollout
+        clock.append(time.perf_counter())
+
+        # 3. What the other three models say of it
+        ref_logprobs, scores, gold = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        with torch.no_grad():
+            values = response_values(value_model, policy, whole, whole_mask, T)
+
+        # 4. Rewards, advantages, returns
+        has_eos = (tokens == tokenizer.eos_token_id).any(-1)
+        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
+        rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
+        rlhf_reward = rewards.sum(-1)
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R11] γ is 1
+        returns = advantages + values
+        clock.append(time.perf_counter())
+
+        # 5. Update: epochs of minibatches, each in micro-batches [R12]
+        losses = []
+        epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
+        for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
+            mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
+            warmed_up = (iteration * updates + update + 1) / max(args.warmup_iterations * updates, 1)
+            anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] Adam's first steps would be its largest
+            optimizer.zero_grad()
+            stats = torch.zeros(6, device=args.device)
+            parts = zip(in_parts(mb, args.micro_batch_size), in_parts(mb_advantages, args.micro_batch_size))
+            for rows, advantage in parts:
+                m = mask[rows]
+                logits = policy_logits(policy, whole[rows], whole_mask[rows], T)
+                logprob = token_logprobs(logits, tokens[rows], args.temperature)
+                entropy = masked_mean(token_entropy(logits, args.temperature), m)
+                value = response_values(value_model, policy, whole[rows], whole_mask[rows], T)
+                policy_loss = clipped_policy_loss(logprob, old_logprobs[rows], advantage, m, args.clip_coef)
+                value_loss = clipped_value_loss(value, values[rows], returns[rows], m, args.value_clip)
+                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+                share = m.sum() / mask[mb].sum()  # a mean over micro-batches would weigh short responses' tokens more
+                (loss * share).backward()
+                with torch.no_grad():
+                    log_ratio = logprob - old_logprobs[rows]
+                    k3 = masked_mean(log_ratio.expm1() - log_ratio, m)
+                    clipfrac = masked_mean((log_ratio.expm1().abs() > args.clip_coef).float(), m)
+                    ratio = masked_mean(log_ratio.exp(), m)
+                    stats += share * torch.stack([policy_loss, value_loss, entropy, k3, clipfrac, ratio])
+            run.check_finite(stats, "ppo", iteration)
+            losses.append(stats)
+            if args.target_kl is not None and stats[3] > args.target_kl:
+                break  # before this step is taken; the next rollout starts afresh
+            if args.ptx_coef:  # [R21]
+                batch = [texts[i] for i in ptx_order[iteration * updates + update]]
+                sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
+            for module in modules.values():
+                nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+            optimizer.step()
+        clock.append(time.perf_counter())
+
+        # 6. Metrics: the losses are means over every minibatch
+        for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
+            run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
+        row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
+        names = ["policy/loss", "val/loss", "policy/entropy", "policy/approx_kl", "policy/clipfrac", "val/ratio"]
+        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
+        row["objective/rlhf_reward"] = float(rlhf_reward.mean())
+        row["objective/kl_coef"] = controller.kl_coef
+        row["time/tokens_per_second"] = float(mask.sum()) / (clock[-1] - clock[0])
+        if args.adaptive_kl:
+            controller.update(row["objective/kl"], len(tokens))
+        shown = {
+            name.split("/")[1]: f"{row[name]:.2f}"
+            for name in ("objective/scores", "objective/gold", "objective/kl")
+            if name in row
+        }
+        bar.set_postfix(shown, refresh=False)
+        run.log("ppo", iteration + 1, row)
+        run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules, optimizer, kl_coef=controller.kl_coef)
+    save_model(run.dir / "policy", policy, tokenizer)
+    if not isinstance(value_model, nn.Linear):
+        save_model(run.dir / "value", value_model, tokenizer)
+
+
+# ---- All stages ----
+
+
+def train(args: Args) -> list[dict]:
+    """Run the stages, compare the policies before and after. Returns the metrics of each step, oldest first."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+
+    # 1. Settings
+    saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
+    if saved:
+        check_resumed(args, saved)
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
+
+    if args.judge:
+        read_constitution(args)  # a mistake in it is said now, not after stage 1
+
+    # 2. Texts and pairs; a tenth of the rows is held out
+    rows = load_rows(args)
+    tenth = -(-len(rows) // 10)
+    texts, pairs = texts_and_pairs(rows[tenth:], args, "nine tenths to learn from")
+    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args, "tenth that is held out")
+    report_short_texts(args, len(rows), len(texts) + len(held_out_texts))
+
+    # 3. The model to begin with
+    torch.manual_seed(args.seed)
+    policy, tokenizer = start_model(args, args.model, texts)
+
+    # 4. Run directory, logs
+    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
+    if run_dir.exists() and not saved:
+        make_run_dir(run_dir)  # it is refused now, not after a judge's work
+    if args.track:
+        start_wandb(args, run_dir)
+    run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
+
+    # 5. A judge in place of the labels
+    texts, pairs = ask_judge(args, run, texts, pairs)
+
+    # 6. Tokens
+    text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
+    pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
+    room = policy.config.max_position_embeddings - args.response_length
+    prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
+    report_lengths(args, text_ids + held_out_ids, len(prompts + eval_prompts), room, tokenizer.eos_token_id)
+    eval_prompts = eval_prompts[: args.eval_prompts]
+    if not prompts or not eval_prompts:
+        raise InputError(
+            f"every prompt is longer than {room} tokens, what --response-length {args.response_length} leaves of the "
+            f"context of {policy.config.max_position_embeddings}"
+        )
+
+    # 7. The stages; those before the checkpoint's are done
+    stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
+    sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
+    for stage in stages:
+        if stage == "sft":
+            train_sft(args, run, policy, tokenizer, text_ids, held_out_ids)
+        elif stage != "ppo":
+            policy, tokenizer = start_model(args, sft_dir)
+            half = len(pair_ids) // 2 if args.train_gold else len(pair_ids)
+            own_pairs = pair_ids[half:] if stage == "gold" else pair_ids[:half]
+            train_reward(args, run, stage, policy, tokenizer, own_pairs, held_out_pair_ids, eval_prompts)
+    if "ppo" in stages:
+        policy, tokenizer = start_model(args, sft_dir)
+        reference = frozen(start_model(args, sft_dir)[0])
+        names = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
+        reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
+        gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
+        gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
+        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] begins as the reward model
+        if args.share_backbone:
+            value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
+            nn.init.zeros_(value_model.weight)  # [R10]
+            nn.init.zeros_(value_model.bias)
+        judges = reference, reward_models, gold_model
+        train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
+
+        # 8. Before and after
+        before, row = rate_policy(args, reference, *judges, tokenizer, eval_prompts)
+        run.log("eval", 0, row)
+        after, row = rate_policy(args, policy, *judges, tokenizer, eval_prompts)
+        run.log("eval", args.ppo_iterations, row)
+        draw_curves(run.metrics, run_dir / "curves.png")
+        print_comparison(run.metrics, before, after)
+        print(f"\ncurves      {run_dir / 'curves.png'}")
+
+    # 9. Summary
+    run.writer.close()
+    with written_aside(run_dir / "metrics.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
+    print_summary(args, run, sft_dir, time.perf_counter() - started)
+    return run.metrics
+
+
+# ==== Machinery: files, logs, the judge. A first reader can stop here ====
+
+
+# ---- Models and tokenizers from disk ----
+
+
+def from_disk(kind, name, **options):
+    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+
+
+def new_tokenizer(texts):
+    """A byte-level BPE like GPT-2's, trained on the texts; its padding is a token of its own, not EOS [R2]."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    eos, pad = "<|endoftext|>", "<|pad|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes: no text is unknown
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=[eos, pad], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
+
+
+def check_model(args, name, model, tokenizer):
+    """Refuse a model that this script cannot train, in one sentence."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{name} is an adapter: merge it into its model first, by PEFT's merge_and_unload()")
+    if model.config.model_type != "gpt2":
+        raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
+    context = model.config.max_position_embeddings
+    if args.max_length > context or args.response_length >= context:
+        raise InputError(
+            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
+            f"of {context} tokens that {name} has"
+        )
+
+
+def load_reward_model(args, name, tokenizer):
+    """A reward model from disk, checked: it has a trained head, and it knows the policy's tokens."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_disk("AutoModelForSequenceClassification", name, **options)
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise InputError(f"{name} is no reward model: it has no trained head with one output")
+    if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
+    return without_dropout(model).to(args.device)
+
+
+def fit_to_tokenizer(model, tokenizer):
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+# ---- Data sets ----
+
+ROW = "number of the row"  # a column that load_rows adds to a data set, for what it says of a row
+
+
+def read_data_set(args):
+    """num_texts rows of --dataset in random order. Each has a text and a label, or a chosen and a rejected text."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say of a file is said below
+    path = Path(args.dataset)
+    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
+    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
+    try:
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError("the file is empty")
+        rows = datasets.load_dataset(**source, split="train", streaming=True)
+        rows = rows.map(lambda row, i: {**row, ROW: i + 1}, with_indices=True)
+        # many sets are sorted by label: the first rows would be of one class
+        buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
+        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
+        random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
+    except Exception as error:
+        reason = broken_line(path) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
+    if len(rows) < 10:
+        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
+    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
+    columns = [name for name in rows[0] if name != ROW]
+    if not any(set(needed) <= set(columns) for needed in (labelled, paired)):
+        raise InputError(
+            f"--dataset {args.dataset} has the columns {', '.join(columns)}; needed are {' and '.join(labelled)} "
+            f"(--text-column, --label-column), or {' and '.join(paired)}"
+        )
+    is_labelled = set(labelled) <= set(columns)
+    texts = [args.text_column] if is_labelled else [*paired, *{"prompt"} & set(columns)]
+    for row in rows:
+        where = f"--dataset {args.dataset}, row {row[ROW]}"
+        for name in texts:
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise InputError(f"{where}: {name} must hold texts, found {row[name]!r}")
+        if is_labelled and row[args.label_column] not in (0, 1):
+            raise InputError(f"{where}: labels must be 0 and 1, found {row[args.label_column]!r}")
+        if not is_labelled and "prompt" not in columns and not all(DIALOGUE.fullmatch(row[name]) for name in paired):
+            raise InputError(f"{where}: neither a column prompt nor 'Assistant:' in each text")
+    return rows
+
+
+def report_short_texts(args, num_rows, num_texts):
+    """Say how many texts have no response."""
+    num_short = num_rows - num_texts
+    if num_short:
+        print(f"data        {num_short:,} of {num_rows:,} texts have no more than {args.prompt_words} words: left out")
+
+
+def report_lengths(args, encoded, num_fitting, room, eos_id):
+    """Say how many responses are cut, and how many prompts are too long for stage 3."""
+    responses = [response for _, response in encoded]
+    if num_cut := sum(response[-1:] != [eos_id] for response in responses):
+        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
+        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
+    if num_over := len(responses) - num_fitting:
+        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
+
+
+def broken_line(path):
+    """What is wrong with the first line that is no JSON in a file of JSON lines; None for any other file.
+
+    datasets counts rows from 0, in the part of the file that it reads at once.
+    """
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1 and line.startswith("["):
+                return None  # one array
+            try:
+                json.loads(line.strip() or "0")
+            except ValueError as error:
+                return f"line {number} is no JSON: {str(error).partition(': line')[0]}"
+
+
 # ---- A judge in place of labels: Constitutional AI ----
+
+
+PRINCIPLES = (
+    "Prefer the review that is glad about the film.",
+    "Prefer praise to complaint.",
+)
 
 
 def read_constitution(args):
@@ -776,6 +1180,19 @@ def revise_by_judge(args, texts):
     return revised, critiques
 
 
+def ask_judge(args, run, texts, pairs):
+    """Texts and pairs as the judge revises and orders them, where it is asked for."""
+    if args.preferences == "ai" and "reward" in args.stages:
+        run.claim()
+        pairs, agreement = kept_in(run.dir / "preferences.json", label_by_judge, args, pairs)
+        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run.dir}/preferences.json")
+    if args.sft_data == "critique" and "sft" in args.stages:
+        run.claim()
+        texts, _ = kept_in(run.dir / "revisions.json", revise_by_judge, args, texts)
+        print(f"judge       revised {len(texts)} texts: {run.dir}/revisions.json")
+    return texts, pairs
+
+
 def kept_in(path, ask, *arguments):
     """What ask(*arguments) returns, read from the file if it was asked before: the judge is slow, and a run resumes."""
     if not path.is_file():
@@ -785,7 +1202,156 @@ def kept_in(path, ask, *arguments):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ---- Files, logs, evaluation ----
+# ---- Evaluation ----
+
+
+@torch.no_grad()
+def perplexity(args, model, tokenizer, texts):
+    total, count = 0.0, 0
+    for batch in in_parts(texts, args.micro_batch_size):
+        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
+        learned = learned_tokens(batch, mask, args.mask_prompt)
+        total += float(sft_loss(model, tokens, mask, learned))
+        count += int(learned[:, 1:].sum())
+    return float(torch.tensor(total / max(count, 1)).exp())
+
+
+@torch.no_grad()
+def score_texts(args, model, tokenizer, sequences):
+    """(N,) scores of token lists."""
+    batches = (pad(part, tokenizer.pad_token_id, args.device) for part in in_parts(sequences, args.micro_batch_size))
+    return torch.cat([reward_scores(model, *batch) for batch in batches])
+
+
+def calibration_error(margins, bins=10):
+    """Expected calibration error of σ(|margin|) as the probability of being right, margins (N,) > 0 where right."""
+    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
+    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence[bin_of == b] - right[bin_of == b]).sum().abs() for b in range(bins)]
+    return float(sum(gaps) / len(margins))
+
+
+def distinct_2(responses):
+    """Different pairs of neighbouring words as a share of all such pairs in the responses (Li et al. 2016)."""
+    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def describe(rollout, ref_logprobs, scores, gold, eos_id):
+    """What a reader wants to know of responses, each a mean over them."""
+    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
+    row = {
+        "objective/scores": scores,
+        "objective/kl": kl,  # of a whole response, nats
+        "objective/gold": gold,
+        "response/length": rollout.mask.sum(-1),
+        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
+    }
+    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
+
+
+def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
+    """The policy's responses to held-out prompts, always with the same random numbers: (texts, what they are like)."""
+    torch.manual_seed(stage_seed(args, "rate"))
+    texts, rows = [], []
+    for part in in_parts(prompts, args.batch_size):
+        rollout = roll_out(args, policy, tokenizer, part)
+        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        row = describe(rollout, *judged, tokenizer.eos_token_id)
+        rows += [row] * len(rollout.texts)
+        texts += rollout.texts
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
+
+
+def draw_curves(metrics, path):
+    """PNG of stage 3: score and true worth, KL, entropy, length."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in metrics if row["stage"] == "ppo"]
+    panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
+    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
+    for axes, lines in zip(panels.flat, names):
+        for name in lines:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
+        axes.set(xlabel="iteration")
+        axes.legend()
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=120, format="png")
+
+
+def print_comparison(metrics, before, after):
+    """The policies before and after stage 3 on the same held-out prompts: what their responses are like, and four."""
+    rows = [row for row in metrics if row["stage"] == "eval"]
+    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
+    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
+    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
+    print("\n                                              before    after")
+    for name, unit in units.items():
+        if name in rows[0]:
+            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
+    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
+        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
+
+
+def print_summary(args, run, sft_dir, seconds):
+    """How good the models of the stages are, how long all took, where everything is, and the next command to try."""
+    for row in run.metrics:
+        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
+            if name in row:
+                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
+    phases = ", ".join(f"{phase} {share:.1f}" for phase, share in run.seconds.items())
+    since = "since it was resumed" if run.saved else "in all"
+    print(f"seconds     {seconds:.1f} {since}; the stages: {phases}")
+    print(f"models      {', '.join(sorted(path.parent.name for path in run.dir.glob('*/config.json')))} in {run.dir}")
+    print(f"logs        tensorboard --logdir {run.dir}")
+    following = {
+        "sft": f"reward --model {sft_dir}",
+        "reward": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'}",
+        "all": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
+    }
+    if args.stage in following:
+        given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
+        data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
+        print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
+
+
+# ---- Files, logs, resuming ----
+
+# what a resumed run may do otherwise than before; everything else would make it another run
+CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
+
+# what the stages of one experiment have in common
+DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
+
+
+def check_bounds(args):
+    """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
+    for field in fields(args):
+        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
+        if bounds and not bounds[1](getattr(args, field.name)):
+            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+
+
+def check_settings(args):
+    """Raise ValueError for settings that do not fit together."""
+    if args.batch_size < args.num_minibatches:
+        raise ValueError(f"num_minibatches {args.num_minibatches} must not exceed batch_size {args.batch_size}")
+    if args.stage in ("reward", "ppo") and args.model is None:
+        raise ValueError(f"stage {args.stage} starts from a model: model must name stage 1's, got none")
+    if args.stage == "ppo" and not args.reward_model:
+        raise ValueError("stage ppo needs reward_model, the directory of at least one, got none")
+    if args.stage != "ppo" and (args.reward_model or args.gold_model):
+        raise ValueError(f"reward_model and gold_model are for stage ppo; stage {args.stage} trains its own")
+    if (args.preferences == "ai" or args.sft_data == "critique") and args.judge is None:
+        raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
+    if args.adaptive_kl and args.kl_coef == 0:
+        raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0 (--no-adaptive-kl)")
+    if "" in (args.model, args.dataset, args.judge, args.resume, args.run_dir):
+        raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
+    if args.resume and args.run_dir:
+        raise ValueError(f"resume {args.resume} goes on in its own directory, not in run_dir {args.run_dir}")
 
 
 def check_device(device):
@@ -925,380 +1491,13 @@ class Run:
             raise InputError(f"the loss is not finite in step {step} of stage {stage}: lower its learning rate{kept}")
 
 
-def stage_seed(args, stage):
-    """Each stage draws numbers of its own, the same whether it runs alone or after others."""
-    return args.seed + zlib.crc32(stage.encode())
-
-
-def new_optimizer(*groups):
-    """One Adam over (module, learning rate) groups."""
-    groups = [{"params": list(module.parameters()), "lr": rate, "initial_lr": rate} for module, rate in groups]
-    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # [D3] not 1e-8
-
-
-def anneal(optimizer, remaining):
-    """Set every rate to a share of its initial value [R5]. Over a stage the share falls linearly to 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * remaining
-
-
-def sft_loss(model, tokens, mask, learned):
-    """Sum of −ln π over the tokens that are learned, (B, L) with 1 for each; divide by their number. In nats."""
-    hidden = hidden_states(model, tokens, mask)[:, :-1]
-    logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
-    return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
-
-
-def sft_backward(args, model, tokenizer, texts, weight):
-    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R12]; the mean."""
-    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
-    learned = learned_tokens(texts, mask, args.mask_prompt)
-    count = learned[:, 1:].sum().clamp(min=1)
-    loss = torch.zeros((), device=args.device)
-    for rows in in_parts(torch.arange(len(texts)), args.micro_batch_size):
-        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
-        (weight * micro_loss).backward()
-        loss += micro_loss.detach()
-    return loss
-
-
-def learned_tokens(texts, mask, mask_prompt):
-    """Which tokens stage 1 learns: all real ones, or the responses' alone."""
-    learned = mask.clone()
-    for i, (prompt, _) in enumerate(texts):
-        learned[i, : len(prompt) if mask_prompt else 0] = 0
-    return learned
-
-
-@torch.no_grad()
-def perplexity(args, model, tokenizer, texts):
-    total, count = 0.0, 0
-    for batch in in_parts(texts, args.micro_batch_size):
-        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
-        learned = learned_tokens(batch, mask, args.mask_prompt)
-        total += float(sft_loss(model, tokens, mask, learned))
-        count += int(learned[:, 1:].sum())
-    return float(torch.tensor(total / max(count, 1)).exp())
-
-
-@torch.no_grad()
-def score_texts(args, model, tokenizer, sequences):
-    """(N,) scores of token lists."""
-    batches = (pad(part, tokenizer.pad_token_id, args.device) for part in in_parts(sequences, args.micro_batch_size))
-    return torch.cat([reward_scores(model, *batch) for batch in batches])
-
-
-def calibration_error(margins, bins=10):
-    """Expected calibration error of σ(|margin|) as the probability of being right, margins (N,) > 0 where right."""
-    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
-    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = [(confidence[bin_of == b] - right[bin_of == b]).sum().abs() for b in range(bins)]
-    return float(sum(gaps) / len(margins))
-
-
-def distinct_2(responses):
-    """Different pairs of neighbouring words as a share of all such pairs in the responses (Li et al. 2016)."""
-    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
-    return len(set(pairs)) / max(len(pairs), 1)
-
-
-class Rollout(NamedTuple):
-    tokens: torch.Tensor  # (B, T) response tokens
-    logprobs: torch.Tensor  # (B, T) their log-probabilities under the policy that drew them
-    mask: torch.Tensor  # (B, T) 1 up to and with the first EOS
-    whole: torch.Tensor  # (B, Q + T) query and response
-    whole_mask: torch.Tensor  # (B, Q + T) 1 on what is no padding
-    texts: list  # B pairs (prompt, response) of text
-
-
-def roll_out(args, policy, tokenizer, prompts):
-    """The policy's responses to prompts, B token lists."""
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    queries, query_mask = pad(prompts, pad_id, args.device, "left")
-    tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, eos_id, pad_id)
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    texts = list(zip(*(tokenizer.batch_decode(part, **options) for part in (prompts, tokens))))
-    whole, whole_mask = torch.cat([queries, tokens], 1), torch.cat([query_mask, mask], 1)
-    return Rollout(tokens, logprobs, mask, whole, whole_mask, texts)
-
-
-@torch.no_grad()
-def judge_rollout(args, rollout, reference, reward_models, gold_model):
-    """What the frozen models say: the reference's log-probabilities (B, T), scores (B,), and what is true (B,) or None.
-
-    True is 1 for a positive review of the grammar and 0 for any other, or the score of the model that only judges.
-    """
-    logits = policy_logits(reference, rollout.whole, rollout.whole_mask, args.response_length)
-    ref_logprobs = token_logprobs(logits, rollout.tokens, args.temperature)
-    scores = torch.stack([reward_scores(model, rollout.whole, rollout.whole_mask) for model in reward_models])
-    gold = None
-    if gold_model is not None:
-        gold = reward_scores(gold_model, rollout.whole, rollout.whole_mask)
-    elif args.dataset is None:
-        gold = torch.tensor([float(true_sentiment(prompt + response) > 0) for prompt, response in rollout.texts])
-    return ref_logprobs, ensemble_score(scores, args.ensemble_std), gold
-
-
-def describe(rollout, ref_logprobs, scores, gold, eos_id):
-    """What a reader wants to know of responses, each a mean over them."""
-    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
-    row = {
-        "objective/scores": scores,
-        "objective/kl": kl,  # of a whole response, nats
-        "objective/gold": gold,
-        "response/length": rollout.mask.sum(-1),
-        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
-    }
-    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
-
-
-def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
-    """The policy's responses to held-out prompts, always with the same random numbers: (texts, what they are like)."""
-    torch.manual_seed(stage_seed(args, "rate"))
-    texts, rows = [], []
-    for part in in_parts(prompts, args.batch_size):
-        rollout = roll_out(args, policy, tokenizer, part)
-        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
-        row = describe(rollout, *judged, tokenizer.eos_token_id)
-        rows += [row] * len(rollout.texts)
-        texts += rollout.texts
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
-
-
-# ---- Stage 1 ----
-
-
-def train_sft(args, run, model, tokenizer, texts, held_out):
-    """Supervised fine-tuning on token lists (prompt, response); writes the directory sft."""
-    from tqdm import trange
-
-    started = time.perf_counter() - run.seconds.get("sft", 0.0)
-    optimizer = new_optimizer((model, args.rate("sft_learning_rate", model)))
-    first = run.begin("sft", {"model": model}, optimizer)
-    order = epochs_of(len(texts), args.sft_steps, args.sft_batch_size, stage_seed(args, "sft"))
-    bar = trange(first, args.sft_steps, desc="1 sft", initial=first, total=args.sft_steps)
-    for step in bar:
-        anneal(optimizer, 1 - step / args.sft_steps if args.anneal_lr else 1)
-        batch = [texts[i] for i in order[step]]
-        optimizer.zero_grad()
-        loss = sft_backward(args, model, tokenizer, batch, weight=1.0)
-        run.check_finite(loss, "sft", step)
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        row = {"sft/loss": float(loss), "sft/learning_rate": optimizer.param_groups[0]["lr"]}
-        if step + 1 == args.sft_steps:
-            row["sft/perplexity"] = perplexity(args, model, tokenizer, held_out)
-        bar.set_postfix(loss=f"{row['sft/loss']:.3f}", refresh=False)
-        run.seconds["sft"] = time.perf_counter() - started
-        run.log("sft", step + 1, row)
-        run.checkpoint("sft", step + 1, args.sft_steps, {"model": model}, optimizer)
-    save_model(run.dir / "sft", model, tokenizer)
-
-
-# ---- Stage 2 ----
-
-
-def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
-    """A reward model on pairs (chosen, rejected) of token lists; writes the directory named like the stage."""
-    from tqdm import trange
-
-    started = time.perf_counter() - run.seconds.get(stage, 0.0)
-    torch.manual_seed(stage_seed(args, stage))
-    model = new_reward_model(args, policy.name_or_path, tokenizer)
-    optimizer = new_optimizer((model, args.rate("reward_learning_rate", model)))
-    first = run.begin(stage, {"model": model}, optimizer)
-    order = epochs_of(len(pairs), args.reward_steps, args.reward_batch_size, stage_seed(args, stage))
-    bar = trange(first, args.reward_steps, desc=f"2 {stage}", initial=first, total=args.reward_steps)
-    for step in bar:
-        anneal(optimizer, 1 - step / args.reward_steps if args.anneal_lr else 1)
-        batch = [pairs[i] for i in order[step]]
-        optimizer.zero_grad()
-        loss = accuracy = 0.0
-        for micro in in_parts(batch, args.micro_batch_size):
-            both = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
-            chosen, rejected = reward_scores(model, *pad(both, tokenizer.pad_token_id, args.device)).chunk(2)
-            micro_loss = preference_loss(chosen, rejected) * len(micro) / len(batch)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-            accuracy += float((chosen > rejected).float().sum()) / len(batch)
-        run.check_finite(loss, stage, step)
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        row = {f"{stage}/loss": float(loss), f"{stage}/accuracy": accuracy}
-        if step + 1 == args.reward_steps:
-            chosen, rejected = (score_texts(args, model, tokenizer, side) for side in zip(*held_out))
-            row[f"{stage}/held_out_accuracy"] = float((chosen > rejected).float().mean())
-            row[f"{stage}/calibration_error"] = calibration_error(chosen - rejected)
-            normalise_scores(args, model, policy, tokenizer, prompts)
-            row[f"{stage}/mean"], row[f"{stage}/std"] = model.config.reward_mean, model.config.reward_std
-        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
-        run.seconds[stage] = time.perf_counter() - started
-        run.log(stage, step + 1, row)
-        more = {"reward_mean": model.config.reward_mean, "reward_std": model.config.reward_std}
-        run.checkpoint(stage, step + 1, args.reward_steps, {"model": model}, optimizer, **more)
-    if first == args.reward_steps:
-        model.config.reward_mean, model.config.reward_std = run.saved["reward_mean"], run.saved["reward_std"]
-    save_model(run.dir / stage, model, tokenizer)
-
-
-@torch.no_grad()
-def normalise_scores(args, model, policy, tokenizer, prompts):
-    """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
-    scores = []
-    for part in in_parts(prompts, args.batch_size):
-        rollout = roll_out(args, policy, tokenizer, part)
-        scores.append(reward_scores(model, rollout.whole, rollout.whole_mask))
-    scores = torch.cat(scores)
-    model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
-
-
-# ---- Stage 3 ----
-
-
-def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts, texts):
-    """PPO on prompts (token lists), texts for --ptx-coef; writes the directories policy and value."""
-    from tqdm import trange
-
-    # 1. Optimizer, β, or what the checkpoint says of them
-    T = args.response_length
-    rate = args.rate("learning_rate", policy)
-    optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
-    modules = {"policy": policy, "value": value_model}
-    first = run.begin("ppo", modules, optimizer)
-    controller = AdaptiveKLController(run.saved["kl_coef"] if first else args.kl_coef, args.kl_target, args.kl_horizon)
-    order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
-    updates = args.num_epochs * args.num_minibatches
-    ptx_order = epochs_of(len(texts), args.ppo_iterations * updates, args.sft_batch_size, stage_seed(args, "ptx"))
-    bar = trange(first, args.ppo_iterations, desc="3 ppo", initial=first, total=args.ppo_iterations)
-
-    for iteration in bar:
-        clock = [time.perf_counter()]
-        remaining = 1 - iteration / args.ppo_iterations if args.anneal_lr else 1
-
-        # 2. Rollout: the policy answers B queries
-        rollout = roll_out(args, policy, tokenizer, [prompts[i] for i in order[iteration]])
-        tokens, old_logprobs, mask, whole, whole_mask, _ = rollout
-        clock.append(time.perf_counter())
-
-        # 3. What the other three models say of it
-        ref_logprobs, scores, gold = judge_rollout(args, rollout, reference, reward_models, gold_model)
-        with torch.no_grad():
-            values = response_values(value_model, policy, whole, whole_mask, T)
-
-        # 4. Rewards, advantages, returns
-        has_eos = (tokens == tokenizer.eos_token_id).any(-1)
-        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
-        rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
-        rlhf_reward = rewards.sum(-1)
-        if args.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages = compute_gae(rewards, values, mask, args.gamma, args.gae_lambda)  # [R11] γ is 1
-        returns = advantages + values
-        clock.append(time.perf_counter())
-
-        # 5. Update: epochs of minibatches, each in micro-batches [R12]
-        losses = []
-        epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
-        for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
-            mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
-            warmed_up = (iteration * updates + update + 1) / max(args.warmup_iterations * updates, 1)
-            anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] Adam's first steps would be its largest
-            optimizer.zero_grad()
-            stats = torch.zeros(6, device=args.device)
-            parts = zip(in_parts(mb, args.micro_batch_size), in_parts(mb_advantages, args.micro_batch_size))
-            for rows, advantage in parts:
-                m = mask[rows]
-                logits = policy_logits(policy, whole[rows], whole_mask[rows], T)
-                logprob = token_logprobs(logits, tokens[rows], args.temperature)
-                entropy = masked_mean(token_entropy(logits, args.temperature), m)
-                value = response_values(value_model, policy, whole[rows], whole_mask[rows], T)
-                policy_loss = clipped_policy_loss(logprob, old_logprobs[rows], advantage, m, args.clip_coef)
-                value_loss = clipped_value_loss(value, values[rows], returns[rows], m, args.value_clip)
-                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-                share = m.sum() / mask[mb].sum()  # a mean over micro-batches would weigh short responses' tokens more
-                (loss * share).backward()
-                with torch.no_grad():
-                    log_ratio = logprob - old_logprobs[rows]
-                    k3 = masked_mean(log_ratio.expm1() - log_ratio, m)
-                    clipfrac = masked_mean((log_ratio.expm1().abs() > args.clip_coef).float(), m)
-                    ratio = masked_mean(log_ratio.exp(), m)
-                    stats += share * torch.stack([policy_loss, value_loss, entropy, k3, clipfrac, ratio])
-            run.check_finite(stats, "ppo", iteration)
-            losses.append(stats)
-            if args.target_kl is not None and stats[3] > args.target_kl:
-                break  # before this step is taken; the next rollout starts afresh
-            if args.ptx_coef:  # [R21]
-                batch = [texts[i] for i in ptx_order[iteration * updates + update]]
-                sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
-            for module in modules.values():
-                nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
-            optimizer.step()
-        clock.append(time.perf_counter())
-
-        # 6. Metrics: the losses are means over every minibatch
-        for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
-            run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
-        row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
-        names = ["policy/loss", "val/loss", "policy/entropy", "policy/approx_kl", "policy/clipfrac", "val/ratio"]
-        row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
-        row["objective/rlhf_reward"] = float(rlhf_reward.mean())
-        row["objective/kl_coef"] = controller.kl_coef
-        row["time/tokens_per_second"] = float(mask.sum()) / (clock[-1] - clock[0])
-        if args.adaptive_kl:
-            controller.update(row["objective/kl"], len(tokens))
-        shown = {
-            name.split("/")[1]: f"{row[name]:.2f}"
-            for name in ("objective/scores", "objective/gold", "objective/kl")
-            if name in row
-        }
-        bar.set_postfix(shown, refresh=False)
-        run.log("ppo", iteration + 1, row)
-        run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules, optimizer, kl_coef=controller.kl_coef)
-    save_model(run.dir / "policy", policy, tokenizer)
-    if not isinstance(value_model, nn.Linear):
-        save_model(run.dir / "value", value_model, tokenizer)
-
-
-# ---- Training ----
-
-
-def draw_curves(metrics, path):
-    """PNG of stage 3: score and true worth, KL, entropy, length."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in metrics if row["stage"] == "ppo"]
-    panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
-    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
-    for axes, lines in zip(panels.flat, names):
-        for name in lines:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
-        axes.set(xlabel="iteration")
-        axes.legend()
-    with written_aside(path) as temporary:
-        axes.figure.savefig(temporary, dpi=120, format="png")
-
-
-def print_comparison(metrics, before, after):
-    """The policies before and after stage 3 on the same held-out prompts: what their responses are like, and four."""
-    rows = [row for row in metrics if row["stage"] == "eval"]
-    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
-    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
-    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
-    print("\n                                              before    after")
-    for name, unit in units.items():
-        if name in rows[0]:
-            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
-    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
-        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
-
-
-# what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
-
-# what the stages of one experiment have in common
-DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
+def check_resumed(args, saved):
+    """Refuse a setting that would make the run in --resume another one."""
+    settings = replace(saved["args"], run_dir=None)
+    for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+        given, before = getattr(args, name), getattr(settings, name)
+        if given != before:
+            raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
 
 
 def make_run_dir(run_dir):
@@ -1321,137 +1520,7 @@ def resumed_args(run_dir):
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
-def train(args: Args) -> list[dict]:
-    """Run the stages, compare the policies before and after. Returns the metrics of each step, oldest first."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    started = time.perf_counter()
-
-    # 1. Settings
-    saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
-    if saved:
-        settings = replace(saved["args"], run_dir=None)
-        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
-            given, before = getattr(args, name), getattr(settings, name)
-            if given != before:
-                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
-    check_device(args.device)
-    torch.set_num_threads(args.torch_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
-
-    if args.judge:
-        read_constitution(args)  # a mistake in it is said now, not after stage 1
-
-    # 2. Texts and pairs; a tenth of the rows is held out
-    rows = load_rows(args)
-    tenth = -(-len(rows) // 10)
-    texts, pairs = texts_and_pairs(rows[tenth:], args, "nine tenths to learn from")
-    held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args, "tenth that is held out")
-    num_short = len(rows) - len(texts) - len(held_out_texts)
-    if num_short:
-        print(f"data        {num_short:,} of {len(rows):,} texts have no more than {args.prompt_words} words: left out")
-
-    # 3. The model to begin with
-    torch.manual_seed(args.seed)
-    policy, tokenizer = start_model(args, args.model, texts)
-
-    # 4. Run directory, logs
-    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
-    if run_dir.exists() and not saved:
-        make_run_dir(run_dir)  # it is refused now, not after a judge's work
-    if args.track:
-        start_wandb(args, run_dir)
-    run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
-
-    # 5. A judge in place of the labels
-    if args.preferences == "ai" and "reward" in args.stages:
-        run.claim()
-        pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
-        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
-    if args.sft_data == "critique" and "sft" in args.stages:
-        run.claim()
-        texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
-        print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
-
-    # 6. Tokens
-    text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
-    pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
-    room = policy.config.max_position_embeddings - args.response_length
-    prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
-    responses, num_fitting = [response for _, response in text_ids + held_out_ids], len(prompts + eval_prompts)
-    if num_cut := sum(response[-1:] != [tokenizer.eos_token_id] for response in responses):
-        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
-        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
-    if num_over := len(responses) - num_fitting:
-        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
-    eval_prompts = eval_prompts[: args.eval_prompts]
-    if not prompts or not eval_prompts:
-        raise InputError(
-            f"every prompt is longer than {room} tokens, what --response-length {args.response_length} leaves of the "
-            f"context of {policy.config.max_position_embeddings}"
-        )
-
-    # 7. The stages; those before the checkpoint's are done
-    stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
-    sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
-    for stage in stages:
-        if stage == "sft":
-            train_sft(args, run, policy, tokenizer, text_ids, held_out_ids)
-        elif stage != "ppo":
-            policy, tokenizer = start_model(args, sft_dir)
-            half = len(pair_ids) // 2 if args.train_gold else len(pair_ids)
-            own_pairs = pair_ids[half:] if stage == "gold" else pair_ids[:half]
-            train_reward(args, run, stage, policy, tokenizer, own_pairs, held_out_pair_ids, eval_prompts)
-    if "ppo" in stages:
-        policy, tokenizer = start_model(args, sft_dir)
-        reference = frozen(start_model(args, sft_dir)[0])
-        names = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
-        reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
-        gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
-        gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
-        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] begins as the reward model
-        if args.share_backbone:
-            value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
-            nn.init.zeros_(value_model.weight)  # [R10]
-            nn.init.zeros_(value_model.bias)
-        judges = reference, reward_models, gold_model
-        train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
-
-        # 8. Before and after
-        before, row = rate_policy(args, reference, *judges, tokenizer, eval_prompts)
-        run.log("eval", 0, row)
-        after, row = rate_policy(args, policy, *judges, tokenizer, eval_prompts)
-        run.log("eval", args.ppo_iterations, row)
-        draw_curves(run.metrics, run_dir / "curves.png")
-        print_comparison(run.metrics, before, after)
-        print(f"\ncurves      {run_dir / 'curves.png'}")
-
-    # 9. Summary
-    run.writer.close()
-    with written_aside(run_dir / "metrics.jsonl") as path:
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
-    for row in run.metrics:
-        for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
-            if name in row:
-                print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
-    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
-    since = "since it was resumed" if saved else "in all"
-    print(f"seconds     {time.perf_counter() - started:.1f} {since}; the stages: {phases}")
-    print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
-    print(f"logs        tensorboard --logdir {run_dir}")
-    following = {
-        "sft": f"reward --model {sft_dir}",
-        "reward": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'}",
-        "all": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
-    }
-    if args.stage in following:
-        given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
-        data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
-        print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
-    return run.metrics
+# ---- Command line ----
 
 
 def parse_args():

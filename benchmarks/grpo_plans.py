@@ -5,9 +5,9 @@ Run      python benchmarks/grpo_plans.py                          (the plans; no
          python benchmarks/grpo_plans.py --table                  (prints the tables of the kept results again)
 Writes   benchmarks/results/grpo_plans.jsonl, benchmarks/results/grpo_memory.jsonl
 
-The shapes are those of the models' public config.json (benchmarks/qwen2.5.json). Every plan: G = 8, 8 prompts of 256
-tokens a step, 1,024 new tokens, bfloat16, 8-bit AdamW, gradient checkpointing, one sequence a micro-batch. GB are 1e9
-bytes; a card sold as 24 GB has 24 GiB, 25.8 of these.
+The plans are those of benchmarks/memory_plan.py, for the shapes in benchmarks/qwen2.5.json. Every plan: G = 8, 8
+prompts of 256 tokens a step, 1,024 new tokens, bfloat16, 8-bit AdamW, gradient checkpointing, one sequence a
+micro-batch. GB are 1e9 bytes; a card sold as 24 GB has 24 GiB, 25.8 of these.
 
 Measured: what PyTorch's CPU allocator hands out beyond the weights, in two micro-batches forward and backward and in
 the sampling of all sequences at full length, as its profiler reports it.
@@ -16,7 +16,6 @@ the sampling of all sequences at full length, as its profiler reports it.
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -46,8 +45,6 @@ PLANS = [  # model, card in GB, what it is, flags
         "--beta 0.04 --lora-rank 16 --quantize int8 --generate-rows 8",
     ),
 ]
-COMMON = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-COMMON |= {"max_position_embeddings": 32768, "hidden_act": "silu", "attention_dropout": 0.0}
 MEASURED = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
@@ -59,28 +56,22 @@ MEASURED = {
 }
 
 
-def write_shapes(folder):
-    """A directory a model with nothing but config.json in it."""
-    shapes = json.loads((ROOT / "benchmarks" / "qwen2.5.json").read_text(encoding="utf-8"))
-    for name, shape in shapes.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(COMMON | shape), encoding="utf-8")
-
-
 def plan_rows():
-    """A row a plan: model, card, the command and the table that --plan prints, in bytes."""
+    """A row a plan: model, card, the command and the table that it prints, in bytes."""
     import tyro
+    from memory_plan import PlanArgs, memory_plan
 
-    import grpo_llm
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_shapes(Path(folder))
-        for model, card, what, flags in PLANS:
-            flags = f"{FLAGS} {flags} --plan 256 --gpu-memory {card}"
-            args = tyro.cli(grpo_llm.Args, args=["--model", f"{folder}/{model}", *flags.split()])
-            plan = grpo_llm.memory_plan(args)
-            command = f"python grpo_llm.py --model Qwen/{model}-Instruct --device cuda {flags}"
-            yield {"model": model, "card": card, "what": what, "command": command, "plan": plan}
+    for model, card, what, flags in PLANS:
+        flags = f"--model Qwen/{model}-Instruct --device cuda {FLAGS} {flags} --plan 256 --gpu-memory {card}"
+        args = tyro.cli(PlanArgs, args=flags.split())
+        plan = memory_plan(args, args.plan, args.gpu_memory)
+        yield {
+            "model": model,
+            "card": card,
+            "what": what,
+            "command": f"python benchmarks/memory_plan.py {flags}",
+            "plan": plan,
+        }
 
 
 def allocated(action):
@@ -100,6 +91,7 @@ def allocated(action):
 def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
     """A row a way to keep things: planned and measured bytes beyond the weights, learning and sampling."""
     import torch
+    from memory_plan import memory_plan
 
     import grpo_llm
 
@@ -117,10 +109,9 @@ def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
             eval_problems=1,
             eval_samples=1,
             eval_k=1,
-            plan=Q,
             **options,
         )
-        plan = grpo_llm.memory_plan(args)
+        plan = memory_plan(args, Q)
         model = grpo_llm.load_model(args, model_name)[0]
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable()

@@ -33,7 +33,7 @@ REPORTS = {
         (8, 9),
     ),
     "grpo_llm.py": (
-        "new_model evaluate majority_at_k describe print_samples learning_rate_of peak_memory draw_curves print_plan "
+        "new_model evaluate majority_at_k describe print_samples learning_rate_of peak_memory draw_curves "
         "has_variance pairs_of warm_start",
         (11, 12),
     ),
@@ -93,7 +93,7 @@ def survives(script, source, change, folder):
         tests = [f"tests/test_{name}.py" for name in TESTS[script].split()]
         options = ["-x", "-q", "-p", "no:cacheprovider", "-k", f"not ({' or '.join(SKIPPED.split())})"]
         os.chdir(ROOT)
-        os._exit(pytest.main([*options, "--mutant", str(path), *tests]))
+        os._exit(pytest.main([*options, f"--mutant={path}", *tests]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -15,7 +15,11 @@ NO_RESUME = {
 
 # what the two have of their own beside stages 3 and 4
 PPO = {
-    "ppo_cartpole": NO_RESUME,
+    "ppo_cartpole": {
+        **NO_RESUME,
+        "check_settings": "it has other settings",
+        "print_summary": "of a return, not of a table",
+    },
     "ppo_atari": {"load": "no --evaluate, no saved model", "parse_args": "no --evaluate"},
 }
 
@@ -57,11 +61,16 @@ DIFFERENT = {
             "train": "no critic, no environment",
             "main": "no --evaluate, no Gymnasium; what to do when memory is out",
             **own,
+            **({"start_run": "of several processes"} if ppo == "ppo_cartpole" else {}),
         }
         for ppo, own in PPO.items()
     },
     ("rlhf_gpt2_ppo", "grpo_llm"): {
         "Args": "one stage, groups of answers",
+        "check_settings": "it has other settings",
+        "print_summary": "other numbers",
+        "load": "leaves out settings that no longer exist",
+        "parse_args": "says what took the place of a removed flag",
         "new_optimizer": "torch's AdamW, or one of 8 bits, for a single network",
         "new_run_dir": "named after the task, not the data",
         "sample": "by noise that is given, on the plain path or the fast one",
@@ -97,5 +106,5 @@ def test_copies_are_equal(one, other):
     if one.stem != "ppo_cartpole":
         assert {"save", "written_aside", "make_run_dir", "guard_output"} <= equal
     if (one.stem, other.stem) == ("rlhf_gpt2_ppo", "grpo_llm"):
-        assert {"token_logprobs", "from_disk", "load", "parse_args", "resumed_args"} <= equal
+        assert {"token_logprobs", "from_disk", "resumed_args"} <= equal
     assert SCRIPTS[one] is not SCRIPTS[other] or equations == SCRIPTS[one].keys()

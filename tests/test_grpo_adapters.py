@@ -172,14 +172,14 @@ def test_resumed_it_ends_with_the_same_bits(grpo, tiny_grpo, adapter, monkeypatc
     assert torch.equal(*ends) and resumed[3]["kl/reference"] > 0
 
 
-def test_the_plan_knows_the_adapter(grpo, tiny_grpo, adapter, tiny_lm):
+def test_the_plan_knows_the_adapter(planner, tiny_grpo, adapter, tiny_lm):
     """Its model's shapes; a brought adapter under β is kept twice."""
     new, brought = (
-        grpo.memory_plan(tiny_grpo(model=model, lora_rank=4, beta=0.1, plan=20)) for model in (tiny_lm, adapter)
+        planner.memory_plan(tiny_grpo(model=model, lora_rank=4, beta=0.1), 20) for model in (tiny_lm, adapter)
     )
     assert brought["weights"][0] - new["weights"][0] == new["gradients"][0] == brought["gradients"][0] > 0
-    merged = grpo.memory_plan(tiny_grpo(model=adapter, beta=0.1, plan=20))
-    assert merged == grpo.memory_plan(tiny_grpo(beta=0.1, plan=20))
+    merged = planner.memory_plan(tiny_grpo(model=adapter, beta=0.1), 20)
+    assert merged == planner.memory_plan(tiny_grpo(beta=0.1), 20)
 
 
 def test_stage_3_refuses_an_adapter(rlhf, tiny, tiny_gpt2, tmp_path):

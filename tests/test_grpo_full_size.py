@@ -1,4 +1,4 @@
-"""grpo_llm beyond what a small card holds: --offload, --quantize, --plan, --shard; transformers of a few dimensions."""
+"""grpo_llm beyond what a small card holds: --offload, --quantize, --shard; transformers of a few dimensions."""
 
 import gc
 import os
@@ -308,101 +308,6 @@ def test_quantize_needs_an_adapter_and_linear_layers(grpo, tiny_grpo, tiny_gpt2)
         grpo.Args(quantize="int8")
     with pytest.raises(grpo.InputError, match="--quantize knows torch's linear layers, and GPT2LMHeadModel has none"):
         grpo.load_model(tiny_grpo(**INT8, model=tiny_gpt2), tiny_gpt2)
-
-
-# ---- --plan ----
-
-
-def allocated(action):
-    """Bytes alive at most beyond those at the start, as the CPU's allocator reports them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    alive = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
-
-
-PLANNED = [
-    {"dtype": "bfloat16", "optimizer": "adamw8bit"},
-    {"dtype": "bfloat16", "optimizer": "adamw8bit", "offload": True, "gradient_checkpointing": True},
-    {"micro_batch_tokens": 200, "logprob_tokens": 64, "gradient_checkpointing": True},
-    {"max_tokens": 100, "micro_batch_tokens": 500, "logprob_tokens": 32},
-    {"dtype": "bfloat16", "optimizer": "adamw8bit", "lora_rank": 4, "quantize": "int8"},
-    {"lora_rank": 4, "quantize": "int8", "gradient_checkpointing": True},
-]
-
-
-@pytest.mark.parametrize("options", PLANNED, ids=range(len(PLANNED)))
-def test_plan_is_what_the_allocator_counts(grpo, tiny_grpo, tiny_lm, options):
-    """[G26] Within 10% of the peaks of real tensors, weights aside: learning from two micro-batches, and sampling."""
-    args = tiny_grpo(**{"max_tokens": 40, "micro_batch_tokens": 300, "eval_problems": 1, **options}, plan=20)
-    plan = grpo.memory_plan(args)
-    model = grpo.load_model(args, tiny_lm)[0]
-    if args.lora_rank:
-        grpo.add_adapter(args, model)
-    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    assert plan["weights"] == (weights, 0)
-    state = plan["optimizer state"]
-    optimizer = grpo.new_optimizer(args, model)
-    if args.optimizer == "adamw8bit":
-        learned = sum(x.nbytes for x in model.parameters() if x.requires_grad)
-        assert state[args.offload] == sum(x.nbytes for own in optimizer.state for x in own) > learned * 0.4
-        assert state[not args.offload] == 0
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-
-    Q, T, G, P = 20, args.max_tokens, args.group_size, args.prompts_per_step
-    tokens = torch.full((P * G, T), 5)
-    rows = grpo.plan_for(args, model, [Q] * P, dict.fromkeys(range(P * G), T), G)
-    assert len(rows) > 1
-    batch = grpo.pack_rows([[5] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
-
-    def learn():
-        for _ in range(2):
-            grpo.completion_logprobs(model, batch, T, args.temperature, args.logprob_tokens).sum().backward()
-
-    model.train()
-    always = weights + state[0]
-    assert plan["peak of learning"][0] - always == pytest.approx(allocated(learn), rel=0.1)
-    optimizer.zero_grad()
-    model.eval()
-    noise = torch.rand(P * G, T)
-    sampled = allocated(lambda: grpo.generate(model, [[5] * Q] * P, noise, 1.0, [1000], 0))
-    assert plan["peak of sampling"][0] - always == pytest.approx(sampled, rel=0.1)
-    assert plan["keys and values"][0] == P * G * (Q + T) * 2 * 2 * 16 * (2 if args.dtype == "bfloat16" else 4)
-    assert plan["peak"] == max(row for name, row in plan.items() if name.startswith("peak of"))
-
-
-def test_plan_of_where_things_are(grpo, tiny_grpo):
-    """--offload takes gradients, state and reference to the host; what stays is one parameter's gradient and one
-    module of the reference. A LoRA has a reference for nothing and gradients for its adapters alone."""
-    options = {**BF16, "beta": 0.1, "plan": 20}
-    plain, offloaded = (grpo.memory_plan(tiny_grpo(**options, offload=offload)) for offload in (False, True))
-    for name in ("gradients", "reference", "optimizer state"):
-        assert plain[name][1] == 0 < offloaded[name][1] == plain[name][0], name
-        assert offloaded[name][0] < plain[name][0] / 2
-    assert plain["peak"][1] == 0 and offloaded["peak"][1] == sum(x[1] for n, x in offloaded.items() if "peak" not in n)
-    assert offloaded["peak of learning"][0] < plain["peak of learning"][0]
-    assert "peak of scoring" in plain and "peak of scoring" not in grpo.memory_plan(tiny_grpo(plan=20))
-    on_gpu = grpo.memory_plan(tiny_grpo(**options, gpu_memory=8.0))
-    assert on_gpu["peak of learning"][0] == plain["peak of learning"][0] + grpo.GPU_CONTEXT
-    pytest.importorskip("peft")
-    adapted = grpo.memory_plan(tiny_grpo(beta=0.1, plan=20, lora_rank=2))
-    assert adapted["reference"] == (0, 0) and 0 < adapted["gradients"][0] < adapted["weights"][0]
-
-
-def test_plan_from_a_configuration_alone(grpo, tiny_lm, tmp_path):
-    """A directory with nothing but config.json; the table and the verdict are printed, nothing is trained."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_bytes((Path(tiny_lm) / "config.json").read_bytes())
-    command = [sys.executable, grpo.__file__, "--model", "model", "--max-tokens", "30", "--plan", "20"]
-    done = subprocess.run([*command, "--gpu-memory", "0.5"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "peak of learning" in done.stdout and "does not fit" in done.stdout.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 # ---- --shard and several processes ----

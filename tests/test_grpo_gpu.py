@@ -63,19 +63,16 @@ def test_quantized_weights_on_the_device(grpo, tiny_grpo, tiny_lm):
     assert metrics[1]["kl/reference"] == pytest.approx(0, abs=1e-6) and metrics[3]["kl/reference"] > 1e-5
 
 
-def test_plan_against_the_device(grpo, tiny_grpo):
+def test_plan_against_the_device(grpo, planner, tiny_grpo, monkeypatch):
     """[G26] Peaks of tensors on the device within 15% of the plan, the context aside. The allocator rounds up small
     tensors, so the model is one of some megabytes."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    args = tiny_grpo(**BF16, device=DEVICE, max_tokens=100, micro_batch_tokens=1000, eval_problems=1, plan=60)
+    args = tiny_grpo(**BF16, device=DEVICE, max_tokens=100, micro_batch_tokens=1000, eval_problems=1)
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
     config = Qwen3Config(vocab_size=8000, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, **sizes)
-    model_on_paper, grpo.model_on_paper = grpo.model_on_paper, lambda args: Qwen3ForCausalLM(config).bfloat16().eval()
-    try:
-        plan = grpo.memory_plan(args)
-    finally:
-        grpo.model_on_paper = model_on_paper
+    monkeypatch.setattr(planner, "model_without_content", lambda args: Qwen3ForCausalLM(config).bfloat16().eval())
+    plan = planner.memory_plan(args, 60)
     model = Qwen3ForCausalLM(config).bfloat16().to(DEVICE)
     tokens = torch.full((12, 100), 5)
     rows = grpo.plan_for(args, model, [60] * 3, dict.fromkeys(range(12), 100), 4)
@@ -85,7 +82,7 @@ def test_plan_against_the_device(grpo, tiny_grpo):
     for _ in rows[:2]:
         grpo.completion_logprobs(model, batch, 100, 1.0, args.logprob_tokens).sum().backward()
     if DEVICE == "cuda":
-        planned = plan["peak of learning"][0] - grpo.GPU_CONTEXT - plan["optimizer state"][0]
+        planned = plan["peak of learning"][0] - planner.GPU_CONTEXT - plan["optimizer state"][0]
         assert torch.cuda.max_memory_allocated() == pytest.approx(planned, rel=0.15)
 
 

@@ -3,7 +3,6 @@
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,19 +74,6 @@ def test_samples_that_are_shown(grpo, capsys):
         "    1.00       3  1+1=2 / #2\n    0.00       1  #3\n   -0.25       2  a\n"
         f"    0.50       2  {'b' * 100}\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("memory", "verdict"), [(10, "fits, 2.0 to spare"), (8, "fits, 0.0 to spare"), (7.5, "does not fit, 0.5 too many")]
-)
-def test_a_plan_in_gigabytes(grpo, monkeypatch, capsys, memory, verdict):
-    monkeypatch.setattr(grpo, "memory_plan", lambda args: {"weights": (3e9, 0), "peak": (8e9, 2.5e9)})
-    grpo.print_plan(SimpleNamespace(gpu_memory=memory))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[:3] == [["GB", "device", "host"], ["weights", "3.000", "0.000"], ["peak", "8.000", "2.500"]]
-    assert " ".join(lines[3]) == f"of {memory:g} GB: {verdict}"
-    grpo.print_plan(SimpleNamespace(gpu_memory=0.0))
-    assert "fit" not in capsys.readouterr().out
 
 
 def test_warm_start_ends_with_the_share_that_was_asked_for(grpo, bars, monkeypatch):

@@ -228,7 +228,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture,
     resumed = grpo.train(grpo.resumed_args(tiny_grpo("broken").run_dir))
     assert without_clock(resumed) == without_clock(whole) and len(whole) == 6
     ends = [torch.load(Path(tiny_grpo(n).run_dir) / "checkpoint.pt", weights_only=True) for n in ("whole", "broken")]
-    for name in ("step", "cursor", "pairs", "replay"):
+    for name in ("step", "cursor"):
         assert ends[0][name] == ends[1][name]
     assert_same_weights(ends[0]["policy"], ends[1]["policy"])
     assert any("lora_" in name for name in ends[0]["policy"]) == ("lora" in kind)
@@ -255,7 +255,7 @@ def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no
     options = {"reward_model": str(tmp_path / "reward"), "reward_model_steps": 2, "reference_every": 1}
     options |= {"steps": 4, "checkpoint_every": 1, "reward_model_learning_rate": 1e-2}
     grpo.train(tiny_grpo("whole", **options))
-    original, count = grpo.continue_reward_model, itertools.count()
+    original, count = grpo.RewardModel.learn, itertools.count()
 
     def breaks(*arguments):
         if next(count) == 2:
@@ -263,7 +263,7 @@ def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "continue_reward_model", breaks)
+        patch.setattr(grpo.RewardModel, "learn", breaks)
         with pytest.raises(KeyboardInterrupt):
             grpo.train(tiny_grpo("broken", **options))
     grpo.train(grpo.resumed_args(tiny_grpo("broken").run_dir))
@@ -301,9 +301,36 @@ def test_resume_keeps_the_settings(grpo, tiny_grpo, command, no_picture):
     args = tiny_grpo(beta=0.1)
     grpo.train(args)
     status, _, error = command("--resume", args.run_dir, "--beta", 0.5)
-    assert status == 2 and "beta 0.1" in error and "0.5 needs a run of its own" in error and "Traceback" not in error
+    assert status == 2 and "beta 0.1" in error and "0.5 needs a separate run" in error and "Traceback" not in error
     status, out, error = command("--resume", args.run_dir, "--torch-threads", 1, "--micro-batch-tokens", 99)
     assert status == 0 and "held-out problems" in out, error
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["--plan", 256], "--plan was removed: python benchmarks/memory_plan.py --plan took its place"),
+        (["--gpu-memory=8"], "--gpu-memory was removed: python benchmarks/memory_plan.py --gpu-memory took its place"),
+        (["--row_tokens", 256], "--row_tokens was removed: the row length is chosen from the lengths now"),
+    ],
+)
+def test_a_removed_flag_names_what_took_its_place(command, words, instead):
+    status, out, error = command(*words)
+    assert (status, out, error) == (2, "", f"error: {instead}\n")
+
+
+def test_a_run_saved_with_removed_flags_is_resumed(grpo, tiny_grpo, command, no_picture):
+    """They are ignored, and one line says so."""
+    args = tiny_grpo()
+    grpo.train(args)
+    path = Path(args.run_dir) / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"] |= {"row_tokens": 256, "plan": 0, "gpu_memory": 0.0}
+    torch.save(saved, path)
+    status, out, error = command("--resume", args.run_dir)
+    assert status == 0, error
+    lines = [line for line in out.splitlines() if "no longer exist" in line]
+    assert lines == ["resume      settings that no longer exist are ignored: plan, gpu_memory, row_tokens"]
 
 
 def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command, no_picture):

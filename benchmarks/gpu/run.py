@@ -29,7 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from cartpole import RESULTS, machine  # noqa: E402
-from grpo_plans import COMMON, FLAGS, PLANS  # noqa: E402
+from grpo_plans import FLAGS, PLANS  # noqa: E402
+from memory_plan import QWEN, SHAPES, memory_plan  # noqa: E402
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True}
@@ -45,11 +46,11 @@ def random_model(script, shape, args):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**{key: value for key, value in (COMMON | shape).items() if key != "architectures"})
+    config = AutoConfig.for_model(**{key: value for key, value in (QWEN | shape).items() if key != "architectures"})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     if args.quantize != "none":
-        script.quantize(model, "meta")  # as on paper: the card never holds more
+        script.quantize(model, "meta")  # without content: the card never holds more
     model = model.to_empty(device=args.device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(args.device)
     model.tie_weights()
@@ -94,8 +95,8 @@ def step_of(shape, flags, device, sizes, steps=1, **changes):
         **changes,
     )
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(COMMON | shape), encoding="utf-8")
-        plan = script.memory_plan(replace(args, model=folder, plan=sizes["prompt"]))
+        Path(folder, "config.json").write_text(json.dumps(QWEN | shape), encoding="utf-8")
+        plan = memory_plan(replace(args, model=folder), sizes["prompt"])
     script.load_model = lambda args, name: random_model(script, shape, args)
     script.evaluate = lambda *_: {"eval/greedy": 0.0}
     script.save = script.save_model = lambda *_, **__: None
@@ -328,8 +329,7 @@ def main():
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cpu" and not options.rehearse:
         parser.error("there is no GPU here: --rehearse runs everything on the CPU with tiny shapes")
-    shapes = json.loads((ROOT / "benchmarks" / "qwen2.5.json").read_text(encoding="utf-8"))
-    shapes = {name: TINY if options.rehearse else shape for name, shape in shapes.items()}
+    shapes = {name: TINY if options.rehearse else shape for name, shape in SHAPES.items()}
     sizes = TINY_SIZES if options.rehearse else SIZES
     own = {name: getattr(options, name) for name in ("prompts", "tokens", "steps") if getattr(options, name)}
     sizes = {**sizes, **own}
