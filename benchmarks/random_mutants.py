@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 # script → the functions that report, and the steps of train() that do, by the numbers of their headings
 REPORTS = {
     "ppo_cartpole.py": ("play evaluate draw_learning_curve print_summary", (9, 10)),
-    "ppo_atari.py": ("play evaluate draw_learning_curve", (11, 13)),
+    "ppo_atari.py": ("play evaluate draw_learning_curve", (9, 11)),
     "rlhf_gpt2_ppo.py": (
         "perplexity calibration_error distinct_2 describe rate_policy train_sft train_reward normalise_scores "
         "print_comparison draw_curves label_by_judge",

@@ -20,7 +20,11 @@ PPO = {
         "check_settings": "it has other settings",
         "print_summary": "of a return, not of a table",
     },
-    "ppo_atari": {"load": "no --evaluate, no saved model", "parse_args": "no --evaluate"},
+    "ppo_atari": {
+        "check_settings": "it has other settings",
+        "load": "no --evaluate, no saved model",
+        "parse_args": "no --evaluate",
+    },
 }
 
 # (script, script): {name: why it differs}
@@ -28,6 +32,8 @@ DIFFERENT = {
     ("ppo_cartpole", "ppo_atari"): {
         "Args": "other defaults; sticky, episodic_life and bf16 for hidden_size",
         **NO_RESUME,
+        "check_settings": "no --resume",
+        "start_run": "no --resume, one process",
         "env_seed": "no --resume: the environments are seeded once",
         "draw_learning_curve": "no written_aside",
         "evaluate_saved": "the weights of a finished run, no checkpoint",
@@ -59,7 +65,8 @@ DIFFERENT = {
             "train": "no critic, no environment",
             "main": "no --evaluate, no Gymnasium; what to do when memory is out",
             **own,
-            **({"start_run": "of several processes"} if ppo == "ppo_cartpole" else {}),
+            "start_run": "of several processes",
+            **({"load_checkpoint": "of several processes"} if ppo == "ppo_atari" else {}),
         }
         for ppo, own in PPO.items()
     },
