@@ -158,7 +158,7 @@ class Args:
     # speed and memory
     fast: bool = True  # shared-prompt cache and packed rows, if they are right for the model; else the plain path
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or one with 2 bytes of state a parameter
-    micro_batch_tokens: NonNegativeInt = 0  # tokens in a forward pass of training; 0: chosen; same gradient with any
+    micro_batch_tokens: NonNegativeInt = 0  # tokens in one training pass, same gradient; 0: 2048, on a GPU 8192
     logprob_tokens: PositiveInt = 1024  # tokens whose logits exist at the same time
     generate_rows: PositiveInt = 2048  # sequences that are sampled at the same time
     cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph

@@ -301,10 +301,6 @@ ATARI = [
 MUTANTS = [("ppo_cartpole.py", *mutant) for mutant in CARTPOLE]
 MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
 RLHF = [
-    ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
-    ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
-    ("words of a short text cut in two", r"(?:\s*\S+(?!\S))", r"(?:\s*\S+)"),
-    ("rows counted from 0", "ROW: [k + 1 for k in i]", "ROW: list(i)"),
     (
         "temperature forgotten in the score",
         "    logits = logits / temperature\n    return logits.gather",
@@ -478,6 +474,10 @@ RLHF = [
     ),
     ("perplexity after the first step", "if step + 1 == args.sft_steps:", "if step == 0:"),
     ("bins of calibration half as fine", "((confidence - 0.5) * 2 * bins)", "((confidence - 0.5) * bins)"),
+    ("rows read from a sorted file's front", "1_000_000 if path.is_file() else 50_000", "50_000"),
+    ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
+    ("words of a short text cut in two", r"(?:\s*\S+(?!\S))", r"(?:\s*\S+)"),
+    ("rows counted from 0", "ROW: [k + 1 for k in i]", "ROW: list(i)"),
 ]
 
 # (script, what is wrong, the right text, the wrong text)

@@ -107,7 +107,9 @@ def test_help(command):
     assert status == 0 and "groups of answers in place of a critic" in out
     for flag in ("--group-size", "--clip-high", "--no-scale-by-std", "--reduction", "--resume"):
         assert flag in out
-    assert "completions of each prompt" in re.sub(r"[\s│]+", " ", out)
+    text = re.sub(r"[\s│]+", " ", out)
+    assert "completions of each prompt" in text
+    assert not re.findall(r"--[\w-]+ (?:INT|FLOAT|STR|\{[^}]*\}) \(default", text), "a flag without a line of help"
 
 
 def test_warm_start_lowers_the_loss(grpo, tmp_path):
