@@ -177,7 +177,7 @@ class Args:
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+    """A mistake that the user can fix. main() prints its message, one sentence, and exits with status 2."""
 
 
 # ---- Equations ----
@@ -1453,7 +1453,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
 
 
 def from_disk(kind, name, **options):
@@ -2380,7 +2380,7 @@ def make_run_dir(run_dir):
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
         can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        hint = f"--resume {run_dir} resumes it" if can_resume else "choose another"
         raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
 
 
@@ -2389,7 +2389,7 @@ def new_run_dir(args):
 
 
 def resumed_args(run_dir):
-    """The settings with which train() goes on with the run in run_dir."""
+    """The settings with which train() resumes the run in run_dir."""
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
@@ -2938,7 +2938,7 @@ def parse_args():
 
 
 def guard_output():
-    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+    """Print "?" for letters that the terminal lacks. Run to the end when the reader has left (`| head`)."""
 
     def guarded(stream, method):
         def call(*arguments):
@@ -2956,7 +2956,7 @@ def guard_output():
 
 
 def main():
-    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    """Parse, run. A mistake that the user can fix ends in one sentence and exit status 2."""
     guard_output()
     run_dir = None
     try:
@@ -2973,7 +2973,7 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
-        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
+        print(f"\ninterrupted{f': continue with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -535,7 +535,7 @@ def average_gradients(parameters, count):
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+    """A mistake that the user can fix. main() prints its message, one sentence, and exits with status 2."""
 
 
 def check_bounds(args):
@@ -576,7 +576,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
 
 
 def keep_freed_memory():
@@ -641,7 +641,7 @@ def make_run_dir(run_dir):
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
         can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        hint = f"--resume {run_dir} resumes it" if can_resume else "choose another"
         raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
 
 
@@ -701,7 +701,7 @@ def load(path, *keys):
 
 
 def resumed_args(run_dir):
-    """The settings with which train() goes on with the run in run_dir."""
+    """The settings with which train() resumes the run in run_dir."""
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
@@ -753,7 +753,7 @@ def parse_args():
 
 
 def guard_output():
-    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+    """Print "?" for letters that the terminal lacks. Run to the end when the reader has left (`| head`)."""
 
     def guarded(stream, method):
         def call(*arguments):

@@ -360,7 +360,7 @@ def evaluate(agent, args, run_dir):
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+    """A mistake that the user can fix. main() prints its message, one sentence, and exits with status 2."""
 
 
 def check_bounds(args):
@@ -449,7 +449,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
 
 
 def set_up_torch(args):

@@ -160,7 +160,7 @@ class Args:
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+    """A mistake that the user can fix. main() prints its message, one sentence, and exits with status 2."""
 
 
 # ---- Equations ----
@@ -1366,7 +1366,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
@@ -1514,7 +1514,7 @@ def make_run_dir(run_dir):
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
         can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        hint = f"--resume {run_dir} resumes it" if can_resume else "choose another"
         raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
 
 
@@ -1524,7 +1524,7 @@ def new_run_dir(args):
 
 
 def resumed_args(run_dir):
-    """The settings with which train() goes on with the run in run_dir."""
+    """The settings with which train() resumes the run in run_dir."""
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
@@ -1542,7 +1542,7 @@ def parse_args():
 
 
 def guard_output():
-    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+    """Print "?" for letters that the terminal lacks. Run to the end when the reader has left (`| head`)."""
 
     def guarded(stream, method):
         def call(*arguments):

@@ -339,7 +339,7 @@ def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command, no_picture):
     grpo.train(tiny_grpo())
     before = (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes()
     status, _, error = command(*flags(grpo, tiny_grpo()))
-    assert status == 2 and f"--resume {tiny_grpo().run_dir} goes on with it" in error
+    assert status == 2 and f"--resume {tiny_grpo().run_dir} resumes it" in error
     assert (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes() == before
     Path(tiny_grpo("other").run_dir).mkdir()
     status, _, error = command(*flags(grpo, tiny_grpo("other")))
@@ -381,7 +381,7 @@ def test_ctrl_c_says_how_to_go_on(grpo, tiny_grpo, command, no_picture, monkeypa
     breaks("learning_rate_of", 1)
     args = tiny_grpo(checkpoint_every=1)
     status, _, error = command(*flags(grpo, args))
-    assert status == 130 and f"interrupted: go on with --resume {args.run_dir}" in error and "Traceback" not in error
+    assert status == 130 and f"interrupted: continue with --resume {args.run_dir}" in error and "Traceback" not in error
     breaks("load_problems", 0)
     status, _, error = command(*flags(grpo, tiny_grpo("early")))
     assert status == 130 and error.strip().endswith("interrupted") and not Path(tiny_grpo("early").run_dir).exists()
@@ -760,7 +760,7 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--reduction", "mean"], "invalid choice"),
         (["--no-such-flag"], "no-such-flag"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoModelForCausalLM"),
-        (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--resume", "/nowhere"], "/nowhere/checkpoint.pt is not a file"),
         (["--num-problems", "20"], "different problems are too few for steps of 32"),
     ],

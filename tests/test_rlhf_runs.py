@@ -577,7 +577,7 @@ def test_each_stage_names_the_next_command(command, tiny, tmp_path, monkeypatch)
 def test_a_taken_run_dir_is_refused(rlhf, tiny, command):
     rlhf.train(tiny(stage="sft"))
     status, _, error = command(*flags(tiny()))
-    assert status == 2 and f"--resume {tiny().run_dir} goes on with it" in error
+    assert status == 2 and f"--resume {tiny().run_dir} resumes it" in error
 
 
 def test_resume_keeps_the_settings(rlhf, tiny, command):
@@ -679,7 +679,7 @@ def test_a_prompt_longer_than_the_context(tiny, command, tmp_path):
         (["--no-such-flag"], "no-such-flag"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
         (["--resume", "/nowhere"], "is not a file"),
-        (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (
             ["--constitution", "/nowhere", "--judge", "x", "--preferences", "ai"],
             "--constitution /nowhere cannot be read",
