@@ -2,13 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""Every equation of the scripts beside this file, by definition, in plain Python floats.
+"""Every equation of the scripts beside this file, written as its definition, in plain Python floats.
 
 Teaches  what GAE, the clipped losses, the KL estimators and the group advantages are, before any tensor
 Run      python gae_reference.py
-Expect   five worked tables at once, each small enough to redo with a pencil; the tests pin every number
-Departs  nothing: no batch, no recursion, no trick. Slow on purpose, so that it is easier to trust than the
-         fast forms that the tests hold against it
+Expect   five worked tables, each small enough to redo with a pencil; the tests check every number in them
+Departs  nowhere: it uses no batch, no recursion and no trick. It is slow on purpose, because code that follows the
+         definition is easier to trust than the fast code that the tests compare with it
 
     δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)                                       GAE §3;     PPO Eq. 12
     Âₜ = Σₗ (γλ)ˡ δₜ₊ₗ                                                GAE Eq. 16; PPO Eq. 11
@@ -32,7 +32,7 @@ from math import exp, sqrt
 
 
 def td_errors(rewards, values, next_values, terminated, gamma):
-    """δₜ for each of T steps (PPO Eq. 12). A terminated step has no future; a truncated one has V(sₜ₊₁)."""
+    """δₜ for each of T steps (PPO Eq. 12). A terminated step has a future of 0, a truncated step one of V(sₜ₊₁)."""
     deltas = []
     for reward, value, next_value, is_terminal in zip(rewards, values, next_values, terminated, strict=True):
         future = 0.0 if is_terminal else gamma * next_value
@@ -41,7 +41,7 @@ def td_errors(rewards, values, next_values, terminated, gamma):
 
 
 def steps_to_the_end(t, done):
-    """How many steps from t to the end of its episode, or of the list if it is cut there; t itself counts."""
+    """The number of steps from t to the end of its episode, or to the end of the list. Step t itself counts."""
     for length, is_last in enumerate(done[t:], start=1):
         if is_last:
             return length
@@ -49,7 +49,7 @@ def steps_to_the_end(t, done):
 
 
 def gae_double_sum(rewards, values, next_values, terminated, done, gamma, gae_lambda):
-    """Âₜ = Σₗ (γλ)ˡ δₜ₊ₗ, the sum running to the end of t's own episode (GAE Eq. 16)."""
+    """Âₜ = Σₗ (γλ)ˡ δₜ₊ₗ, summed to the end of the episode that t belongs to (GAE Eq. 16)."""
     deltas = td_errors(rewards, values, next_values, terminated, gamma)
     advantages = []
     for t in range(len(rewards)):
@@ -59,7 +59,7 @@ def gae_double_sum(rewards, values, next_values, terminated, done, gamma, gae_la
 
 
 def n_step_advantage(t, n, rewards, values, next_values, terminated, gamma):
-    """n true rewards from step t on, then V in place of the rest, minus V(sₜ) (GAE Eq. 11–14)."""
+    """n rewards from step t on, then V for all later ones, minus V(sₜ) (GAE Eq. 11–14)."""
     collected = sum(gamma**k * rewards[t + k] for k in range(n))
     rest = 0.0 if terminated[t + n - 1] else gamma**n * next_values[t + n - 1]
     return collected + rest - values[t]
@@ -68,8 +68,8 @@ def n_step_advantage(t, n, rewards, values, next_values, terminated, gamma):
 def gae_n_step_average(rewards, values, next_values, terminated, done, gamma, gae_lambda):
     """The same Âₜ as an average of its n-step advantages: (1−λ) Σₙ λⁿ⁻¹ Âₜ⁽ⁿ⁾ (GAE Eq. 16, first line).
 
-    An episode that ends h steps on has no longer ones: the h-step advantage takes all the weight that is left, λʰ⁻¹.
-    The two forms agree because inside an episode next_values[t] is values[t + 1]: the δs of n steps telescope.
+    If the episode ends after h steps, n is at most h, and the h-step advantage gets all the remaining weight, λʰ⁻¹.
+    The two forms agree because inside an episode next_values[t] is values[t + 1], so that the δs of n steps telescope.
     """
     advantages = []
     for t in range(len(rewards)):
@@ -83,9 +83,10 @@ def gae_n_step_average(rewards, values, next_values, terminated, done, gamma, ga
 
 
 def clipped_surrogate(ratio, advantage, clip_low, clip_high):
-    """PPO Eq. 7 case by case: (objective, its derivative by the ratio). To be maximised.
+    """PPO Eq. 7 case by case: (objective to maximise, its derivative by the ratio).
 
-    Beyond the range the derivative is 0 only where the step has already gone the way the advantage asked for.
+    Outside the range the derivative is 0 only if the ratio has already moved in the direction that the advantage asks
+    for.
     """
     if advantage > 0 and ratio > 1 + clip_high:
         return (1 + clip_high) * advantage, 0.0
@@ -95,7 +96,10 @@ def clipped_surrogate(ratio, advantage, clip_low, clip_high):
 
 
 def clipped_value_loss(value, old_value, return_, clip_coef):
-    """½ max((V − R)², (clip(V, V_old ± ε) − R)²) case by case: (loss, its derivative by V). None: ½ (V − R)²."""
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²) case by case: (loss, its derivative by V).
+
+    With clip_coef=None the loss is ½ (V − R)².
+    """
     loss, slope = 0.5 * (value - return_) ** 2, value - return_
     if clip_coef is None or abs(value - old_value) <= clip_coef:
         return loss, slope
@@ -107,26 +111,26 @@ def clipped_value_loss(value, old_value, return_, clip_coef):
 def kl_estimates(logprob, old_logprob):
     """(k1, k2, k3): three estimates of KL(old‖new) from one sample of the old policy.
 
-    k1 is unbiased and can be negative; k2 is biased and never negative; k3 is unbiased and never negative.
+    k1 is unbiased and can be negative. k2 is biased and never negative. k3 is unbiased and never negative.
     """
     log_ratio = logprob - old_logprob
     return -log_ratio, 0.5 * log_ratio**2, exp(log_ratio) - 1 - log_ratio
 
 
 def mean_and_std(numbers):
-    """Mean and biased standard deviation: the division is by the count, not by the count less one."""
+    """Mean and biased standard deviation: it divides by the count, not by the count minus one."""
     mean = sum(numbers) / len(numbers)
     return mean, sqrt(sum((x - mean) ** 2 for x in numbers) / len(numbers))
 
 
 def whiten(numbers, shift_mean=True):
-    """Variance 1, and mean 0 or (shift_mean=False) the old mean kept. The 1e-8 is lm-human-preferences'."""
+    """Scale to variance 1 and mean 0; shift_mean=False keeps the mean. lm-human-preferences adds the same 1e-8."""
     mean, std = mean_and_std(numbers)
     return [(x - mean) / sqrt(std**2 + 1e-8) + (0.0 if shift_mean else mean) for x in numbers]
 
 
 def group_advantages(rewards, scale_by_std=True):
-    """(rᵢ − mean) / std of one group (DeepSeekMath §4.1.2); without the division, Dr. GRPO's. No spread: all 0."""
+    """(rᵢ − mean) / std of one group (DeepSeekMath §4.1.2); Dr. GRPO does not divide. Equal rewards give all 0."""
     if max(rewards) == min(rewards):
         return [0.0 for _ in rewards]
     mean, std = mean_and_std(rewards)
@@ -136,8 +140,8 @@ def group_advantages(rewards, scale_by_std=True):
 def process_advantages(step_rewards, step_ids):
     """One group under process supervision (DeepSeekMath §4.1.3): an advantage for each token of each output.
 
-    step_rewards[i][j] rewards step j of output i; step_ids[i][t] is the step of token t, −1 for none. All step
-    rewards of the group are normalised together; a token gets the sum over its own step and the later ones.
+    step_rewards[i][j] is the reward of step j of output i. step_ids[i][t] is the step that token t belongs to, −1 for
+    none. All step rewards of the group are normalised together. A token gets the sum over its own and the later steps.
     """
     normalised = iter(group_advantages([reward for rewards in step_rewards for reward in rewards]))
     advantages = []
@@ -148,11 +152,11 @@ def process_advantages(step_rewards, step_ids):
 
 
 def grpo_objective(logprobs, old_logprobs, ref_logprobs, advantages, clip_low, clip_high, beta, reduction, max_tokens):
-    """J of one group as nested loops (DeepSeekMath Eq. 3–4). To be maximised; a script's loss is −J.
+    """J of one group as nested loops (DeepSeekMath Eq. 3–4), to be maximised. The loss of a script is −J.
 
-    Four lists of G lists, one number for each token that the policy chose. reduction: "sequence" averages over each
-    output, then over outputs (GRPO); "token" over all tokens alike (DAPO §3.3); "constant" divides by
-    G · max_tokens whatever the lengths are (Dr. GRPO §3.2).
+    The first four arguments are lists of G lists with one number for each token that the policy chose. reduction:
+    "sequence" averages over the tokens of each output, then over the outputs (GRPO); "token" averages over all tokens
+    (DAPO §3.3); "constant" divides by G · max_tokens, whatever the lengths are (Dr. GRPO §3.2).
     """
     outputs = list(zip(logprobs, old_logprobs, ref_logprobs, advantages, strict=True))
     total = 0.0
@@ -160,7 +164,7 @@ def grpo_objective(logprobs, old_logprobs, ref_logprobs, advantages, clip_low, c
         output_total = 0.0
         for logprob, old_logprob, ref_logprob, advantage in zip(*output, strict=True):
             surrogate, _ = clipped_surrogate(exp(logprob - old_logprob), advantage, clip_low, clip_high)
-            _, _, kl = kl_estimates(ref_logprob, logprob)  # KL(policy‖reference): the policy drew the sample
+            _, _, kl = kl_estimates(ref_logprob, logprob)  # KL(policy‖reference), because the policy drew the sample
             output_total += surrogate - beta * kl
         total += output_total / len(output[0]) if reduction == "sequence" else output_total
     if reduction == "sequence":
@@ -172,8 +176,8 @@ def grpo_objective(logprobs, old_logprobs, ref_logprobs, advantages, clip_low, c
     raise ValueError(f"reduction {reduction!r} is none of sequence, token, constant")
 
 
-# Six steps of one environment: an episode cut by the time limit at t=2, one that ends in failure at t=4, and one
-# that the rollout leaves unfinished at t=5. The 7 is what a critic says of the failed state: nothing may use it.
+# Six steps of one environment. The time limit cuts an episode at t=2, another ends in failure at t=4, and the rollout
+# ends in the middle of a third at t=5. The 7 is the critic's value of the failed state: no result may depend on it.
 EXAMPLE = {
     "rewards": [1.0, 2.0, 3.0, 1.0, 2.0, 1.0],
     "values": [2.0, 4.0, 3.0, 1.0, 3.0, 2.0],
@@ -221,7 +225,7 @@ def print_tables():
 
 
 def guard_output():
-    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+    """Print "?" for letters that the terminal lacks. Run to the end when the reader has left (`| head`)."""
 
     def guarded(stream, method):
         def call(*arguments):

@@ -16,17 +16,20 @@
 # ///
 """GRPO for language models: groups of answers in place of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation, its details tagged [G1]..[G30] where each happens (docs/details.md)
+Teaches  group relative policy optimisation. Its details are tagged [G1]..[G30] where each happens (docs/details.md)
 Run      python grpo_llm.py
-Read     "Equations", then train() from step 5 to 9, then what they call (docs/4_grpo.md has a way through). What
-         belongs to --offload and --shard, AdamW8bit and fixed_step() make large models fit: they can wait
-Expect   a small transformer that has seen some worked sums answers 35 to 59% of new ones; 100 steps of GRPO later 91 to
-         96%, in 5 seeds of 5, 97 to 100% where it may take its likeliest words; under two minutes on one thread of an
-         AMD EPYC. SmolLM2-135M comes from a sixth of one-digit sums to 82 to 95% in 16 steps (benchmarks/RESULTS.md)
-Departs  from DeepSeekMath's settings by β 0 (it has 0.04: --beta), so that no reference is kept; by groups of 8 for 64;
-         by learning rate 3e-4, which suits a small model, for 1e-6; by AdamW's β₂ 0.95. One gradient step a rollout as
-         there: the ratio is 1, and clipping plays no part until --num-minibatches or --num-epochs rises. Answers of
-         groups without variance are left out of the update, not out of the averages: the same gradient, sooner
+Read     from here to the heading "Machinery": that is all of GRPO, in its plainest form, and right for any causal
+         language model of transformers. Begin with "Equations" and train(), then read what train() calls. Below the
+         heading is what makes it fast, large, distributed and restartable: you can stop there (docs/4_grpo.md)
+Expect   a small transformer first sees worked sums, until it answers 35 to 59% of new ones. After 100 steps of GRPO it
+         answers 91 to 96%, in 5 seeds of 5, and 97 to 100% with its likeliest words. The run takes less than two
+         minutes on one thread of an AMD EPYC. SmolLM2-135M goes from a sixth of one-digit sums to 82 to 95% in 16 steps
+         (benchmarks/RESULTS.md)
+Departs  from the settings of DeepSeekMath. β is 0, not 0.04 (--beta), so no reference model is kept. Groups of 8, not
+         64. Learning rate 3e-4, not 1e-6, because the default model is tiny. AdamW's β₂ is 0.95. Each rollout gets one
+         gradient step, as there: every ratio is 1, and nothing is clipped until you raise --num-minibatches or
+         --num-epochs. Groups without variance are skipped in the update but counted in its averages. That is the same
+         gradient in less time
 
     Âᵢ   = (Rᵢ − mean(R)) / std(R)  over the G answers to one question        DeepSeekMath §4.1.2, outcome supervision
     Âᵢₜ  = Σ of the normalised rewards of the steps that end at t or later     DeepSeekMath §4.1.3, process supervision
@@ -34,15 +37,15 @@ Departs  from DeepSeekMath's settings by β 0 (it has 0.04: --beta), so that no 
     k3ᵢₜ = π_ref/π − ln(π_ref/π) − 1                                          DeepSeekMath Eq. 4
     L    = −1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Âᵢₜ) − β k3ᵢₜ }      DeepSeekMath Eq. 3
 
-Which knobs make which algorithm (each a flag, in any combination):
+Which flags make which algorithm. Any combination works:
 
-    GRPO       the defaults' --reduction sequence, --scale-by-std, --clip-low 0.2 --clip-high 0.2, --beta above 0
+    GRPO       --reduction sequence --scale-by-std --clip-low 0.2 --clip-high 0.2, the defaults, and --beta above 0
     DAPO       --reduction token --clip-high 0.28 --dynamic-sampling 4 --truncated mask, --beta 0
     Dr. GRPO   --reduction constant --no-scale-by-std, --beta 0
     GSPO       --importance sequence --clip-low 3e-4 --clip-high 4e-4, --beta 0
 
-Shapes   P prompts, G completions of each, B = P·G sequences, T tokens of a completion at most. (B, T) over completion
-         tokens: mask 1 up to and with the first EOS, 0 after it. A group is G consecutive rows.
+Shapes   P prompts, G completions of each, B = P·G sequences, at most T tokens in a completion. (B, T) are completion
+         tokens. Their mask is 1 up to the first EOS, which is included, and 0 after it. A group is G consecutive rows.
 """
 
 import ast
@@ -70,184 +73,112 @@ from fractions import Fraction
 from functools import cache, lru_cache, partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
+PositiveFloat = Annotated[float, "must be above 0", lambda x: x > 0]
+NonNegativeInt = Annotated[int, "must not be negative", lambda x: x >= 0]
+NonNegativeFloat = Annotated[float, "must not be negative", lambda x: x >= 0]
+
 
 @dataclass(frozen=True)
 class Args:
     # the task
-    task: Literal["arithmetic", "countdown", "gsm8k", "jsonl"] = "arithmetic"  # what is asked
-    data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
-    terms: int = 5  # numbers in a problem of arithmetic or countdown
-    max_term: int = 9  # the largest of them
-    operators: str = "+"  # of arithmetic: "+" or "+-"
-    instruction: str | None = None  # for --model: what it is told, {} is the problem; default INSTRUCTIONS[task]
-    num_problems: int = 20_000  # problems that are generated, or drawn at random from the file at most
-    seed: int = 1  # of weights, problems and samples
-    # the model
-    model: str | None = None  # Hub id or directory of a causal language model; default a small one, warm-started here
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 needs --optimizer adamw8bit
-    lora_rank: int = 0  # train adapters of this rank; the reference is the model as the run began, at no cost
-    quantize: Literal["none", "int8", "nf4"] = "none"  # with --lora-rank: keep the frozen weights in 8 or 4 bits
-    save_merged: bool = False  # with --lora-rank: write the model with the adapter merged into it too, as merged
-    warm_start: float = 0.33  # without --model: share of right answers until which it sees worked solutions
-    warm_start_steps: int = 2000  # supervised steps on them at most
-    warm_start_batch_size: int = 32  # solutions in each
-    warm_start_learning_rate: float = 3e-3  # AdamW's, in those steps
+    task: Literal["arithmetic", "countdown", "gsm8k", "jsonl"] = "arithmetic"  # questions; the last two need --model
+    terms: PositiveInt = 5  # numbers in a problem of arithmetic or countdown
+    max_term: PositiveInt = 9  # the largest number that such a problem may have
+    operators: str = "+"  # signs in a problem of arithmetic: "+" or "+-"
+    num_problems: PositiveInt = 20_000  # problems to generate, or the most to draw at random from a file
+    seed: NonNegativeInt = 1  # seed of weights, problems and samples
     # the algorithm
-    algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
-    supervision: Literal["outcome", "process"] = "outcome"  # one reward an answer, or one for each written step
-    steps: int = 100  # rollouts
-    prompts_per_step: int = 32  # P, over all processes
+    steps: PositiveInt = 100  # rollouts: each samples answers, then learns from them
+    prompts_per_step: PositiveInt = 32  # P, prompts in a rollout, over all processes
     group_size: int = 8  # G, completions of each prompt
-    max_tokens: int = 40  # T, tokens of a completion at most
-    temperature: float = 1.0  # of the sampling, and of every log-probability in training
-    num_epochs: int = 1  # μ, passes over each rollout
-    num_minibatches: int = 1  # gradient steps in each
-    clip_low: float = 0.2  # ε_low: the ratio's gradient ends below 1 − ε_low
-    clip_high: float = 0.2  # ε_high: and above 1 + ε_high
-    beta: float = 0.0  # β, weight of the KL to the reference in the loss; 0 keeps no reference
-    scale_by_std: bool = True  # divide by the group's standard deviation
+    max_tokens: PositiveInt = 40  # T, the most tokens of a completion
+    temperature: PositiveFloat = 1.0  # temperature of the sampling, and of every log-probability in training
+    num_epochs: PositiveInt = 1  # μ, passes over each rollout
+    num_minibatches: PositiveInt = 1  # gradient steps in each pass
+    clip_low: NonNegativeFloat = 0.2  # ε_low: below a ratio of 1 − ε_low a bad answer has no gradient
+    clip_high: PositiveFloat = 0.2  # ε_high: above a ratio of 1 + ε_high a good answer has no gradient
+    beta: NonNegativeFloat = 0.0  # β, weight of the KL to the reference in the loss; with 0 no reference is kept
+    scale_by_std: bool = True  # divide advantages by the standard deviation of the group
     reduction: Literal["sequence", "token", "constant"] = "sequence"  # what the token losses are averaged over
-    importance: Literal["token", "sequence"] = "token"  # a ratio for each token, or one for the sequence (GSPO)
-    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: the trainer's arithmetic or the sampler's
-    reference_every: int = 0  # steps after which the reference becomes the policy (iterative GRPO); 0: never
-    dynamic_sampling: int = 0  # further rounds of prompts, at most, to replace groups without variance (DAPO)
-    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: kept, left out, or paid less
-    truncation_penalty: float = 1.0  # with --truncated penalise: taken from their reward
-    # the rewards, which add up; that of the verifier has weight 1
-    format_weight: float = 0.0  # reward of a completion that matches --format-pattern
-    format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression for all of it
-    length_weight: float = 0.0  # taken from the reward of a completion of T tokens, in proportion from shorter ones
-    reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, e.g. stage 3's reward
-    reward_model_weight: float = 1.0  # of its score
-    reward_model_steps: int = 0  # its gradient steps at each refresh of the reference, a tenth of them replay
-    reward_model_learning_rate: float = 1e-5  # AdamW's, in those steps
     # the update
-    learning_rate: float = 3e-4  # of the small model; about 1e-6 to 1e-5 for a trained one
-    warmup_steps: int = 0  # rollouts over which the learning rate rises to its value
-    anneal_lr: bool = True  # after them, the learning rate falls to 0 over the rest of the run
-    weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # global norm that the gradient is cut to
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or 2 bytes of state a parameter
-    micro_batch_tokens: int = 0  # tokens in one forward pass of training, the same gradient; 0: 2048, on a GPU 8192
-    fast: bool = True  # shared-prompt cache and packed rows, where they are right for the model; else the plain path
-    logprob_tokens: int = 1024  # tokens whose logits exist at once
-    offload: bool = False  # gradients, 8-bit state and reference in host memory; the device holds the weights alone
-    shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
-    gradient_checkpointing: bool = False  # keep a layer's input alone, compute the rest again: less memory, more time
-    generate_rows: int = 2048  # sequences that are sampled at once
-    cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
+    learning_rate: PositiveFloat = 3e-4  # AdamW's; about 1e-6 to 1e-5 for a model that is already trained
+    warmup_steps: NonNegativeInt = 0  # rollouts over which the learning rate rises to its value
+    anneal_lr: bool = True  # after the warm-up, let the learning rate fall to 0 until the end of the run
+    weight_decay: NonNegativeFloat = 0.0  # AdamW's
+    max_grad_norm: PositiveFloat = 1.0  # the largest global norm of the gradient; a larger gradient is scaled down
+    # the warm start, without --model
+    warm_start: PositiveFloat = 0.33  # stop the supervised steps when this share of answers is right
+    warm_start_steps: PositiveInt = 2000  # the most supervised steps on worked solutions
+    warm_start_batch_size: PositiveInt = 32  # solutions in each of these steps
+    warm_start_learning_rate: PositiveFloat = 3e-3  # AdamW's in these steps
     # evaluation
-    eval_every: int = 25  # steps between two evaluations on held-out problems; 0: before and after only
-    eval_problems: int = 256  # held-out problems
-    eval_samples: int = 16  # samples of each, n
-    eval_k: int = 8  # k of pass@k and maj@k
+    eval_every: NonNegativeInt = 25  # steps between two evaluations on held-out problems; 0: before and after only
+    eval_problems: PositiveInt = 256  # held-out problems
+    eval_samples: PositiveInt = 16  # n, samples of each held-out problem
+    eval_k: PositiveInt = 8  # k of pass@k and maj@k
     # the run
     device: str = "cpu"  # cpu, cuda, cuda:1 …
-    torch_threads: int = 1  # CPU threads of torch
+    torch_threads: PositiveInt = 1  # CPU threads of torch
     run_dir: str | None = None  # where everything is written; default runs/<task>__<script>__<seed>__<time>
-    checkpoint_every: int = 25  # steps between two checkpoints; 0: at the end only
-    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    checkpoint_every: NonNegativeInt = 25  # steps between two checkpoints; 0: at the end only
+    resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "grpo-llm"  # its project there
+    wandb_project: str = "grpo-llm"  # project there
+    # your own model and data
+    model: str | None = None  # Hub id or directory of a causal language model; default a small one, trained here
+    data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
+    instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of the weights; bfloat16 needs --optimizer adamw8bit
+    lora_rank: NonNegativeInt = 0  # train LoRA adapters of this rank; the reference then costs no memory
+    quantize: Literal["none", "int8", "nf4"] = "none"  # with --lora-rank: keep the frozen weights in 8 or 4 bits
+    save_merged: bool = False  # with --lora-rank: also write the model with the adapter merged into it, as merged
+    # other algorithms
+    algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
+    supervision: Literal["outcome", "process"] = "outcome"  # one reward for an answer, or one for each of its steps
+    importance: Literal["token", "sequence"] = "token"  # one ratio for each token, or one for the sequence (GSPO)
+    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: computed by the trainer or by the sampler
+    dynamic_sampling: NonNegativeInt = 0  # the most further rounds of prompts to replace groups without variance (DAPO)
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: keep, leave out, or pay less
+    truncation_penalty: NonNegativeFloat = 1.0  # with --truncated penalise: subtracted from their reward
+    reference_every: NonNegativeInt = 0  # steps after which the policy becomes the reference (iterative GRPO); 0: never
+    # further rewards; all are added up, and the verifier's has weight 1
+    format_weight: NonNegativeFloat = 0.0  # reward of a completion that matches --format-pattern
+    format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression that the whole completion must match
+    length_weight: NonNegativeFloat = 0.0  # subtracted for a completion of T tokens; for a shorter one in proportion
+    reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, e.g. stage 3's reward
+    reward_model_weight: float = 1.0  # weight of its score
+    reward_model_steps: NonNegativeInt = 0  # gradient steps of R_φ at each --reference-every; a tenth is replay
+    reward_model_learning_rate: NonNegativeFloat = 1e-5  # AdamW's in these steps
+    # speed and memory
+    fast: bool = True  # shared-prompt cache and packed rows, if they are right for the model; else the plain path
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or one with 2 bytes of state a parameter
+    micro_batch_tokens: NonNegativeInt = 0  # tokens in one training pass, same gradient; 0: 2048, on a GPU 8192
+    logprob_tokens: PositiveInt = 1024  # tokens whose logits exist at the same time
+    generate_rows: PositiveInt = 2048  # sequences that are sampled at the same time
+    cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
+    gradient_checkpointing: bool = False  # keep only the input of each layer and compute the rest again
+    offload: bool = False  # gradients, 8-bit state and reference in host memory; only the weights stay on the device
+    shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
 
     def __post_init__(self):
-        positive = (
-            "terms max_term num_problems warm_start warm_start_steps warm_start_batch_size warm_start_learning_rate "
-            "steps prompts_per_step max_tokens temperature num_epochs num_minibatches clip_high learning_rate "
-            "max_grad_norm logprob_tokens generate_rows eval_problems eval_samples "
-            "eval_k torch_threads"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        from_zero = (
-            "seed lora_rank clip_low beta reference_every dynamic_sampling truncation_penalty format_weight "
-            "length_weight reward_model_steps reward_model_learning_rate warmup_steps weight_decay micro_batch_tokens "
-            "eval_every checkpoint_every"
-        )
-        for name in from_zero.split():
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be 2 or more, or every advantage is 0, got {self.group_size}")
-        if self.prompts_per_step < self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches {self.num_minibatches} must not exceed prompts_per_step {self.prompts_per_step}"
-            )
-        if self.eval_k > self.eval_samples:
-            raise ValueError(f"eval_k {self.eval_k} must not exceed eval_samples {self.eval_samples}")
-        if self.operators not in ("+", "+-"):
-            raise ValueError(f"operators must be + or +-, got {self.operators!r}")
-        if self.dtype == "bfloat16" and self.optimizer == "adamw" and not self.lora_rank:
-            raise ValueError(
-                "dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began"
-            )
-        if self.quantize != "none" and not self.lora_rank:
-            raise ValueError(
-                f"quantize {self.quantize} freezes the weights, and lora_rank 0 adds none that could learn"
-            )
-        if self.save_merged and not self.lora_rank:
-            raise ValueError("save_merged merges the adapter of lora_rank, got 0")
-        if self.offload and self.optimizer != "adamw8bit":
-            raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {self.optimizer}")
-        if self.shard and (self.optimizer != "adamw8bit" or self.offload or self.lora_rank):
-            raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
-        if self.task in ("gsm8k", "jsonl") and self.model is None:
-            raise ValueError(f"task {self.task} needs a model that can read, got none")
-        if self.data and self.task not in ("gsm8k", "jsonl"):
-            raise ValueError(f"data is read for task gsm8k and jsonl; task {self.task} writes its own problems")
-        if self.instruction is not None and "{}" not in self.instruction:
-            raise ValueError(f"instruction needs {{}} where the problem is to stand, got {self.instruction!r}")
-        if self.task == "jsonl" and self.data is None:
-            raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
-        if self.supervision == "process" and (self.algorithm != "grpo" or not self.scale_by_std):
-            raise ValueError(
-                f"supervision process is GRPO's own: algorithm {self.algorithm} and scale_by_std {self.scale_by_std} "
-                "must be grpo and True"
-            )
-        if self.supervision == "process" and self.task in ("countdown", "jsonl"):
-            raise ValueError(
-                f"supervision process needs the values of a solution's steps, which task {self.task} does not have"
-            )
-        for_all_of_it = self.format_weight, self.length_weight, self.reward_model, self.truncated == "penalise"
-        if self.supervision == "process" and any(for_all_of_it):
-            raise ValueError(
-                "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
-                "penalise, which judge a whole completion, would do nothing"
-            )
-        if self.reference_every and not (self.beta or self.reward_model_steps):
-            raise ValueError(
-                f"reference_every {self.reference_every} refreshes nothing: beta and reward_model_steps are 0"
-            )
-        if self.reward_model_steps and not (self.reward_model and self.reference_every):
-            raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
-        if self.lora_rank and self.reference_every:
-            raise ValueError(
-                "lora_rank keeps the model without the adapter as the reference: reference_every must be 0"
-            )
-        if "" in (self.model, self.data, self.resume, self.run_dir, self.reward_model):
-            raise ValueError("model, data, resume, run_dir and reward_model need a name or a path, got an empty one")
-        if self.resume and self.run_dir:
-            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
-        try:
-            re.compile(self.format_pattern)
-        except re.error as error:
-            raise ValueError(f"format_pattern {self.format_pattern!r} is no regular expression: {error}") from None
+        check_bounds(self)
+        check_settings(self)
 
     @property
     def updates(self):
-        """Gradient steps for each rollout; with one, π_old is π and every ratio is exactly 1."""
+        """Gradient steps for each rollout. With one step π_old is π, and every ratio is exactly 1."""
         return self.num_epochs * self.num_minibatches
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+    """A mistake that the user can fix. main() prints its message, one sentence, and exits with status 2."""
 
 
 # ---- Equations ----
@@ -256,8 +187,8 @@ class InputError(ValueError):
 def group_advantages(rewards, group_size, scale_by_std=True):
     """(Rᵢ − mean) / std within each group [G2] (DeepSeekMath §4.1.2). rewards (B,), groups consecutive → (B,).
 
-    The standard deviation is the paper's, over G (biased). scale_by_std=False is Dr. GRPO's. A group whose rewards are
-    all equal gives exactly 0, not 0/0. Raises ValueError where the rewards are no whole groups of 1 or more.
+    The standard deviation is the paper's: the mean over G, not G − 1. scale_by_std=False is Dr. GRPO. A group whose
+    rewards are all equal gives exactly 0, not 0/0. Raises ValueError if the rewards do not make whole groups.
     """
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are no whole groups of {group_size}")
@@ -270,10 +201,10 @@ def group_advantages(rewards, group_size, scale_by_std=True):
 
 
 def process_advantages(step_rewards, step_ids, group_size):
-    """Σ of the normalised rewards of a token's own step and the later ones [G3] (DeepSeekMath §4.1.3) → (B, T).
+    """Σ of the normalised rewards of a token's own step and of later steps [G3] (DeepSeekMath §4.1.3) → (B, T).
 
-    step_rewards: B lists of floats; step_ids (B, T): the step of each token, −1 for none, which gets 0. All step
-    rewards of a group are normalised together, in float64. Raises ValueError where B is no whole groups of 1 or more.
+    step_rewards: B lists of floats. step_ids (B, T): the step of each token; −1 is no step and gets 0. All step rewards
+    of a group are normalised together, in float64. Raises ValueError if the B sequences do not make whole groups.
     """
     if group_size < 1 or len(step_rewards) % group_size:
         raise ValueError(f"{len(step_rewards)} sequences are no whole groups of {group_size}")
@@ -305,7 +236,7 @@ def kl_k3(logprob, ref_logprob):
 def grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, clip_low, clip_high, beta):
     """−min(ρ Â, clip(ρ, 1−ε_low, 1+ε_high) Â) + β k3 for each token [G4] (DeepSeekMath Eq. 3).
 
-    logprob, old_logprob, ref_logprob (B, T), advantage (B,) or (B, T) → (B, T). ref_logprob=None when beta is 0.
+    logprob, old_logprob, ref_logprob (B, T), advantage (B,) or (B, T) → (B, T). ref_logprob is None if beta is 0.
     """
     advantage = advantage.unsqueeze(-1) if advantage.dim() < logprob.dim() else advantage
     ratio = (logprob - old_logprob).exp()
@@ -314,13 +245,13 @@ def grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, clip_low, clip
 
 
 def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens):
-    """Token losses (B, T) to the scalar to minimise [G7].
+    """Token losses (B, T) → the scalar to minimise [G7].
 
-    "sequence"  a mean over each sequence, then over sequences            GRPO, DeepSeekMath Eq. 3
-    "token"     a mean over all tokens                                    DAPO Eq. 8
-    "constant"  a sum over sequences · max_tokens, whatever their length  Dr. GRPO §3.2
+    "sequence"  the mean over each sequence, then over sequences               GRPO, DeepSeekMath Eq. 3
+    "token"     the mean over all tokens                                       DAPO Eq. 8
+    "constant"  the sum, divided by sequences · max_tokens, whatever the length  Dr. GRPO §3.2
 
-    The totals are those of the whole optimiser step, so that the losses of micro-batches add up to its loss.
+    The totals are those of the whole optimizer step, so the losses of its micro-batches add up to its loss.
     """
     mask = mask.bool()
     loss = torch.where(mask, loss, 0.0)
@@ -334,40 +265,41 @@ def reduce_loss(loss, mask, reduction, total_tokens, total_sequences, max_tokens
 
 
 def sequence_logprob(logprob, old_logprob, mask):
-    """ln π_old + mean over the sequence of ln π/π_old, (B, T) [G15]: every token's ratio is GSPO's (Eq. 7) then."""
+    """ln π_old + the mean of ln π/π_old over the sequence, (B, T) [G15]: each token then has GSPO's ratio (Eq. 7)."""
     mask = mask.bool()
     log_ratio = torch.where(mask, logprob - old_logprob, 0.0)
     return old_logprob + log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def pass_at_k(num_samples, num_right, k):
-    """Chance that one of k samples is right, unbiased from n of which c were [G21] (Chen et al. 2021, Eq. 1)."""
+    """Chance that at least one of k samples is right: an unbiased estimate [G21] (Chen et al. 2021, Eq. 1)."""
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def majority_at_k(answers, right, k):
+    """maj@k [G21] (Wang et al. 2023): split the answers into ballots of k; in each the most frequent answer wins, and
+    None is no vote. Returns the share of ballots that a right answer wins."""
+    starts, won = range(0, len(answers) - k + 1, k), 0
+    for start in starts:
+        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
+        won += bool(votes) and right[answers.index(votes.most_common(1)[0][0], start)]
+    return won / len(starts)
 
 
 # ---- Problems and rewards ----
 
 
 class Problem(NamedTuple):
-    prompt: str  # of a chat, its messages in one text
-    answer: str  # a number, a text or a formula (is_right), or for countdown the target
-    values: tuple = ()  # what a right solution's steps come to, for process supervision
-    solution: str = ""  # worked out, for the warm start
-    numbers: tuple = ()  # countdown's
-    messages: tuple = ()  # of a chat: {"role", "content"} each, as the file has them
-
-
-INSTRUCTIONS = {
-    "arithmetic": "What is {}?",
-    "countdown": "{}\nUse each of the numbers once, with + - * / and parentheses, to reach the target. "
-    "Write the expression alone on the last line.",
-    "gsm8k": "{}\nThink step by step, a step a line, and end with #### and the answer, a number.",
-    "jsonl": "{}",
-}
+    prompt: str  # the question; the messages of a chat as one text
+    answer: str  # a number, a text or a formula; the target of a countdown
+    values: tuple = ()  # the result of each step of a right solution, for process supervision
+    solution: str = ""  # a worked solution, for the warm start
+    numbers: tuple = ()  # the numbers of a countdown
+    messages: tuple = ()  # the messages of a chat, {"role", "content"} each
 
 
 def write_sum(rng, args):
-    """12+34-56 → the lines 12+34=46, 46-56=-10 and #-10."""
+    """A random problem such as 12+34-56. Its solution is the lines 12+34=46, 46-56=-10 and #-10."""
     total = rng.randint(0, args.max_term)
     prompt, lines, values = str(total), [], []
     for _ in range(args.terms - 1):
@@ -380,43 +312,21 @@ def write_sum(rng, args):
 
 
 def load_problems(args):
-    """(to learn from, held out): generated, or read from a file or the Hub. No held-out prompt is among the others."""
-    if args.task in ("arithmetic", "countdown"):
+    """(problems to learn from, held-out problems). No held-out prompt is learned from."""
+    if args.task == "arithmetic":
         rng = random.Random(args.seed)
-        write = write_sum if args.task == "arithmetic" else write_countdown
-        problems = [write(rng, args) for _ in range(args.num_problems)]
+        found = [write_sum(rng, args) for _ in range(args.num_problems)]
     else:
-        problems = []
-        for where, row in read_rows(args):
-            try:
-                problems.append(read_problem(args, row))
-                check_answer(problems[-1])
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
-        random.Random(args.seed).shuffle(problems)  # a file may be sorted: its first rows would be an unlike test set
-    num_read = len(problems)
-    drawn = problems[: args.num_problems]
+        found = load_other_task(args)
+    drawn = found[: args.num_problems]
     problems = list({problem.prompt: problem for problem in drawn}.values())  # each prompt once
     held_out = min(args.eval_problems, len(problems) // 2)
-    if len(problems) - held_out < args.prompts_per_step or not held_out:
-        raise InputError(
-            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside the "
-            f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
-        )
-    left_out = {
-        f"are left out by --num-problems {args.num_problems}": num_read - len(drawn),
-        "are left out because another has the same prompt": len(drawn) - len(problems),
-        "of these have another answer than it": len({(x.prompt, x.answer) for x in drawn}) - len(problems),
-    }
-    say(f"problems    {len(problems) - held_out:,} to learn from, {held_out:,} held out")
-    for why, count in left_out.items():
-        if count:
-            say(f"            {count:,} {why}")
+    check_problems(args, found, drawn, problems, held_out)
     return problems[held_out:], problems[:held_out]
 
 
 def problems_from(problems, positions, seed):
-    """Those at some positions of an endless stream that shuffles the problems anew each epoch."""
+    """The problems at these positions of an endless stream. Each epoch of the stream has an order of its own."""
     chosen, orders = [], {}
     for position in positions:
         epoch, index = divmod(position, len(problems))
@@ -427,48 +337,24 @@ def problems_from(problems, positions, seed):
 
 
 def seeded(*names):
-    """A generator for each use: what it draws depends on its names alone, not on the process, nor on a resume."""
+    """A random generator. What it draws depends on these names alone, so a resumed run draws the same."""
     return torch.Generator().manual_seed(zlib.crc32(repr(names).encode()))
 
 
-def last_number(text):
-    """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
-    match = None
-    for match in NUMBER.finditer(ending(slashed(ending(text)))):  # noqa: B007
-        pass
-    return value_of(match) if match else None
-
-
 def is_right(problem, completion):
-    """Does the completion answer as the problem wants [G20]? The wanted answer says what is compared:
-
-    A number (18, 1,000, 1/2, 1e3, −5, $18, 50%): its exact value with the last number of the completion. What follows a
-    number is its unit and is set aside, % too: 50% is 50, and not 0.5.
-    Anything else: its text with the last line of the completion, as it is or without a lead-in ("The answer is"). They
-    must be equal, but for case, outer punctuation, dollars, \\text{} and the way in which a number is written. Nothing
-    is searched inside a sentence. An answer of several lines is compared with the whole completion.
-    Mathematics (x^2+1, (2,3), \\sqrt{2}: is_mathematics), if its text differs: by math-verify with the last formula
-    between dollars in the last line, or with all of that line.
-    Where a completion has a \\boxed{}, only what stands in the last one is read.
-    """
-    given, value = final_answer(problem, completion), wanted_number(problem)
-    if given is None or value is not None:
-        return given is not None and given == value
-    wanted, line = unboxed(problem.answer), last_line(completion)
-    if key(bare(wanted)) in (given, key(bare(line))) or ("\n" in wanted and key(bare(wanted)) == key(bare(completion))):
-        return True
-    if not is_mathematics(wanted):
-        return False
-    formulas = re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", line)
-    line = "".join(formulas[-1]) if formulas else without_lead_in(line)
-    return same_mathematics(as_latex(wanted), as_latex(line))
+    """Is the completion's answer right [G20]? A number, such as a sum's, is compared by its exact value with the last
+    number of the completion. Other answers are texts or formulas: is_right_text()."""
+    given, wanted = final_answer(problem, completion), wanted_number(problem)
+    if given is None or wanted is not None:
+        return given is not None and given == wanted
+    return is_right_text(problem, completion, given)
 
 
 def step_rewards_of(problem, completion):
-    """(rewards of the completion's steps, step of each line). A step is a line that is not blank.
+    """(reward of each step, step of each line) of a completion. Each line that is not blank is a step.
 
-    It is worth 1 if its value, the line's last number, is one that a right solution comes to and that no earlier line
-    had: that its own arithmetic is consistent says nothing, and a line written twice is worth nothing [G20].
+    The value of a step is its last number. The reward is 1 if a step of a right solution has this value and no earlier
+    line of the completion had it, else 0 [G20]: a repeated line earns nothing, and neither does 1+1=2 just anywhere.
     """
     wanted = Counter(as_number(value) for value in problem.values)
     rewards, step_of_line = [], []
@@ -482,7 +368,7 @@ def step_rewards_of(problem, completion):
 
 
 def reward_parts(args, problem, completion, num_tokens, is_truncated):
-    """The rewards of a completion, by name; they add up. YOUR OWN TASK: write its reward here, as a line more."""
+    """The rewards of a completion, by name. They are added up. YOUR OWN TASK: add a line with its reward here."""
     parts = {"verifier": float(is_right(problem, completion))}
     if args.format_weight:
         parts["format"] = args.format_weight * bool(re.fullmatch(args.format_pattern, completion))
@@ -495,31 +381,21 @@ def reward_parts(args, problem, completion, num_tokens, is_truncated):
 
 class Rating(NamedTuple):
     rewards: torch.Tensor  # (G,)
-    parts: dict  # name: (G,), which add up to them
-    is_truncated: torch.Tensor  # (G,) no EOS within max_tokens
-    step_rewards: list  # G lists
+    parts: dict  # name → (G,); their sum is rewards
+    is_truncated: torch.Tensor  # (G,) whether there is no EOS within max_tokens
+    step_rewards: list  # G lists of floats
     step_ids: torch.Tensor  # (G, T) step of each token, −1 for none
 
 
 def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
-    """What a group's completions earned, whole and step by step; step is named where a reward is no finite number."""
+    """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
     is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
     columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
-    rows = [reward_parts(args, group.problem, *column) for column in columns]
-    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
-        found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
-        raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
-    parts = {name: [row[name] for row in rows] for name in rows[0]}
+    parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
     if reward_model:
-        scores = score_texts(*reward_model, answers_of(args, group, is_truncated))
+        scores = reward_model.score(answers_of(args, group, is_truncated))
         parts["model"] = (args.reward_model_weight * scores).tolist()
-    for name, rewards in parts.items():
-        for reward, text in zip(rewards, group.texts):
-            if not is_finite_number(reward):
-                raise InputError(
-                    f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
-                    f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
-                )
+    check_rewards(parts, group, step)
     parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
     step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
     step_ids = step_ids_of(tokenizer, group, step_of_line)
@@ -527,26 +403,26 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
 
 
 def has_variance(args, rating):
-    """Whether a group's rewards differ; where they do not, its advantages are all 0 and it teaches nothing [G10]."""
+    """Do the rewards of a group differ? If not, its advantages are all 0 and it teaches nothing [G10]."""
     if args.supervision == "process":
         return len({reward for rewards in rating.step_rewards for reward in rewards}) > 1
     return len(set(rating.rewards.tolist())) > 1
 
 
 def advantages_of(args, rewards):
-    """(B,) advantages from (B,) rewards. The baselines keep GRPO's loss: at ρ = 1 it has the policy gradient."""
-    if args.algorithm == "reinforce":  # the mean over everything as the baseline (Williams 1992)
+    """Rewards (B,) → advantages (B,). Older algorithms keep GRPO's loss, whose gradient at ρ = 1 is the policy's."""
+    if args.algorithm == "reinforce":  # baseline: the mean of all rewards (Williams 1992)
         total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
         return rewards - total / count
-    if args.algorithm == "rloo":  # the mean of the other G − 1 answers (Kool et al. 2019; Ahmadian et al. 2024)
+    if args.algorithm == "rloo":  # baseline: the mean of the other G − 1 (Kool et al. 2019; Ahmadian et al. 2024)
         return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
-    if args.algorithm == "rft":  # imitate the right answers, nothing else (DeepSeekMath §5.2.1)
+    if args.algorithm == "rft":  # imitate the right answers (DeepSeekMath §5.2.1)
         return (rewards > 0).float()
     return group_advantages(rewards, args.group_size, args.scale_by_std)
 
 
 def step_ids_of(tokenizer, group, step_of_line):
-    """(G, T) step of each token: that of the line it stands in; a newline belongs to the line that it ends."""
+    """(G, T): the step of each token is that of its line. A newline belongs to the line that it ends."""
     ids = torch.full(group.tokens.shape, -1)
     for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
         line = 0
@@ -560,7 +436,7 @@ def step_ids_of(tokenizer, group, step_of_line):
 
 
 def new_tokenizer():
-    """A token a character, enough for arithmetic; padding is no EOS."""
+    """One token for each character of arithmetic. Padding and EOS are two different tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -578,7 +454,7 @@ def new_tokenizer():
 
 
 def new_model(tokenizer):
-    """A transformer like Qwen3 of 0.4M parameters and random weights: the code path is that of the large ones."""
+    """A Qwen3 of 0.4M parameters with random weights. Large models take the same path through the code."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -598,24 +474,11 @@ def new_model(tokenizer):
 
 
 def load_model(args, name, is_compared=True):
-    """(language model, tokenizer, EOS ids) of a Hub id or a directory, fit to be trained here or refused.
+    """(language model, tokenizer, EOS ids) of a Hub id or a directory, ready to be trained, or refused in one sentence.
 
-    A saved adapter is merged into the model that it was trained on; with --lora-rank that model comes without it, and
-    add_adapter() puts it on.
+    is_compared: find out whether the fast path is right for this model (Machinery), and keep the answer with it.
     """
-    base = base_of_adapter(name)
-    try:
-        model = from_disk("AutoModelForCausalLM", base or name, dtype=getattr(torch, args.dtype))
-    except InputError as error:
-        raise InputError(f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error) from error
-    try:
-        tokenizer = from_disk("AutoTokenizer", name)
-    except InputError:
-        if base is None:
-            raise
-        tokenizer = from_disk("AutoTokenizer", base)
-    if base and not args.lora_rank:
-        model = with_adapter(model, name).merge_and_unload().requires_grad_(True)
+    model, tokenizer = read_model(args, name)
     eos_ids = model.generation_config.eos_token_id  # [G9] one, several or none; chat models often have two
     eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
     if tokenizer.eos_token_id is not None:
@@ -631,7 +494,7 @@ def load_model(args, name, is_compared=True):
 
 
 def without_dropout(model):
-    """No dropout and no jitter, in modules and configs [G14]: with it, the ratio would compare two networks."""
+    """Turn off dropout and jitter, in modules and configs [G14]: else the ratio compares two different networks."""
     modules = list(model.modules())
     for owner in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
         if isinstance(owner, torch.nn.modules.dropout._DropoutNd):
@@ -649,18 +512,18 @@ class Group(NamedTuple):
     problem: Problem
     prompt: list  # its tokens
     tokens: torch.Tensor  # (G, T)
-    logprobs: torch.Tensor  # (G, T) as the sampler saw them
-    mask: torch.Tensor  # (G, T) 1 up to and with the first EOS
+    logprobs: torch.Tensor  # (G, T) computed by the sampler
+    mask: torch.Tensor  # (G, T) 1 up to the first EOS, which is included
     texts: list  # G completions
 
 
 def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, temperature, names):
-    """A group for each problem, at most generate_rows sequences at once. names: what seeds the noise of each."""
+    """Sample a group for each problem, generate_rows sequences at a time. names: the seed of each problem's noise."""
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
     at_once, groups = max(args.generate_rows // group_size, 1), []
-    pad_id = 0  # it is read nowhere; the tokenizer's own may lie outside the embedding
-    with whole(model):
+    pad_id = 0  # it is never read, and the tokenizer's own may lie outside the embedding
+    with whole(model):  # under --shard the weights are gathered once
         for start in range(0, len(prompts), at_once):
             part = slice(start, start + at_once)
             rows = noise[part].flatten(0, 1)
@@ -674,7 +537,7 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
 
 
 def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
-    """G completions of each prompt, as plain_sample() or generate() say, by the path that is taken for this model."""
+    """G completions of each prompt by plain_sample(), or by its fast equal generate() if it is right for the model."""
     settings = noise.to(args.device), temperature, eos_ids, pad_id
     if not is_fast(args, model):
         return plain_sample(model, prompts, *settings)
@@ -683,9 +546,10 @@ def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
 
 
 def sample_token(logits, noise, temperature):
-    """One token a row of logits (B, V) by noise (B,) uniform in [0, 1), and its log-probability. Temperature 0: greedy.
+    """For each row of logits (B, V) one token and its log-probability. noise (B,) is uniform in [0, 1); the token is
+    where the cumulative distribution exceeds it. Temperature 0 takes the likeliest token.
 
-    By the cumulative sum: torch.multinomial over a vocabulary of 49k takes many times as long on a CPU.
+    On a CPU torch.multinomial takes many times as long with a vocabulary of 49k.
     """
     logits = logits.float()
     if temperature == 0:
@@ -700,17 +564,18 @@ def sample_token(logits, noise, temperature):
 
 @torch.no_grad()
 def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
-    """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
+    """G completions of each prompt: tokens, log-probabilities, mask, each (B, T). noise (B, T) is uniform in [0, 1).
 
-    prompts: P token lists; B = P·G and G consecutive rows belong to a prompt [G1]. From the whole distribution at the
-    temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9].
+    prompts: P token lists; B = P·G, and the completions of a prompt are G consecutive rows [G1]. Tokens come from the
+    whole distribution at the temperature, without top-k or top-p. The mask ends with the first EOS, included [G9].
     """
     (B, T), device = noise.shape, noise.device
     prompts = [prompt for prompt in prompts for _ in range(B // len(prompts))]
-    Q = max(map(len, prompts))  # padding stands on the left, so that all prompts end in the same column
+    Q = max(map(len, prompts))  # padding is on the left, so all prompts end in the same column
     ids = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (Q - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    eos, going, cache = torch.tensor(eos_ids, device=device), torch.ones_like(ids[:, 0]).bool(), None
+    eos, cache = torch.tensor(eos_ids, device=device), None
+    going = torch.ones_like(ids[:, 0]).bool()  # (B,) which sequences have no EOS yet
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros_like(tokens)
     for t in range(T):
@@ -734,7 +599,7 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
 
 
 def policy_logprobs(args, model, prompts, tokens, mask):
-    """(B, T) log-probabilities of completions with gradient, 0 off the mask, as train() makes them."""
+    """(B, T) log-probabilities of completions with gradient, 0 off the mask, computed as train() computes them."""
     lengths = {i: length for i, length in enumerate(lengths_of(mask)) if length}
     logprobs = torch.zeros(mask.shape, device=args.device)
     for rows in plan_for(args, model, list(map(len, prompts)), lengths, len(tokens) // len(prompts)):
@@ -744,16 +609,17 @@ def policy_logprobs(args, model, prompts, tokens, mask):
 
 
 def plain_logprobs(model, prompts, tokens, mask, temperature):
-    """(B, T) log-probabilities with gradient, 0 off the mask: a row a sequence, padded on the right.
+    """(B, T) log-probabilities with gradient, 0 off the mask. Each sequence is one row, padded on the right.
 
-    prompts: B token lists. A sequence ends with the last 1 of its mask; zeros before it are read, not scored.
+    prompts: B token lists. A sequence ends with the last 1 of its mask. A token before it whose mask is 0, such as one
+    of a tool's answer, is read but not scored.
     """
     T, device = tokens.shape[1], tokens.device
     rows = [prompt + row[:n] for prompt, row, n in zip(prompts, tokens.tolist(), lengths_of(mask))]
     L = max(map(len, rows))
     ids = torch.tensor([row + [0] * (L - len(row)) for row in rows], device=device)
     attention_mask = torch.tensor([[1] * len(row) + [0] * (L - len(row)) for row in rows], device=device)
-    first = min(map(len, prompts))  # the column of the first token that is scored: that before it predicts it
+    first = min(map(len, prompts))  # column of the first scored token; the column before predicts it
     kept = L - first + 1
     logits = model(ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=kept).logits[:, -kept:-1]
     scored = token_logprobs(logits.float(), ids[:, first:], temperature)
@@ -763,18 +629,19 @@ def plain_logprobs(model, prompts, tokens, mask, temperature):
 
 
 def lengths_of(mask):
-    """How many tokens each row of a mask (B, T) has, up to its last 1: a list."""
+    """Length of each row of a mask (B, T), up to its last 1: a list of B integers."""
     return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1).tolist()
 
 
 @torch.no_grad()
 def score(args, model, sequences, micro_batches):
-    """(B, T) log-probabilities of the sequences under a model, 0 where the micro-batches do not reach."""
-    logprobs = torch.zeros(sequences[2].shape)
-    with whole(model):
+    """(B, T) log-probabilities of the sequences under a model, without gradient, 0 for those in no micro-batch."""
+    prompts, tokens, mask = sequences
+    logprobs = torch.zeros(mask.shape)
+    with whole(model):  # under --shard the weights are gathered once
         for rows in micro_batches:
             order = [i for row in rows for i in row]
-            logprobs[order] = micro_batch_logprobs(args, model, *sequences, rows).cpu()
+            logprobs[order] = micro_batch_logprobs(args, model, prompts, tokens, mask, rows).cpu()
     return logprobs
 
 
@@ -782,12 +649,11 @@ def score(args, model, sequences, micro_batches):
 
 
 def evaluate(args, model, tokenizer, eos_ids, problems):
-    """Held-out problems: greedy accuracy, and of eval_samples samples pass@1, pass@k, maj@k [G21]. The noise is always
-    the same, so that two policies differ by what they learned alone."""
+    """Accuracy on held-out problems: greedy, and pass@1, pass@k and maj@k of eval_samples samples [G21]. The noise is
+    always the same, so two policies differ only in what they have learned."""
     n, k, count = args.eval_samples, args.eval_k, len(problems)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    names = [("eval", i) for i in range(rank, count, world_size)]
-    problems = problems[rank::world_size]
+    names = [("eval", i) for i in own_share(range(count))]
+    problems = own_share(problems)
     greedy = sample_groups(args, model, tokenizer, eos_ids, problems, 1, 0.0, names)
     sampled = sample_groups(args, model, tokenizer, eos_ids, problems, n, args.temperature, names)
     row = Counter()
@@ -801,182 +667,62 @@ def evaluate(args, model, tokenizer, eos_ids, problems):
     return {f"eval/{name}": mean for name, mean in zip(row, means.tolist())}
 
 
-def majority_at_k(answers, right, k):
-    """Share of the ballots of k answers, one after the other, that elect a right one [G21] (Wang et al. 2023)."""
-    starts, won = range(0, len(answers) - k + 1, k), 0
-    for start in starts:
-        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
-        won += bool(votes) and right[answers.index(votes.most_common(1)[0][0], start)]
-    return won / len(starts)
-
-
-def describe(args, seen):
-    """What a reader wants to know of the sampled (group, rating)s, each a mean over all processes' share of it."""
-    rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
-    mask, logprobs = (torch.cat([group[i] for group, _ in seen]) for i in (4, 3))
-    truncated = torch.cat([rating.is_truncated for _, rating in seen]).float()
-    row = {"reward/mean": rewards, "reward/std": rewards.std(-1, correction=0)}
-    for name in seen[0][1].parts:
-        row[f"reward/{name}"] = torch.cat([rating.parts[name] for _, rating in seen])
-    steps = [reward for _, rating in seen for rewards in rating.step_rewards for reward in rewards]
-    row |= {
-        "reward/steps": torch.tensor(steps),
-        "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]),
-        "completion/length": mask.sum(-1),
-        "completion/truncated": truncated,
-        "completion/eos_rate": 1 - truncated,
-        "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
-    }
-    sums, counts = over_ranks(torch.tensor([[x.sum(), x.numel()] for x in row.values()], dtype=torch.float64)).T
-    return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
-
-
 def learning_rate_of(args, step):
-    """Rises over warmup_steps, then falls to 0 over the rest, if it is to."""
+    """It rises over warmup_steps. Then it falls to 0 at the end of the run, or stays with --no-anneal-lr."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
     remaining = (args.steps - step) / (args.steps - args.warmup_steps)
     return args.learning_rate * (remaining if args.anneal_lr else 1.0)
 
 
-def over_ranks(tensor, operation="SUM"):
-    """The tensor, summed (or so) over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
-    return tensor
-
-
-def log(writer, metrics, step, row):
-    for name, number in row.items() if writer else ():
-        writer.add_scalar(name, number, step)
-    metrics.append({"step": step, **row})
-
-
 def train(args: Args) -> list[dict]:
     """Run GRPO. Returns the metrics of each step and of each evaluation, oldest first."""
-    import transformers
-    from torch.utils.tensorboard import SummaryWriter
     from tqdm import trange
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
 
-    # 1. Settings, problems, processes, run directory
-    saved = load(Path(args.resume) / "checkpoint.pt", "step", "policy", "optimizer", "metrics") if args.resume else None
-    if saved:
-        settings = replace(saved["args"], run_dir=None)
-        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
-            given, before = getattr(args, name), getattr(settings, name)
-            if given != before:
-                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.prompts_per_step % world_size:
-        raise InputError(
-            f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {world_size} processes"
-        )
-    if args.shard and world_size == 1:
-        raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
-    if world_size > 1 and args.reward_model_steps:
-        raise InputError(f"--reward-model-steps trains in one process: {world_size} would have a reward model each")
+    # 1. Problems, processes, run directory
+    saved = load_checkpoint(args)  # of the run that --resume names, else None
     problems, held_out = load_problems(args)
-    if len(held_out) < world_size:
-        raise InputError(f"{len(held_out)} held-out problems are fewer than the {world_size} processes that share them")
-    P, G, T = args.prompts_per_step // world_size, args.group_size, args.max_tokens  # P prompts in this process
-    run_dir = [args.resume or args.run_dir or new_run_dir(args)]
-    if world_size > 1:
-        if args.device == "cuda":
-            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)  # where NCCL works
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
-        dist.broadcast_object_list(run_dir)  # its name holds the time
-    run_dir = Path(run_dir[0])
-    if rank == 0 and run_dir.exists() and not saved:
-        make_run_dir(run_dir)  # it is refused now, not after minutes
-    check_device(args.device)
-    torch.set_num_threads(args.torch_threads)
-    if args.track and rank == 0:
-        start_wandb(args, run_dir)  # before the writer, which it watches from its making on
+    args, run_dir = start_run(args, held_out)
+    P = len(own_share(range(args.prompts_per_step)))  # prompts of this process
+    G, T = args.group_size, args.max_tokens
 
-    # 2. The policy: from disk, or a small one that has seen worked solutions
+    # 2. The policy π: --model, or a small transformer that has seen worked solutions
     start_dir = args.model or str(run_dir / "start")
-    if args.model is None and not saved and rank == 0:
-        make_run_dir(run_dir)
-        torch.manual_seed(args.seed)
-        tokenizer = new_tokenizer()
-        policy = new_model(tokenizer).to(args.device)
-        problems, held_out = those_that_fit(args, policy, tokenizer, problems, held_out)
-        num_long = sum(len(problem.solution) >= T for problem in problems)  # a token a character, and EOS
-        if num_long:
-            say(f"            {num_long:,} of {len(problems):,} worked solutions do not end within --max-tokens {T}")
-        warm_start(args, policy, tokenizer, problems, held_out[:128])
-        save_model(Path(start_dir), policy, tokenizer)
-    if world_size > 1:
-        dist.barrier()
+    if args.model is None:
+        problems, held_out = make_start_model(args, start_dir, problems, held_out)
     policy, tokenizer, eos_ids = load_model(args, start_dir)
     problems, held_out = those_that_fit(args, policy, tokenizer, problems, held_out)
-    if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
-    adapter = add_adapter(args, policy) if args.lora_rank else None
-    if policy.plain_because and rank == 0:
-        print(f"path        plain, not fast: {policy.plain_because}")
-    base, start = args.model and base_of_adapter(args.model), None
-    if base and adapter and args.beta:
-        start = [x.detach().clone() for x in policy.parameters() if x.requires_grad]
-    if base and rank == 0:
-        what = "trained further" if adapter else "merged into it, and the whole model is trained"
-        print(f"adapter     {args.model}, of {base}: it is {what}")
-    if rank == 0 and not tokenizer.chat_template and tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id:
-        print("prompts     the EOS that the tokenizer appends is left out: nothing is sampled after it")
-    if saved:
-        policy.load_state_dict(saved["policy"], strict=False)
-    if args.shard:
-        shard(args, policy)
+    adapter = prepare_policy(args, policy, tokenizer, saved)  # None without --lora-rank
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
 
-    # 3. The reference: a frozen copy, or the policy itself with its adapter as it began; a learned reward
-    reference = policy if adapter else load_reference(args, start_dir, policy.plain_because) if args.beta else None
-    if saved and saved["reference"]:
-        reference.load_state_dict(saved["reference"])
-    if args.shard and args.beta:
-        shard(args, reference)
-    reward_model = load_reward_model(args) if args.reward_model else None
-    if args.reward_model_steps:
-        reward_optimizer = torch.optim.AdamW(reward_model[0].parameters(), args.reward_model_learning_rate)
+    # 3. The reference π_ref, which is the policy as the run begins, frozen; a learned reward model R_φ
+    reference = reference_of(args, start_dir, policy, adapter, saved) if args.beta else None
+    reward_model = RewardModel(args) if args.reward_model else None
 
-    # 4. What the checkpoint says of them, or a first evaluation
-    first, cursor, metrics, pairs, replay = 0, 0, [], [], []
-    if saved:
-        first, cursor, metrics, pairs, replay = (saved[key] for key in ("step", "cursor", "metrics", "pairs", "replay"))
-        optimizer.load_state_dict(saved["optimizer"])
-        if args.reward_model_steps:
-            reward_model[0].load_state_dict(saved["reward_model"])
-            reward_optimizer.load_state_dict(saved["reward_optimizer"])
-    writer = None
-    if rank == 0:
-        if args.model and not saved:
-            make_run_dir(run_dir)
-        writer = SummaryWriter(run_dir, purge_step=first + 1 if saved else None)
-    if not saved:
+    # 4. A first evaluation; a resumed run has its own already
+    first, cursor, metrics = restore(saved, optimizer, reward_model)
+    writer = open_log(args, run_dir, first)
+    if not metrics:
         log(writer, metrics, 0, evaluate(args, policy, tokenizer, eos_ids, held_out))
 
-    bar = trange(first, args.steps, desc="grpo", initial=first, total=args.steps, disable=rank > 0)
+    seen = []
+    bar = trange(first, args.steps, desc="grpo", initial=first, total=args.steps, disable=process_rank() > 0)
     for step in bar:
-        torch.manual_seed(zlib.crc32(f"{args.seed} {step} {rank}".encode()))  # a resumed run needs no random state
+        seed_torch(args.seed, step, process_rank())
         optimizer.param_groups[0]["lr"] = learning_rate_of(args, step)
         clock = [time.perf_counter()]
 
-        # 5. G answers to each of P questions [G1], and what they earn; DAPO asks on until P groups have variance [G11]
+        # 5. Sample G answers to each of P questions [G1] and rate them. DAPO's dynamic sampling replaces groups without
+        # variance by answers to further questions, until there are P groups [G11]
         groups, ratings, seen = [], [], []
         for _ in range(1 + args.dynamic_sampling):
-            positions = range(cursor + rank * P, cursor + (rank + 1) * P)
+            positions = own_share(range(cursor, cursor + args.prompts_per_step))
             names = [("train", position) for position in positions]
-            chosen = problems_from(problems, positions, args.seed)
-            sampled = sample_groups(args, policy, tokenizer, eos_ids, chosen, G, args.temperature, names)
-            for group in sampled:
+            asked = problems_from(problems, positions, args.seed)
+            for group in sample_groups(args, policy, tokenizer, eos_ids, asked, G, args.temperature, names):
                 rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
                 seen.append((group, rating))
                 if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
@@ -987,14 +733,16 @@ def train(args: Args) -> list[dict]:
                 break
         row = describe(args, seen)
         if args.reward_model_steps:
-            pairs += [pair for group, rating in seen for pair in pairs_of(args, group, rating)]
-        if not groups:  # whatever was asked, all answers were alike: a step that takes no step
+            reward_model.pairs += [pair for group, rating in seen for pair in pairs_of(args, group, rating)]
+        if not groups:  # no group has variance: nothing will be learned in this step
             groups, ratings = zip(*seen[-P:])
         clock.append(time.perf_counter())
 
-        # 6. Advantages: how much better than the other answers to the same question
+        # 6. Advantages: how much better is an answer than the other answers to the same question?
         prompts = [group.prompt for group in groups]
-        tokens, sampler_logprobs, mask = (torch.cat(column) for column in list(zip(*groups))[2:5])
+        tokens = torch.cat([group.tokens for group in groups])
+        mask = torch.cat([group.mask for group in groups])
+        sampler_logprobs = torch.cat([group.logprobs for group in groups])
         if args.supervision == "process":
             step_rewards = [rewards for rating in ratings for rewards in rating.step_rewards]
             step_ids = torch.cat([rating.step_ids for rating in ratings])
@@ -1004,172 +752,88 @@ def train(args: Args) -> list[dict]:
         if args.truncated == "mask":
             mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]
 
-        # 7. Epochs of minibatches of groups. What has no advantage has no gradient, unless the KL gives it one [G10]
+        # 7. Each epoch splits the groups into minibatches, and each of these into micro-batches that fit into memory.
+        # An answer whose advantage is 0 has no gradient and is left out, unless the KL gives it one [G10]
         teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0))
         lengths, prompt_lengths = lengths_of(mask), [len(prompt) for prompt in prompts]
         minibatches = []
         for _ in range(args.num_epochs):
             for chosen in torch.randperm(len(groups)).tensor_split(args.num_minibatches):
-                rows = (chosen[:, None] * G + torch.arange(G)).flatten()
-                taught = {i: lengths[i] for i in rows[teaches[rows]].tolist()}
-                minibatches.append((rows, plan_for(args, policy, prompt_lengths, taught, G)))
+                answers = (chosen[:, None] * G + torch.arange(G)).flatten()
+                taught = {i: lengths[i] for i in answers[teaches[answers]].tolist()}
+                minibatches.append((answers, plan_for(args, policy, prompt_lengths, taught, G)))
 
-        # 8. π_old and π_ref, before anything moves
-        first_epoch = [rows for _, plan in minibatches[: args.num_minibatches] for rows in plan]
+        # 8. ln π_old and ln π_ref, before the policy moves
+        first_epoch = [micro_batch for _, batches in minibatches[: args.num_minibatches] for micro_batch in batches]
         old_logprobs, sequences = sampler_logprobs, (prompts, tokens, mask)
         if args.old_logprobs == "recomputed" and args.updates > 1:
             old_logprobs = score(args, policy, sequences, first_epoch)
         if args.beta:
-            with as_begun(adapter, start) if adapter else nullcontext():
-                ref_logprobs = score(args, reference, sequences, first_epoch)
+            ref_logprobs = score_reference(args, reference, adapter, sequences, first_epoch)
 
-        # 9. Update
+        # 9. Update: one optimizer step for each minibatch
         policy.train()
-        stats, ratio_max, norms, gap = torch.zeros(7), torch.zeros(()), [], 0.0
-        for update, (rows, plan) in enumerate(minibatches):
-            # [G8] of the whole step and of all processes: a mean of micro-batch means would weigh short ones more
-            total_tokens, total_sequences, taught = over_ranks(torch.tensor([mask[rows].sum(), len(rows), len(plan)]))
-            if not taught:
-                continue  # nobody has anything to learn from
-            most = int(over_ranks(torch.tensor(len(plan)), "MAX"))  # micro-batches of a process
+        statistics, norms = new_statistics(), []
+        for update, (answers, micro_batches) in enumerate(minibatches):
+            # [G8] Totals of the whole step and of all processes: a mean of means would weigh small micro-batches more
+            counts = torch.tensor([mask[answers].sum(), len(answers), len(micro_batches)])
+            total_tokens, total_sequences, total_micro_batches = over_ranks(counts)
+            if not total_micro_batches:
+                continue  # no process has anything to learn from
+            num_idle = idle_passes(micro_batches)
             optimizer.zero_grad()
-            for micro_batch in plan:
+            for micro_batch in micro_batches:
                 logprob = micro_batch_logprobs(args, policy, *sequences, micro_batch)
-                i = [i for row in micro_batch for i in row]
-                m, advantage, old_logprob = (x[i].to(args.device) for x in (mask, advantages, old_logprobs))
+                mb = [i for row in micro_batch for i in row]  # its answers
+                mb_mask, advantage, old_logprob = (x[mb].to(args.device) for x in (mask, advantages, old_logprobs))
                 if args.old_logprobs == "recomputed" and args.updates == 1:
                     old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
-                ref_logprob = ref_logprobs[i].to(args.device) if args.beta else None
-                ratio_logprob, clip = logprob, (args.clip_low, args.clip_high)
-                if args.importance == "token":
-                    token_loss = grpo_token_loss(logprob, old_logprob, ref_logprob, advantage, *clip, args.beta)
-                else:
-                    ratio_logprob = sequence_logprob(logprob, old_logprob, m)
-                    token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip, 0.0)
-                    token_loss = token_loss + args.beta * kl_k3(logprob, ref_logprob) if args.beta else token_loss
-                loss = reduce_loss(token_loss, m, args.reduction, total_tokens, total_sequences, T)
+                is_gspo = args.importance == "sequence"
+                ratio_logprob = sequence_logprob(logprob, old_logprob, mb_mask) if is_gspo else logprob
+                clip_range = args.clip_low, args.clip_high
+                token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0)
+                kl = kl_k3(logprob, ref_logprobs[mb].to(args.device)) if args.beta else None
+                if args.beta:
+                    token_loss = token_loss + args.beta * kl
+                loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, T)
                 loss.backward()
-                with torch.no_grad():
-                    on = m.bool()
-                    ratio, side = (ratio_logprob - old_logprob).exp()[on], advantage[on]
-                    numbers = [
-                        torch.ones_like(ratio),
-                        ratio,
-                        (ratio < 1 - args.clip_low) & (side < 0),
-                        (ratio > 1 + args.clip_high) & (side > 0),
-                        kl_k3(logprob, ref_logprob)[on] if args.beta else torch.zeros(1),
-                        (logprob.cpu() - sampler_logprobs[i]).abs()[on.cpu()],
-                    ]
-                    stats += torch.stack([*(x.sum().float().cpu() for x in numbers), loss.cpu()])
-                    ratio_max = torch.maximum(ratio_max, ratio.max().cpu())
-            if args.shard:
-                for _ in range(most - len(plan)):
-                    (0.0 * idle_pass(args, policy)).sum().backward()
-            elif world_size > 1:
-                for parameter in parameters:
-                    if gradient_of(parameter) is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
+                gap = logprob.cpu() - sampler_logprobs[mb] if update == 0 else None  # later the weights differ too
+                add_statistics(args, statistics, mb_mask, ratio_logprob - old_logprob, advantage, kl, loss, gap)
+            sum_gradients(args, policy, parameters, num_idle)  # over all processes
             norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))
-            if not math.isfinite(norms[-1]):
-                can_resume = (run_dir / "checkpoint.pt").exists()
-                kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
-                raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
-            torch.manual_seed(zlib.crc32(f"{args.seed} {step} {update} rounding".encode()))  # all processes round alike
+            check_gradient(norms[-1], run_dir, step)
+            seed_torch(args.seed, step, update, "rounding")  # all processes round alike
             optimizer.step()
-            if update == 0:
-                count, distance = over_ranks(stats[[0, 5]])  # before the first step, so the same weights twice
-                gap = float(distance / count.clamp(min=1))
         optimizer.zero_grad()
         policy.eval()
         clock.append(time.perf_counter())
 
-        # 10. Iterative GRPO: the reference catches up, the reward model learns from what was sampled [G13]
+        # 10. Iterative GRPO: the policy becomes the reference, and the reward model learns from what was sampled [G13]
         if args.reference_every and (step + 1) % args.reference_every == 0:
             if args.beta:
                 reference.load_state_dict(policy.state_dict())
-            if args.reward_model_steps and pairs:
-                loss = continue_reward_model(args, *reward_model, reward_optimizer, pairs, replay, step)
-                row["reward_model/loss"] = loss
-                pairs, replay = [], (replay + pairs)[-10_000:]
+            if args.reward_model_steps and reward_model.pairs:
+                row["reward_model/loss"] = reward_model.learn(step)
 
         # 11. Metrics, evaluation, checkpoint
-        over_ranks(stats)
-        over_ranks(ratio_max, "MAX")
-        if stats[0]:  # something was taught
-            names = ("policy/ratio_mean", "policy/clip_low", "policy/clip_high", "kl/reference")
-            row |= dict(zip(names[: 4 if args.beta else 3], (stats[1:5] / stats[0]).tolist()))
-            row |= {"policy/ratio_max": float(ratio_max), "policy/sampler_gap": gap}
-        row |= {
-            "policy/loss": float(stats[6]) / max(len(norms), 1),
-            "policy/grad_norm": sum(norms) / max(len(norms), 1),
-            "policy/learning_rate": optimizer.param_groups[0]["lr"],
-            "time/generate_tokens_per_second": sum(float(group.mask.sum()) for group, _ in seen)
-            / (clock[1] - clock[0]),
-            "time/train_tokens_per_second": float(mask.sum()) * args.num_epochs / (clock[2] - clock[1]),
-            "time/step_seconds": clock[2] - clock[0],
-        }
-        if (peak := peak_memory(args.device)) is not None:
-            row["memory/peak_gb"] = peak / 1e9
+        row |= update_metrics(args, statistics, norms) | {"policy/learning_rate": optimizer.param_groups[0]["lr"]}
+        row |= speed_metrics(args, clock, [group for group, _ in seen], mask)
         done = step + 1
-        is_last = done == args.steps
-        if is_last or (args.eval_every and done % args.eval_every == 0):
+        if is_due(args, args.eval_every, done):
             row |= evaluate(args, policy, tokenizer, eos_ids, held_out)
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
         log(writer, metrics, done, row)
-        is_due = is_last or (args.checkpoint_every and done % args.checkpoint_every == 0)
-        if is_due and (rank == 0 or args.shard):  # to gather takes all processes
-            trained = {name: gathered(x.detach()) for name, x in policy.named_parameters() if x.requires_grad}
-            refreshed = args.reference_every and args.beta
-            content = {
-                "args": asdict(args),
-                "step": done,
-                "cursor": cursor,
-                "policy": trained,
-                "optimizer": optimizer.state_dict(),
-                "reference": {n: gathered(x) for n, x in reference.state_dict().items()} if refreshed else None,
-                "reward_model": reward_model[0].state_dict() if args.reward_model_steps else None,
-                "reward_optimizer": reward_optimizer.state_dict() if args.reward_model_steps else None,
-                "pairs": pairs,
-                "replay": replay,
-                "metrics": metrics,
-            }
-            if rank == 0:
-                writer.flush()
-                save(run_dir / "checkpoint.pt", content)
+        if is_due(args, args.checkpoint_every, done):
+            progress = {"step": done, "cursor": cursor, "metrics": metrics}
+            save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model)
 
-    # 12. Summary
-    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:
-        return metrics
-    writer.close()
-    save_model(run_dir / "policy", adapter or policy, tokenizer, weights)
-    if args.save_merged:
-        plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
-        save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
-    with written_aside(run_dir / "metrics.jsonl") as path:
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
-    draw_curves(metrics, run_dir / "curves.png")
-    before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
-    print(f"\n{len(held_out)} held-out problems   before    after")
-    for name in [name for name in before if name.startswith("eval/")]:
-        print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")
-    if first < args.steps:
-        print_samples(*seen[0])
-    print(f"\ncurves      {run_dir / 'curves.png'}")
-    print(f"policy      {run_dir / 'policy'}, for from_pretrained")
-    if args.save_merged:
-        print(f"merged      {run_dir / 'merged'}, the same without PEFT")
-    spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
-    print(f"seconds     {time.perf_counter() - started:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
-    print(f"logs        tensorboard --logdir {run_dir}")
-    if args.model is None:
-        other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"
-        print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
+    # 12. The trained policy, the curves, a summary
+    weights = end_processes(args, policy)
+    if process_rank() == 0:
+        writer.close()
+        save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
+        print_summary(args, run_dir, metrics, len(held_out), seen, time.perf_counter() - started)
     return metrics
 
 
@@ -1279,6 +943,40 @@ def is_finite_number(x):
         return not isinstance(x, (str, bytes)) and abs(float(x)) <= torch.finfo(torch.float32).max
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
+
+
+def load_other_task(args):
+    """The problems of countdown, or of a file or the Hub in random order: in a sorted file the first ones are alike."""
+    if args.task == "countdown":
+        rng = random.Random(args.seed)
+        return [write_countdown(rng, args) for _ in range(args.num_problems)]
+    problems = []
+    for where, row in read_rows(args):
+        try:
+            problems.append(read_problem(args, row))
+            check_answer(problems[-1])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    random.Random(args.seed).shuffle(problems)
+    return problems
+
+
+def check_problems(args, found, drawn, problems, held_out):
+    """Refuse a task that is too small, and say what of the problems found is left out: not drawn, or drawn twice."""
+    if len(problems) - held_out < args.prompts_per_step or not held_out:
+        raise InputError(
+            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside the "
+            f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
+        )
+    left_out = {
+        f"are left out by --num-problems {args.num_problems}": len(found) - len(drawn),
+        "are left out because another has the same prompt": len(drawn) - len(problems),
+        "of these have another answer than it": len({(x.prompt, x.answer) for x in drawn}) - len(problems),
+    }
+    say(f"problems    {len(problems) - held_out:,} to learn from, {held_out:,} held out")
+    for why, count in left_out.items():
+        if count:
+            say(f"            {count:,} {why}")
 
 
 # ---- Verifiers: is an answer right? ----
@@ -1488,6 +1186,37 @@ def check_answer(problem):
         math_verifier()
 
 
+def last_number(text):
+    """Value of the last number in the text [G20], None if there is none: the answer comes at the end."""
+    match = None
+    for match in NUMBER.finditer(ending(slashed(ending(text)))):  # noqa: B007
+        pass
+    return value_of(match) if match else None
+
+
+def is_right_text(problem, completion, given):
+    """Does a completion answer as the problem wants, where that is no number [G20]? `given` is its final_answer().
+
+    In general the wanted answer says what is compared:
+    A number (18, 1,000, 1/2, 1e3, −5, $18, 50%): its exact value with the last number of the completion. What follows a
+    number is its unit and is set aside, % too: 50% is 50, and not 0.5.
+    Anything else: its text with the last line of the completion, as it is or without a lead-in ("The answer is"). They
+    must be equal, but for case, outer punctuation, dollars, \\text{} and the way in which a number is written. Nothing
+    is searched inside a sentence. An answer of several lines is compared with the whole completion.
+    Mathematics (x^2+1, (2,3), \\sqrt{2}: is_mathematics), if its text differs: by math-verify with the last formula
+    between dollars in the last line, or with all of that line.
+    Where a completion has a \\boxed{}, only what stands in the last one is read.
+    """
+    wanted, line = unboxed(problem.answer), last_line(completion)
+    if key(bare(wanted)) in (given, key(bare(line))) or ("\n" in wanted and key(bare(wanted)) == key(bare(completion))):
+        return True
+    if not is_mathematics(wanted):
+        return False
+    formulas = re.findall(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", line)
+    line = "".join(formulas[-1]) if formulas else without_lead_in(line)
+    return same_mathematics(as_latex(wanted), as_latex(line))
+
+
 # ---- Mathematics, by math-verify in a process of its own ----
 
 FUNCTIONS = "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi"
@@ -1585,6 +1314,28 @@ def math_verifier():
     return worker
 
 
+# ---- What a reward must be ----
+
+
+def parts_by_name(rows, step):
+    """The dicts that reward_parts() gave for the completions of a group, as one dict of lists."""
+    if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
+        raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def check_rewards(parts, group, step):
+    """Refuse a reward that is no finite number: it would become the weights."""
+    for name, rewards in parts.items():
+        for reward, text in zip(rewards, group.texts):
+            if not is_finite_number(reward):
+                raise InputError(
+                    f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
+                    f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
+                )
+
+
 # ---- A learned reward model, R_φ ----
 
 
@@ -1653,19 +1404,47 @@ def pairs_of(args, group, rating):
     return list(zip(right, [text for text, it_is in zip(texts, is_right) if not it_is]))
 
 
-def continue_reward_model(args, model, tokenizer, optimizer, pairs, replay, step):
-    """Train R_φ on (right, wrong) pairs of texts of the last rollouts, a tenth of each batch from earlier ones [G13]
-    (DeepSeekMath Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
-    rng, losses = random.Random(f"{args.seed} reward {step}"), []
-    for _ in range(args.reward_model_steps):
-        batch = [rng.choice(replay) if replay and i % 10 == 0 else rng.choice(pairs) for i in range(20)]
-        right, wrong = raw_scores(model, tokenizer, [text for pair in batch for text in pair]).view(-1, 2).T
-        loss = -torch.nn.functional.logsigmoid(right - wrong).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
+class RewardModel:
+    """The learned reward R_φ. With --reward-model-steps it goes on learning, from (right, wrong) pairs of answers."""
+
+    def __init__(self, args):
+        self.args = args
+        self.model, self.tokenizer = load_reward_model(args)
+        self.pairs, self.replay, self.optimizer = [], [], None  # pairs: since it learned last; replay: the older ones
+        if args.reward_model_steps:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), args.reward_model_learning_rate)
+
+    def score(self, answers):
+        return score_texts(self.model, self.tokenizer, answers)
+
+    def learn(self, step):
+        """Train on the pairs of the last rollouts; a tenth of each batch are earlier pairs [G13] (DeepSeekMath
+        Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
+        rng, losses = random.Random(f"{self.args.seed} reward {step}"), []
+        for _ in range(self.args.reward_model_steps):
+            sources = [self.replay if self.replay and i % 10 == 0 else self.pairs for i in range(20)]
+            texts = [text for source in sources for text in rng.choice(source)]
+            right, wrong = raw_scores(self.model, self.tokenizer, texts).view(-1, 2).T
+            loss = -torch.nn.functional.logsigmoid(right - wrong).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.item())
+        self.pairs, self.replay = [], (self.replay + self.pairs)[-10_000:]
+        return sum(losses) / len(losses)
+
+    def state_dict(self):
+        """Of one that learns; any other is loaded again as it was."""
+        if self.optimizer is None:
+            return {}
+        states = {"reward_model": self.model.state_dict(), "reward_optimizer": self.optimizer.state_dict()}
+        return {**states, "pairs": self.pairs, "replay": self.replay}
+
+    def load_state_dict(self, saved):
+        if self.optimizer is not None:
+            self.model.load_state_dict(saved["reward_model"])
+            self.optimizer.load_state_dict(saved["reward_optimizer"])
+            self.pairs, self.replay = saved["pairs"], saved["replay"]
 
 
 # ---- Models: from disk, prompts, the warm start ----
@@ -1675,7 +1454,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
 
 
 def from_disk(kind, name, **options):
@@ -1782,6 +1561,15 @@ def load_reference(args, name, plain_because=""):
     model = load_model(replace(args, device=device), name, is_compared=False)[0].requires_grad_(False)
     model.plain_because = plain_because  # what was found out about the policy
     return stream_weights(model, args.device) if args.offload else model
+
+
+INSTRUCTIONS = {
+    "arithmetic": "What is {}?",
+    "countdown": "{}\nUse each of the numbers once, with + - * / and parentheses, to reach the target. "
+    "Write the expression alone on the last line.",
+    "gsm8k": "{}\nThink step by step, a step a line, and end with #### and the answer, a number.",
+    "jsonl": "{}",
+}
 
 
 # ---- LoRA adapters, quantized weights ----
@@ -1944,6 +1732,25 @@ def reach(model, reached):
     left_out = [name for name in names if name not in reached]
     kinds = sorted({".".join(name.split(".")[-2:]) for name in left_out})
     return f"{len(names) - len(left_out)} of {len(names)} weights" + f"; not {', '.join(kinds)}" * bool(kinds)
+
+
+def read_model(args, name):
+    """(model, tokenizer) from disk or the Hub. An adapter that was saved is merged into the model that it was trained
+    on; with --lora-rank that model comes without it, and add_adapter() adds it."""
+    base = base_of_adapter(name)
+    try:
+        model = from_disk("AutoModelForCausalLM", base or name, dtype=getattr(torch, args.dtype))
+    except InputError as error:
+        raise InputError(f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error) from error
+    try:
+        tokenizer = from_disk("AutoTokenizer", name)
+    except InputError:
+        if base is None:
+            raise
+        tokenizer = from_disk("AutoTokenizer", base)
+    if base and not args.lora_rank:
+        model = with_adapter(model, name).merge_and_unload().requires_grad_(True)
+    return model, tokenizer
 
 
 # ---- Is the fast path right for this model? ----
@@ -2619,7 +2426,7 @@ def make_run_dir(run_dir):
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
         can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
+        hint = f"--resume {run_dir} resumes it" if can_resume else "choose another"
         raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
 
 
@@ -2628,7 +2435,7 @@ def new_run_dir(args):
 
 
 def resumed_args(run_dir):
-    """The settings with which train() goes on with the run in run_dir."""
+    """The settings with which train() resumes the run in run_dir."""
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
@@ -2743,6 +2550,422 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+# ---- Settings ----
+
+
+def check_bounds(args):
+    """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
+    for field in fields(args):
+        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
+        if bounds and not bounds[1](getattr(args, field.name)):
+            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+
+
+def check_settings(args):
+    """Raise ValueError where settings do not fit each other."""
+    if args.group_size < 2:
+        raise ValueError(f"group_size must be 2 or more, or every advantage is 0, got {args.group_size}")
+    if args.prompts_per_step < args.num_minibatches:
+        raise ValueError(
+            f"num_minibatches {args.num_minibatches} must not exceed prompts_per_step {args.prompts_per_step}"
+        )
+    if args.eval_k > args.eval_samples:
+        raise ValueError(f"eval_k {args.eval_k} must not exceed eval_samples {args.eval_samples}")
+    if args.operators not in ("+", "+-"):
+        raise ValueError(f"operators must be + or +-, got {args.operators!r}")
+    if args.dtype == "bfloat16" and args.optimizer == "adamw" and not args.lora_rank:
+        raise ValueError("dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began")
+    if args.quantize != "none" and not args.lora_rank:
+        raise ValueError(f"quantize {args.quantize} freezes the weights, and lora_rank 0 adds none that could learn")
+    if args.save_merged and not args.lora_rank:
+        raise ValueError("save_merged merges the adapter of lora_rank, got 0")
+    if args.offload and args.optimizer != "adamw8bit":
+        raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {args.optimizer}")
+    if args.shard and (args.optimizer != "adamw8bit" or args.offload or args.lora_rank):
+        raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
+    if args.task in ("gsm8k", "jsonl") and args.model is None:
+        raise ValueError(f"task {args.task} needs a model that can read, got none")
+    if args.data and args.task not in ("gsm8k", "jsonl"):
+        raise ValueError(f"data is read for task gsm8k and jsonl; task {args.task} writes its own problems")
+    if args.instruction is not None and "{}" not in args.instruction:
+        raise ValueError(f"instruction needs {{}} where the problem is to stand, got {args.instruction!r}")
+    if args.task == "jsonl" and args.data is None:
+        raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
+    if args.supervision == "process" and (args.algorithm != "grpo" or not args.scale_by_std):
+        raise ValueError(
+            f"supervision process is GRPO's own: algorithm {args.algorithm} and scale_by_std {args.scale_by_std} "
+            "must be grpo and True"
+        )
+    if args.supervision == "process" and args.task in ("countdown", "jsonl"):
+        raise ValueError(
+            f"supervision process needs the values of a solution's steps, which task {args.task} does not have"
+        )
+    for_all_of_it = args.format_weight, args.length_weight, args.reward_model, args.truncated == "penalise"
+    if args.supervision == "process" and any(for_all_of_it):
+        raise ValueError(
+            "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
+            "penalise, which judge a whole completion, would do nothing"
+        )
+    if args.reference_every and not (args.beta or args.reward_model_steps):
+        raise ValueError(f"reference_every {args.reference_every} refreshes nothing: beta and reward_model_steps are 0")
+    if args.reward_model_steps and not (args.reward_model and args.reference_every):
+        raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
+    if args.lora_rank and args.reference_every:
+        raise ValueError("lora_rank keeps the model without the adapter as the reference: reference_every must be 0")
+    if "" in (args.model, args.data, args.resume, args.run_dir, args.reward_model):
+        raise ValueError("model, data, resume, run_dir and reward_model need a name or a path, got an empty one")
+    if args.resume and args.run_dir:
+        raise ValueError(f"resume {args.resume} goes on in its own directory, not in run_dir {args.run_dir}")
+    try:
+        re.compile(args.format_pattern)
+    except re.error as error:
+        raise ValueError(f"format_pattern {args.format_pattern!r} is no regular expression: {error}") from None
+
+
+# ---- Several processes (torchrun) ----
+
+
+def process_rank():
+    """The number of this process among those that torchrun started, from 0 on; 0 if there is one process."""
+    return int(os.environ.get("RANK", 0))
+
+
+def num_processes():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_share(items):
+    """This process's part of a sequence that all processes share: consecutive items, nearly as many in each process."""
+    count, rank = num_processes(), process_rank()
+    return items[len(items) * rank // count : len(items) * (rank + 1) // count]
+
+
+def over_ranks(tensor, operation="SUM"):
+    """The tensor, summed over all processes (or their "MIN" or "MAX"), in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def idle_passes(plan):
+    """How many micro-batches this process has fewer than the process that has most."""
+    return int(over_ranks(torch.tensor(len(plan)), "MAX")) - len(plan)
+
+
+def sum_gradients(args, policy, parameters, num_idle):
+    """Sum the gradients over all processes. FSDP has done so in backward, where no process may be missing: one that
+    had fewer micro-batches joins in by idle passes."""
+    if args.shard:
+        for _ in range(num_idle):
+            (0.0 * idle_pass(args, policy)).sum().backward()
+    elif num_processes() > 1:
+        for parameter in parameters:
+            if gradient_of(parameter) is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
+
+
+def end_processes(args, policy):
+    """Leave the group of processes. Returns the weights that --shard has split, gathered; None without it."""
+    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
+    if num_processes() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return weights
+
+
+# ---- The beginning of a run ----
+
+
+def load_checkpoint(args):
+    """What the run that --resume names saved last; None without --resume. It keeps its settings, but for CHANGEABLE."""
+    if not args.resume:
+        return None
+    saved = load(Path(args.resume) / "checkpoint.pt", "step", "policy", "optimizer", "metrics")
+    settings = replace(saved["args"], run_dir=None)
+    for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+        given, before = getattr(args, name), getattr(settings, name)
+        if given != before:
+            raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a separate run")
+    return saved
+
+
+def start_run(args, held_out):
+    """Start processes, threads and Weights & Biases, and check the device. Returns the settings, with this process's
+    own device, and the run directory. A new run makes it later: if loading the model fails, nothing is left behind."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    count = num_processes()
+    if args.prompts_per_step % count:
+        raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {count} processes")
+    if args.shard and count == 1:
+        raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
+    if count > 1 and args.reward_model_steps:
+        raise InputError(f"--reward-model-steps trains in one process: {count} would have a reward model each")
+    if len(held_out) < count:
+        raise InputError(f"{len(held_out)} held-out problems are fewer than the {count} processes that share them")
+    run_dir = [args.resume or args.run_dir or new_run_dir(args)]
+    if count > 1:
+        if args.device == "cuda":
+            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)  # where NCCL works
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        dist.broadcast_object_list(run_dir)  # its name holds the time
+    run_dir = Path(run_dir[0])
+    if process_rank() == 0 and run_dir.exists() and not args.resume:
+        make_run_dir(run_dir)  # it is refused now, not after minutes
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    if args.track and process_rank() == 0:
+        start_wandb(args, run_dir)  # before the writer, because it watches the writers that are made after it
+    return args, run_dir
+
+
+def make_start_model(args, directory, problems, held_out):
+    """The small model, warm-started on worked solutions and saved for all processes; a resumed run has it already.
+    Returns the problems and the held-out ones that fit into its context."""
+    if process_rank() == 0 and not args.resume:
+        make_run_dir(Path(directory).parent)
+        torch.manual_seed(args.seed)
+        tokenizer = new_tokenizer()
+        model = new_model(tokenizer).to(args.device)
+        problems, held_out = those_that_fit(args, model, tokenizer, problems, held_out)
+        num_long = sum(len(problem.solution) >= args.max_tokens for problem in problems)  # a token a character, and EOS
+        if num_long:
+            say(
+                f"            {num_long:,} of {len(problems):,} worked solutions do not end within "
+                f"--max-tokens {args.max_tokens}"
+            )
+        warm_start(args, model, tokenizer, problems, held_out[:128])
+        save_model(Path(directory), model, tokenizer)
+    if num_processes() > 1:
+        dist.barrier()
+    return problems, held_out
+
+
+def prepare_policy(args, policy, tokenizer, saved):
+    """Add the adapter of --lora-rank, restore what a checkpoint holds, and split the weights over the processes.
+    Returns PEFT's handle of the adapter, or None. Prints a line for each thing that a reader may not expect."""
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+    torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
+    adapter = add_adapter(args, policy) if args.lora_rank else None
+    base = args.model and base_of_adapter(args.model)
+    if adapter:
+        is_needed = base and args.beta  # a new adapter begins as no change at all: it is enough to switch it off
+        first = [x.detach().clone() for x in policy.parameters() if x.requires_grad] if is_needed else None
+        adapter.first_weights = first
+    if policy.plain_because:
+        say(f"path        plain, not fast: {policy.plain_because}")
+    if base:
+        what = "trained further" if adapter else "merged into it, and the whole model is trained"
+        say(f"adapter     {args.model}, of {base}: it is {what}")
+    if not tokenizer.chat_template and tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id:
+        say("prompts     the EOS that the tokenizer appends is left out: nothing is sampled after it")
+    if saved:
+        policy.load_state_dict(saved["policy"], strict=False)
+    if args.shard:
+        shard(args, policy)
+    return adapter
+
+
+def reference_of(args, start_dir, policy, adapter, saved):
+    """The frozen reference. With an adapter it is the policy itself, and score_reference() switches the adapter off."""
+    if adapter:
+        return policy
+    reference = load_reference(args, start_dir, policy.plain_because)
+    if saved and saved["reference"]:
+        reference.load_state_dict(saved["reference"])
+    if args.shard:
+        shard(args, reference)
+    return reference
+
+
+def score_reference(args, reference, adapter, sequences, micro_batches):
+    """ln π_ref of the sequences, (B, T)."""
+    with as_begun(adapter, adapter.first_weights) if adapter else nullcontext():
+        return score(args, reference, sequences, micro_batches)
+
+
+def restore(saved, optimizer, reward_model):
+    """Restore optimizer and reward model. Returns the first step, where the stream of problems stands, the metrics."""
+    if not saved:
+        return 0, 0, []
+    optimizer.load_state_dict(saved["optimizer"])
+    if reward_model:
+        reward_model.load_state_dict(saved)
+    return saved["step"], saved["cursor"], saved["metrics"]
+
+
+def open_log(args, run_dir, first):
+    """TensorBoard's writer in the first process, None in the others."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if process_rank() > 0:
+        return None
+    if args.model and not args.resume:
+        make_run_dir(run_dir)
+    return SummaryWriter(run_dir, purge_step=first + 1 if args.resume else None)
+
+
+def seed_torch(*names):
+    """Seed torch's generator: what it draws depends on these names alone, so a resumed run needs no random state."""
+    torch.manual_seed(zlib.crc32(" ".join(map(str, names)).encode()))
+
+
+def check_gradient(norm, run_dir, step):
+    """Stop before a gradient of inf or NaN becomes the weights."""
+    if not math.isfinite(norm):
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        kept = f"; {run_dir / 'checkpoint.pt'} holds the last good state" if can_resume else ""
+        raise InputError(f"the gradient is not finite in step {step}: lower --learning-rate{kept}")
+
+
+# ---- Metrics, checkpoints, results ----
+
+
+def describe(args, seen):
+    """What a reader wants to know of the sampled (group, rating)s, each a mean over all processes' share of it."""
+    rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
+    mask = torch.cat([group.mask for group, _ in seen])
+    logprobs = torch.cat([group.logprobs for group, _ in seen])
+    truncated = torch.cat([rating.is_truncated for _, rating in seen]).float()
+    row = {"reward/mean": rewards, "reward/std": rewards.std(-1, correction=0)}
+    for name in seen[0][1].parts:
+        row[f"reward/{name}"] = torch.cat([rating.parts[name] for _, rating in seen])
+    steps = [reward for _, rating in seen for rewards in rating.step_rewards for reward in rewards]
+    row |= {
+        "reward/steps": torch.tensor(steps),
+        "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]),
+        "completion/length": mask.sum(-1),
+        "completion/truncated": truncated,
+        "completion/eos_rate": 1 - truncated,
+        "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
+    }
+    sums, counts = over_ranks(torch.tensor([[x.sum(), x.numel()] for x in row.values()], dtype=torch.float64)).T
+    return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
+
+
+def new_statistics():
+    """Sums over the tokens of a rollout's updates, and the largest ratio, by name. The same names in all processes."""
+    names = (
+        "tokens policy/ratio_mean policy/ratio_max policy/clip_low policy/clip_high kl/reference policy/loss "
+        "first_update_tokens policy/sampler_gap"
+    )
+    return {name: torch.zeros(()) for name in names.split()}
+
+
+@torch.no_grad()
+def add_statistics(args, statistics, mask, log_ratio, advantage, kl, loss, gap):
+    """Add those of a micro-batch. kl: None without β; gap, ln π minus the sampler's: None after the first update."""
+    mask = mask.bool()
+    ratio, side = log_ratio.exp()[mask], advantage[mask]
+    found = {
+        "tokens": torch.ones_like(ratio),
+        "policy/ratio_mean": ratio,
+        "policy/clip_low": (ratio < 1 - args.clip_low) & (side < 0),
+        "policy/clip_high": (ratio > 1 + args.clip_high) & (side > 0),
+        "policy/loss": loss,
+    }
+    if kl is not None:
+        found["kl/reference"] = kl[mask]
+    if gap is not None:
+        found |= {"first_update_tokens": torch.ones_like(ratio), "policy/sampler_gap": gap.abs()[mask.cpu()]}
+    for name, x in found.items():
+        statistics[name] += x.sum().float().cpu()
+    statistics["policy/ratio_max"] = torch.maximum(statistics["policy/ratio_max"], ratio.max().cpu())
+
+
+def update_metrics(args, statistics, norms):
+    """Their means over the tokens of all processes; no ratio where nothing was taught."""
+    for name, x in statistics.items():
+        over_ranks(x, "MAX" if name == "policy/ratio_max" else "SUM")
+    row, num_updates = {}, max(len(norms), 1)
+    if statistics["tokens"]:
+        names = ["policy/ratio_mean", "policy/clip_low", "policy/clip_high"] + ["kl/reference"] * (args.beta > 0)
+        row = {name: float(statistics[name] / statistics["tokens"]) for name in names}
+        row["policy/ratio_max"] = float(statistics["policy/ratio_max"])
+        first = statistics["first_update_tokens"].clamp(min=1)
+        row["policy/sampler_gap"] = float(statistics["policy/sampler_gap"] / first)
+    row["policy/loss"] = float(statistics["policy/loss"]) / num_updates
+    return row | {"policy/grad_norm": sum(norms) / num_updates}
+
+
+def speed_metrics(args, clock, groups, mask):
+    """Tokens a second and, where the system tells it, the peak of memory. clock: begun, sampled, learned."""
+    begun, sampled, learned = clock
+    row = {
+        "time/generate_tokens_per_second": sum(float(group.mask.sum()) for group in groups) / (sampled - begun),
+        "time/train_tokens_per_second": float(mask.sum()) * args.num_epochs / (learned - sampled),
+        "time/step_seconds": learned - begun,
+    }
+    peak = peak_memory(args.device)
+    return row if peak is None else row | {"memory/peak_gb": peak / 1e9}
+
+
+def is_due(args, every, done):
+    """Is it time for what happens every so many steps, or never for 0, and after the last step in any case?"""
+    return done == args.steps or bool(every and done % every == 0)
+
+
+def log(writer, metrics, step, row):
+    for name, number in row.items() if writer else ():
+        writer.add_scalar(name, number, step)
+    metrics.append({"step": step, **row})
+
+
+def save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model):
+    """All that a resumed run needs. progress: the steps done, where the stream of problems stands, the metrics."""
+    if process_rank() > 0 and not args.shard:  # to gather takes all processes
+        return
+    is_refreshed = args.reference_every and args.beta  # else it can be loaded as it was at first
+    content = {
+        "args": asdict(args),
+        "policy": {name: gathered(x.detach()) for name, x in policy.named_parameters() if x.requires_grad},
+        "optimizer": optimizer.state_dict(),
+        "reference": {name: gathered(x) for name, x in reference.state_dict().items()} if is_refreshed else None,
+        **progress,
+        **(reward_model.state_dict() if reward_model else {}),
+    }
+    if process_rank() == 0:
+        writer.flush()
+        save(run_dir / "checkpoint.pt", content)
+
+
+def save_results(args, run_dir, model, tokenizer, weights, metrics):
+    """The policy as a transformers directory, metrics.jsonl and curves.png. weights: in place of the model's own."""
+    save_model(run_dir / "policy", model, tokenizer, weights)
+    if args.save_merged:
+        plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
+        save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
+    with written_aside(run_dir / "metrics.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
+    draw_curves(metrics, run_dir / "curves.png")
+
+
+def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
+    """One screen: before and after, some answers of the last step, where everything is, what to try next."""
+    before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
+    print(f"\n{num_held_out} held-out problems   before    after")
+    for name in [name for name in before if name.startswith("eval/")]:
+        print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")
+    if seen:
+        print_samples(*seen[0])
+    print(f"\ncurves      {run_dir / 'curves.png'}")
+    print(f"policy      {run_dir / 'policy'}, for from_pretrained")
+    if args.save_merged:
+        print(f"merged      {run_dir / 'merged'}, the same without PEFT")
+    spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
+    print(f"seconds     {seconds:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
+    print(f"logs        tensorboard --logdir {run_dir}")
+    if args.model is None:
+        other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"
+        print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
+
+
 # ---- Command line ----
 
 
@@ -2761,7 +2984,7 @@ def parse_args():
 
 
 def guard_output():
-    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+    """Print "?" for letters that the terminal lacks. Run to the end when the reader has left (`| head`)."""
 
     def guarded(stream, method):
         def call(*arguments):
@@ -2779,7 +3002,7 @@ def guard_output():
 
 
 def main():
-    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    """Parse, run. A mistake that the user can fix ends in one sentence and exit status 2."""
     guard_output()
     run_dir = None
     try:
@@ -2796,7 +3019,7 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
-        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
+        print(f"\ninterrupted{f': continue with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
         sys.exit(130)
 
 

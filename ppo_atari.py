@@ -15,13 +15,13 @@
 """PPO on Atari: CartPole's script when observations are pixels.
 
 Teaches  the 9 Atari details, tagged [D14]..[D22] where each happens, on top of the 13 of ppo_cartpole.py
-         (docs/details.md); `diff -b ppo_cartpole.py ppo_atari.py` shows what pixels change
+         (docs/details.md). `diff -b ppo_cartpole.py ppo_atari.py` shows what pixels change
 Run      python ppo_atari.py
          torchrun --nproc-per-node=2 ppo_atari.py
-Expect   1,140 steps a second on 2 cores of an AMD EPYC, 2.8 times CleanRL's script (benchmarks/RESULTS.md). Pong, with
-         --total-timesteps 3000000 --learning-rate 5e-4: the last 100 games average +18 after 1.2M steps
-Departs  from the customary wrappers in one thing: after a lost life the game goes on without a FIRE pressed for the
-         policy, for ale-py's vector environment presses it only at the start of a game. The policy learns to press it
+Expect   1,140 steps a second on 2 cores of an AMD EPYC, 2.8 times CleanRL's script (benchmarks/RESULTS.md). With
+         --total-timesteps 3000000 --learning-rate 5e-4 the last 100 games of Pong average +18 after 1.2M steps
+Departs  from the customary wrappers in one thing: after a lost life nobody presses FIRE for the policy, because
+         ale-py's vector environment presses it only at the start of a game. The policy learns to press it
 
     δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)                                       PPO Eq. 12
     Âₜ = δₜ + γλ Âₜ₊₁                                                 GAE Eq. 16
@@ -43,6 +43,7 @@ from datetime import datetime
 from io import TextIOWrapper
 from math import sqrt
 from pathlib import Path
+from typing import Annotated, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -50,78 +51,59 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+# a field's type says between which bounds its value must lie
+PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
+PositiveFloat = Annotated[float, "must be above 0", lambda x: x > 0]
+NonNegativeInt = Annotated[int, "must not be negative", lambda x: x >= 0]
+NonNegativeFloat = Annotated[float, "must not be negative", lambda x: x >= 0]
+UnitFloat = Annotated[float, "must lie between 0 and 1", lambda x: 0 <= x <= 1]
+PositiveFloatOrNone = Annotated[float | None, "must be above 0", lambda x: x is None or x > 0]
+PathOrNone = Annotated[str | None, "needs a path", lambda x: x != ""]
+Seed = Annotated[int, "must be below 2**30 and not negative", lambda x: 0 <= x < 2**30]
+
 
 @dataclass(frozen=True)
 class Args:
-    env_id: str = "ALE/Pong-v5"  # any of ale-py's games; their ROMs come with it
-    seed: int = 1  # of the network, the actions, the minibatches and the games
-    total_timesteps: int = 10_000_000  # agent's steps, of 4 frames each, over all processes; an autoreset is none
-    num_envs: int = 8  # games that step together, N, over all processes
-    num_steps: int = 128  # steps of each game per rollout, T
-    num_minibatches: int = 4  # gradient steps per epoch
-    update_epochs: int = 4  # passes over each rollout
-    learning_rate: float = 2.5e-4  # Adam's, at the start
-    anneal_lr: bool = True  # learning rate falls to 0 over the run
-    gamma: float = 0.99  # discount, per agent's step
-    gae_lambda: float = 0.95  # GAE's λ: 0 trusts the critic, 1 the sampled rewards
-    norm_adv: bool = True  # advantages to mean 0, standard deviation 1, in each minibatch
-    clip_coef: float = 0.1  # ε, the half-width of the range of the ratio, at the start
-    anneal_clip: bool = False  # clip_coef falls to 0 over the run
+    env_id: str = "ALE/Pong-v5"  # any game of ale-py, which brings the ROMs with it
+    seed: Seed = 1  # of the network, the actions, the minibatches and the games
+    total_timesteps: PositiveInt = 10_000_000  # steps of 4 frames, over all processes; resetting steps are not counted
+    num_envs: PositiveInt = 8  # games that step together, N, over all processes
+    num_steps: PositiveInt = 128  # steps of each game per rollout, T
+    num_minibatches: PositiveInt = 4  # gradient steps per epoch
+    update_epochs: PositiveInt = 4  # passes over each rollout
+    learning_rate: PositiveFloat = 2.5e-4  # Adam's, at the start
+    anneal_lr: bool = True  # let the learning rate fall to 0 over the run
+    gamma: UnitFloat = 0.99  # discount, per step of 4 frames
+    gae_lambda: UnitFloat = 0.95  # GAE's λ: 0 trusts the critic, 1 trusts the sampled rewards
+    norm_adv: bool = True  # shift and scale the advantages of each minibatch to mean 0, standard deviation 1
+    clip_coef: PositiveFloat = 0.1  # ε at the start: the ratio's range is 1 − ε to 1 + ε
+    anneal_clip: bool = False  # let clip_coef fall to 0 over the run
     clip_vloss: bool = True  # clip the value loss too
-    ent_coef: float = 0.01  # weight of the entropy bonus, c₂
-    vf_coef: float = 0.5  # weight of the value loss, c₁
-    max_grad_norm: float = 0.5  # global norm that gradients are cut to
-    target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL exceeds this, in nats
-    sticky: float = 0.0  # chance that the emulator repeats the last action; 0 as in NoFrameskip-v4, 0.25 as in ALE/*-v5
-    episodic_life: bool = True  # a lost life is terminal to the learner; the game goes on
+    ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus, c₂
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss, c₁
+    max_grad_norm: PositiveFloat = 0.5  # gradients are scaled down to this global norm
+    target_kl: PositiveFloatOrNone = None  # stop a rollout's updates when a minibatch's KL is above this, in nats
+    sticky: UnitFloat = 0.0  # chance that the emulator repeats the last action; NoFrameskip-v4 has 0, ALE/*-v5 has 0.25
+    episodic_life: bool = True  # a lost life ends the episode for the learner, but the game continues
+    eval_episodes: NonNegativeInt = 10  # games at the end, actions sampled from the policy; 0 for none
+    # for some runs only: machine, files, film, tracking
     bf16: bool = True  # convolutions in bfloat16, weights and heads in float32; 1.65 times faster on a Zen 5
-    keep_memory: bool = True  # glibc's malloc keeps what is freed: no page is zeroed twice; 1.04 times faster
-    eval_episodes: int = 10  # games at the end, actions drawn from the policy; 0 for none
-    device: str = "cpu"  # cpu, cuda, cuda:1 …; under torchrun cuda is one GPU a process
-    torch_threads: int = 0  # CPU threads of torch; 0 for one a core. On a busy machine 1 is faster
+    keep_memory: bool = True  # let glibc's malloc keep freed memory, so no page is zeroed twice; 1.04 times faster
+    device: str = "cpu"  # cpu, cuda, cuda:1 …; under torchrun, cuda gives each process its own GPU
+    torch_threads: NonNegativeInt = 0  # CPU threads of torch; 0 for one per core. On a busy machine 1 is faster
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
-    run_dir: str | None = None  # where logs, checkpoint and plot go; default runs/<env>__<script>__<seed>__<time>
-    checkpoint_every: int = 20  # iterations between two checkpoints; 0 for only one, at the end
-    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint
-    evaluate: str | None = None  # saved model or checkpoint: play eval_episodes with it, no training
-    save_model: bool = False  # write the weights alone to model.pt at the end
+    run_dir: PathOrNone = None  # where logs, checkpoint and plot go; default runs/<env>__<script>__<seed>__<time>
+    checkpoint_every: NonNegativeInt = 20  # iterations between two checkpoints; 0 for only one, at the end
+    resume: PathOrNone = None  # the directory of a run that was stopped: continue from its checkpoint
+    evaluate: PathOrNone = None  # a saved model or checkpoint: play eval_episodes with it, do not train
+    save_model: bool = False  # also write the weights alone to model.pt at the end
     capture_video: bool = False  # film one game of the trained agent, an MP4
     track: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "ppo-atari"  # its project there
+    wandb_project: str = "ppo-atari"  # the project there
 
     def __post_init__(self):
-        positive = "total_timesteps num_envs num_steps num_minibatches update_epochs learning_rate clip_coef"
-        for name in (*positive.split(), "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("seed", "eval_episodes", "checkpoint_every", "ent_coef", "vf_coef", "torch_threads"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.seed >= 2**30:
-            raise ValueError(f"seed must be below 2**30, got {self.seed}")
-        for name in ("gamma", "gae_lambda", "sticky"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.eval_episodes == 0 and (self.evaluate or self.capture_video):
-            raise ValueError("evaluate and capture_video need eval_episodes above 0, got 0")
-        if "" in (self.resume, self.evaluate, self.run_dir):
-            raise ValueError("resume, evaluate and run_dir need a path, got an empty one")
-        if self.evaluate and (self.resume or self.run_dir or self.save_model or self.track):
-            raise ValueError("evaluate only plays: resume, run_dir, save_model and track exclude it")
-        if self.resume and self.run_dir:
-            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
-        if self.target_kl is not None and not self.target_kl > 0:
-            raise ValueError(f"target_kl must be above 0, got {self.target_kl}")
-        fewest = self.num_envs * (self.num_steps // 2)  # where every second row is an autoreset
-        if fewest < self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches {self.num_minibatches} must not exceed the {fewest} transitions that "
-                f"num_envs {self.num_envs} × num_steps {self.num_steps} is sure to hold"
-            )
-
-
-class InputError(ValueError):
-    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+        check_bounds(self)
+        check_settings(self)
 
 
 # ---- Equations ----
@@ -179,56 +161,38 @@ def action_logprob_and_entropy(logits, actions):
 
 
 def make_envs(args, num_envs, **changes):
-    """num_envs games in ale-py's C++ vector environment, NEXT_STEP autoreset: the step after a game's end is none."""
+    """num_envs games in ale-py's C++ vector environment. NEXT_STEP autoreset: the step after a game's end resets it."""
     import ale_py
 
     gym.register_envs(ale_py)
     settings = {
-        "noop_max": 30,  # [D14] up to 30 no-ops at a game's start, so that no two games are the same
-        "maxpool": True,  # [D15] the maximum of the last two frames, for sprites that flicker …
-        "frameskip": 4,  # [D15] … and four frames a step, the action repeated
-        "repeat_action_probability": args.sticky,  # gym.make's own default for v5 is 0.25, the class's is 0
+        "noop_max": 30,  # [D14] up to 30 no-ops at the start of a game, so that games differ
+        "maxpool": True,  # [D15] the maximum of the last two frames, because some sprites flicker
+        "frameskip": 4,  # [D15] the action is repeated for four frames
+        "repeat_action_probability": args.sticky,  # gym.make's default for v5 is 0.25, the default of the class is 0
         "episodic_life": False,  # True would restart the *game* at every lost life
-        "life_loss_info": args.episodic_life,  # [D16] terminated at a lost life, and the game goes on
-        "use_fire_reset": True,  # [D17] FIRE pressed where a game would wait for it
+        "life_loss_info": args.episodic_life,  # [D16] terminated at a lost life, but the game continues
+        "use_fire_reset": True,  # [D17] FIRE is pressed at the start of a game that waits for it
         "img_height": 84,  # [D18]
         "img_width": 84,
         "grayscale": True,
-        "reward_clipping": False,  # [D19] happens in train(), where the true score is still known
+        "reward_clipping": False,  # [D19] train() clips, because it also logs the true score
         "stack_num": 4,  # [D20]
     }
     if not args.env_id.startswith("ALE/"):
         raise InputError(
-            f"--env-id {args.env_id} is no Atari game of ale-py: those are ALE/Pong-v5, ALE/Breakout-v5, …"
+            f"--env-id {args.env_id} is no Atari game of ale-py: its games are ALE/Pong-v5, ALE/Breakout-v5, …"
         )
     try:
         return gym.make_vec(args.env_id, num_envs=num_envs, **{**settings, **changes})
     except gym.error.Error as error:
         raise InputError(f"--env-id {args.env_id}: {error}") from error
-    except OSError as error:  # ALE_ROMS_DIR leads elsewhere, or the package is damaged
-        raise InputError(f"--env-id {args.env_id}: its ROM is not to be had: {error}") from error
-
-
-def check_video(args):
-    """--capture-video is refused before training where it could not work after it."""
-    try:
-        import moviepy  # noqa: F401
-    except ImportError as error:
-        raise InputError("--capture-video needs moviepy: pip install moviepy") from error
-
-
-def env_seed(seed, global_step=0, evaluation=False):
-    """The seed of the first environment; environment i is given i more, by Gymnasium.
-
-    Hashed, so that runs share no environment. Given the run's own seed, environments 1 to 7 of seed 1 would be
-    environments 0 to 6 of seed 2, and a comparison over seeds would count the same episodes twice.
-    """
-    hashed = np.random.SeedSequence([seed, global_step, int(evaluation)]).generate_state(1)[0]
-    return int(hashed % 2**30)  # ale-py takes 31 bits
+    except OSError as error:  # ALE_ROMS_DIR names another directory, or the package is damaged
+        raise InputError(f"--env-id {args.env_id}: its ROM is not available: {error}") from error
 
 
 def is_game_over(terminated, truncated, info):
-    """(N,) bool. With life_loss_info a lost life terminates too, but then lives are left and the game goes on."""
+    """(N,) bool. With life_loss_info a lost life terminates too, but if lives are left the game continues."""
     return truncated | (terminated & (info["lives"] == 0))
 
 
@@ -243,7 +207,7 @@ def init_layer(layer, gain):
 
 
 class ChannelsLastFlatten(nn.Module):
-    """(B, C, H, W), channels last in memory → (B, H·W·C), a view: nn.Flatten would copy, forward and backward."""
+    """(B, C, H, W), channels last in memory → (B, H·W·C), a view. nn.Flatten would copy, forward and backward."""
 
     def forward(self, features):
         return features.permute(0, 2, 3, 1).flatten(1)
@@ -277,73 +241,197 @@ class Agent(nn.Module):
         pixels = obs.to(self.dtype).div_(255).permute(0, 3, 1, 2)  # [D22]; the permuted view is channels_last
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             features = self.trunk(pixels)
-        with torch.autocast(obs.device.type, enabled=False):  # a logit of 8 bits would make ratios of noise
+        with torch.autocast(obs.device.type, enabled=False):  # logits in bfloat16 would add noise to the ratios
             features = features.float()
             return self.actor(features), self.critic(features).squeeze(-1)
 
 
-def check_device(device):
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+# ---- Training ----
 
 
-def keep_freed_memory():
-    """glibc gives a freed large block back to the system: each minibatch would get its pages anew, zeroed once more."""
-    import ctypes
+def train(args: Args) -> list[dict]:
+    """Train, evaluate, write logs, plot and checkpoint. Returns the metrics of each iteration, oldest first."""
+    from tqdm import tqdm
 
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too …
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: … whose free end is kept
+    # 1. Processes, environments [D1], network (the same in every process), optimizer, log
+    saved = load_checkpoint(args) if args.resume else None
+    rank, world_size, device = set_up_process(args)
+    T, N = args.num_steps, args.num_envs // world_size  # N games in this process
+    envs = make_envs(args, N)
+    agent = Agent(envs, args).to(device)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not torch's 1e-8
+    run_dir, writer = start_run(args, saved, rank)
+
+    # 2. Storage: step t of the rollout is row t. obs and values have one more row, for what the last step returned
+    obs = torch.zeros(T + 1, N, 84, 84, 4, dtype=torch.uint8, device=device)  # channels last: faster convolutions
+    values = torch.zeros(T + 1, N, device=device)
+    actions = torch.zeros(T, N, dtype=torch.long, device=device)
+    old_logprobs, rewards = torch.zeros(T, N, device=device), torch.zeros(T, N, device=device)
+    terminated, done, is_transition = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(3))
+
+    # 3. Begin, or continue from the checkpoint. The emulators cannot be saved, so a resumed run starts new games
+    global_step, seconds, metrics = 0, 0.0, []
+    last_100 = deque(maxlen=100)  # true scores of the last 100 games
+    episode_return, episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)  # of the unfinished games
+    was_over = np.zeros(N, dtype=bool)  # the game ended in the step before, so the next step only resets
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        global_step, seconds, metrics = saved["global_step"], saved["seconds"], saved["metrics"]
+        last_100.extend(saved["last_100"])
+    torch.manual_seed(args.seed + global_step + 1_000_003 * rank)
+    next_obs, _ = envs.reset(seed=env_seed(args.seed, global_step) + rank * N)
+    obs[T] = torch.as_tensor(next_obs).permute(0, 2, 3, 1)
+    start_time = time.perf_counter() - seconds
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
+
+    while global_step < args.total_timesteps:
+        # 4. Learning rate [D4] and clip range fall linearly to 0
+        remaining = 1 - global_step / args.total_timesteps
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # 5. Rollout: T steps of N environments under the current policy [D1]
+        finished = []  # (true score, length) of each game that ends in this rollout
+        obs[0] = obs[T]
+        # no_grad, not inference_mode, so that this autocast keeps its casts: each weight is cast once for all steps
+        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
+            for t in range(T):
+                logits, values[t] = agent(obs[t])
+                action = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+                old_logprobs[t], _ = action_logprob_and_entropy(logits, action)
+                next_obs, reward, is_terminated, is_truncated, info = envs.step(action.cpu().numpy())
+                obs[t + 1] = torch.as_tensor(next_obs).permute(0, 2, 3, 1)  # the final one where a game ended
+                actions[t] = action
+                rewards[t] = torch.as_tensor(np.sign(reward))  # [D19] −1, 0 or 1 in every game
+                terminated[t] = torch.as_tensor(is_terminated)
+                done[t] = torch.as_tensor(is_terminated | is_truncated)
+                is_transition[t] = torch.as_tensor(~was_over)  # a step that only resets ignores its action
+                episode_return += reward * ~was_over
+                episode_length += ~was_over
+                was_over = is_game_over(is_terminated, is_truncated, info)
+                for i in np.flatnonzero(was_over):
+                    finished.append((float(episode_return[i]), int(episode_length[i])))
+                    episode_return[i] = episode_length[i] = 0
+            values[T] = agent(obs[T])[1]
+        transitions = is_transition.sum()
+        if world_size > 1:
+            finished = sum_and_gather(transitions, finished)
+        global_step += int(transitions)
+        last_100.extend(game[0] for game in finished)
+
+        # 6. Advantages and returns: V of the next observation is the value in the next row
+        advantages = compute_gae(rewards, values[:T], values[1:], terminated, done, args.gamma, args.gae_lambda)
+        returns = advantages + values[:T]
+
+        # 7. Flatten to the M transitions; the rows of steps that only reset are left out
+        rows = (obs[:T], actions, old_logprobs, values[:T], advantages, returns)
+        b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns = (row[is_transition] for row in rows)
+
+        # 8. Update [D6]: each epoch uses each transition once, in minibatches whose sizes differ by one at most
+        losses = []
+        # one flat loop over the minibatches of all epochs, so that the break below ends all of them
+        epochs = [
+            torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)
+        ]
+        for mb in (indices for epoch in epochs for indices in epoch):
+            logits, value = agent(b_obs.index_select(0, mb))  # on a CPU faster than b_obs[mb]
+            logprob, entropy = action_logprob_and_entropy(logits, b_actions[mb])
+            advantage = b_advantages[mb]
+            if args.norm_adv:  # [D7]
+                advantage = normalise(advantage, world_size)
+            policy_loss = clipped_policy_loss(logprob, b_logprobs[mb], advantage, clip_coef)
+            value_loss = clipped_value_loss(value, b_values[mb], b_returns[mb], clip_coef if args.clip_vloss else None)
+            loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # [D10]
+
+            with torch.no_grad():  # [D12] what to look at when it does not learn
+                kl = approx_kl(logprob, b_logprobs[mb])
+                clipfrac = ((logprob - b_logprobs[mb]).expm1().abs() > clip_coef).float().mean()
+                losses.append(torch.stack([policy_loss, value_loss, entropy.mean(), kl, clipfrac]))
+            if args.target_kl is not None:
+                if world_size > 1:
+                    dist.all_reduce(kl)
+                if kl / world_size > args.target_kl:
+                    break  # before this step is taken; the next iteration begins with a new rollout
+
+            optimizer.zero_grad()
+            loss.backward()
+            if world_size > 1:
+                average_gradients(parameters, len(mb))
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [D11]
+            optimizer.step()
+
+        with torch.inference_mode():
+            if not agent(obs[T])[0].isfinite().all():
+                raise InputError(f"the policy is no longer finite at step {global_step}: lower --learning-rate")
+
+        # 9. Metrics: the losses are means over every minibatch of the first process
+        if rank > 0:
+            continue
+        seconds = time.perf_counter() - start_time
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+        row = {f"losses/{name}": mean for name, mean in zip(names, torch.stack(losses).mean(0).tolist())}
+        row["losses/explained_variance"] = float(1 - (b_returns - b_values).var() / b_returns.var())
+        row["charts/learning_rate"] = learning_rate
+        row["charts/SPS"] = global_step / seconds
+        if finished:
+            row["charts/episodic_return"], row["charts/episodic_length"] = np.mean(finished, axis=0).tolist()
+        if len(last_100) == 100:
+            row["charts/return_100"] = float(np.mean(last_100))
+        for name, number in row.items():
+            writer.add_scalar(name, number, global_step)
+        metrics.append({"global_step": global_step, "seconds": seconds, **row})
+        bar.update(min(global_step, args.total_timesteps) - bar.n)
+        bar.set_postfix(last_100=f"{np.mean(last_100):.1f}" if last_100 else "-", refresh=False)
+
+        # 10. Checkpoint, after an iteration is complete
+        is_last = global_step >= args.total_timesteps
+        if is_last or (args.checkpoint_every and len(metrics) % args.checkpoint_every == 0):
+            writer.flush()
+            content = {
+                "args": asdict(args),
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "last_100": list(last_100),
+                "global_step": global_step,
+                "seconds": seconds,
+                "metrics": metrics,
+            }
+            save(run_dir / "checkpoint.pt", content)
+    bar.close()
+    envs.close()
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return metrics
+
+    # 11. Summary, files, evaluation
+    print(f"\n{args.env_id}: {global_step:,} steps in {seconds:.1f} s, {global_step / seconds:,.0f} steps a second")
+    if last_100:
+        print(f"score       mean of the last {len(last_100)} games of training: {np.mean(last_100):.1f}")
+    draw_learning_curve(metrics, None, run_dir / "learning_curve.png")
+    print(f"curve       {run_dir / 'learning_curve.png'}")
+    if args.save_model:
+        save(run_dir / "model.pt", {"args": asdict(args), "agent": agent.state_dict()})
+        print(f"model       {run_dir / 'model.pt'}")
+    if args.eval_episodes:
+        metrics[-1]["charts/eval_return"] = float(evaluate(agent, args, run_dir).mean())
+        writer.add_scalar("charts/eval_return", metrics[-1]["charts/eval_return"], global_step)
+    writer.close()
+    print(f"logs        tensorboard --logdir {run_dir.parent}")
+    print(f"next        python ppo_atari.py --evaluate {run_dir / 'checkpoint.pt'} --capture-video")
+    return metrics
 
 
-# ---- Files, evaluation ----
-
-
-@contextmanager
-def written_aside(path):
-    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except BaseException as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
-        raise
-
-
-def save(path, content):
-    with written_aside(path) as temporary:
-        torch.save(content, temporary)
-
-
-def load(path, *keys):
-    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file: --resume takes a run directory, --evaluate a file in one")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["args"] = Args(**content["args"])
-        missing = set(keys) - content.keys()
-    except Exception as error:
-        raise InputError(f"{path} is no checkpoint or model of this script, or is damaged") from error
-    if missing:
-        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
-    return content
+# ---- Evaluation ----
 
 
 def play(agent, args, episodes, video_dir=None):
-    """True scores of whole games, the first of each environment, actions drawn from the policy.
+    """True scores of whole games, the first of each environment. Actions are sampled from the policy.
 
-    The film is shot by a second emulator in colour: same seed, same actions, so the same game.
+    A second emulator makes the film, in colour. It gets the same seed and actions, so it plays the same game.
     """
     envs, seed = make_envs(args, episodes), env_seed(args.seed, evaluation=True)
     obs, _ = envs.reset(seed=seed)
@@ -372,7 +460,7 @@ def play(agent, args, episodes, video_dir=None):
 
 
 def evaluate(agent, args, run_dir):
-    """Play eval_episodes games and print what came of it; film one more on --capture-video."""
+    """Play eval_episodes games and print the result. With --capture-video, film one more."""
     returns = play(agent, args, args.eval_episodes)
     print(f"evaluation  {len(returns)} games: mean return {returns.mean():.1f}, lowest {returns.min():.1f}")
     if args.capture_video:
@@ -382,8 +470,243 @@ def evaluate(agent, args, run_dir):
     return returns
 
 
+# ==== Machinery: processes, files, logs, flags. A first reader can stop here ====
+
+
+# ---- Several processes (torchrun) ----
+
+
+def set_up_process(args):
+    """Device, process group, threads, seed. Returns this process's rank, the number of processes, and its device."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_envs % world_size:
+        raise InputError(f"--num-envs {args.num_envs} cannot be split evenly over {world_size} processes")
+    device = args.device
+    if world_size > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
+    if world_size > 1:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # else NCCL would gather the finished games on GPU 0 in every process
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    torch.set_num_threads(args.torch_threads or max(1, os.cpu_count() // world_size))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA need it
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
+    torch.manual_seed(args.seed)
+    if args.keep_memory and sys.platform == "linux":
+        keep_freed_memory()
+    return rank, world_size, device
+
+
+def sum_and_gather(transitions, finished):
+    """Add up the number of transitions in place; return the finished games of all processes."""
+    dist.all_reduce(transitions)
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, finished)
+    return [game for games in everywhere for game in games]
+
+
+def normalise(advantage, world_size):
+    """[D7] Mean 0, standard deviation 1 over the whole minibatch, the parts of all processes together. (M,) → (M,)."""
+    count, total = torch.tensor(float(len(advantage)), device=advantage.device), advantage.sum()
+    if world_size > 1:
+        sums = torch.stack([count, total])
+        dist.all_reduce(sums)
+        count, total = sums
+    centred = advantage - total / count
+    squares = centred.square().sum()
+    if world_size > 1:
+        dist.all_reduce(squares)
+    return centred / ((squares / count).sqrt() + 1e-8)
+
+
+def average_gradients(parameters, count):
+    """Replace each gradient by that of the mean over the whole minibatch. This process holds `count` rows of it."""
+    parts = torch.cat([torch.tensor([1.0], device=parameters[0].device), *(p.grad.flatten() for p in parameters)])
+    parts *= count
+    dist.all_reduce(parts)
+    flat = parts[1:] / parts[0]
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad.copy_(gradient.view_as(parameter))
+
+
+# ---- Settings, devices, memory ----
+
+
+class InputError(ValueError):
+    """A mistake that the user can fix. main() prints its message, one sentence, and exits with status 2."""
+
+
+def check_bounds(args):
+    """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
+    for field in fields(args):
+        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
+        if bounds and not bounds[1](getattr(args, field.name)):
+            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+
+
+def check_settings(args):
+    """Raise ValueError for fields that do not go together."""
+    if args.eval_episodes == 0 and (args.evaluate or args.capture_video):
+        raise ValueError("evaluate and capture_video need eval_episodes above 0, got 0")
+    if args.evaluate and (args.resume or args.run_dir or args.save_model or args.track):
+        raise ValueError("evaluate only plays: resume, run_dir, save_model and track exclude it")
+    if args.resume and args.run_dir:
+        raise ValueError(f"resume {args.resume} continues in its own directory, not in run_dir {args.run_dir}")
+    fewest = args.num_envs * (args.num_steps // 2)  # transitions, if every second row is an autoreset
+    if fewest < args.num_minibatches:
+        raise ValueError(
+            f"num_minibatches {args.num_minibatches} must not exceed the {fewest} transitions that "
+            f"num_envs {args.num_envs} × num_steps {args.num_steps} is sure to hold"
+        )
+
+
+def env_seed(seed, global_step=0, evaluation=False):
+    """The seed of the first environment. Gymnasium gives environment i the seed of the first plus i.
+
+    Hashed, so that two runs share no environment. With the run's own seed, environments 1 to 7 of seed 1 would be
+    environments 0 to 6 of seed 2, and a comparison over seeds would count the same episodes twice.
+    """
+    hashed = np.random.SeedSequence([seed, global_step, int(evaluation)]).generate_state(1)[0]
+    return int(hashed % 2**30)  # ale-py accepts 31 bits
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+
+
+def keep_freed_memory():
+    """By default glibc returns large freed blocks to the system, and each minibatch waits for new, zeroed pages."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the free end of the heap
+
+
+def check_video(args):
+    """Refuse --capture-video before training if it cannot work after training."""
+    try:
+        import moviepy  # noqa: F401
+    except ImportError as error:
+        raise InputError("--capture-video needs moviepy: pip install moviepy") from error
+
+
+# ---- Files and logs ----
+
+# what a resumed run may change; with any other change it would be another run
+CHANGEABLE = "resume device torch_threads checkpoint_every eval_episodes save_model capture_video track wandb_project"
+
+
+def load_checkpoint(args):
+    """The checkpoint of --resume. Raises InputError if a setting differs that must stay as it was."""
+    saved = load(Path(args.resume) / "checkpoint.pt", "agent", "optimizer", "metrics")
+    settings = replace(saved["args"], run_dir=None)
+    for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+        given, before = getattr(args, name), getattr(settings, name)
+        if given != before:
+            raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a separate run")
+    return saved
+
+
+def start_run(args, saved, rank):
+    """The run directory and TensorBoard's writer in it. Only the first process writes; the others get no writer."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if args.capture_video:
+        check_video(args)
+    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
+    if rank > 0:
+        return run_dir, None
+    if not saved:
+        make_run_dir(run_dir)
+    if args.track:
+        start_wandb(args, run_dir)
+    return run_dir, SummaryWriter(run_dir, purge_step=saved["global_step"] + 1 if saved else None)
+
+
+def new_run_dir(args):
+    name = args.env_id.replace("/", "-").replace(":", "-")
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} resumes it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
+
+
+def start_wandb(args, run_dir):
+    try:
+        import wandb
+    except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
+        raise InputError("--track needs Weights & Biases: pip install wandb") from error
+    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
+    try:
+        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
+    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
+
+
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load(path, *keys):
+    """The dict that save() wrote, which must have `keys`. Plain data only, so no code in the file can run."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: --resume takes a run directory, --evaluate a file in one")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["args"] = Args(**content["args"])
+        missing = set(keys) - content.keys()
+    except Exception as error:
+        raise InputError(f"{path} is not a checkpoint or model of this script, or it is damaged") from error
+    if missing:
+        raise InputError(f"{path} is not a checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def resumed_args(run_dir):
+    """The settings with which train() resumes the run in run_dir."""
+    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
+
+
 def evaluate_saved(args):
-    """--evaluate PATH: the same for a model or checkpoint that an earlier run wrote."""
+    """--evaluate PATH: play with a model or checkpoint that an earlier run wrote."""
     check_device(args.device)
     if args.capture_video:
         check_video(args)
@@ -412,289 +735,7 @@ def draw_learning_curve(metrics, threshold, path):
         axes.figure.savefig(temporary, dpi=120, format="png")
 
 
-def start_wandb(args, run_dir):
-    try:
-        import wandb
-    except ImportError as error:
-        with suppress(OSError):
-            run_dir.rmdir()  # still empty
-        raise InputError("--track needs Weights & Biases: pip install wandb") from error
-    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
-    try:
-        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
-    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
-        with suppress(OSError):
-            run_dir.rmdir()  # still empty
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
-
-
-# ---- Several processes (torchrun) ----
-
-
-def normalise(advantage, world_size):
-    """[D7] Mean 0, standard deviation 1 over the minibatch, which is all processes' parts together. (M,) → (M,)."""
-    count, total = torch.tensor(float(len(advantage)), device=advantage.device), advantage.sum()
-    if world_size > 1:
-        sums = torch.stack([count, total])
-        dist.all_reduce(sums)
-        count, total = sums
-    centred = advantage - total / count
-    squares = centred.square().sum()
-    if world_size > 1:
-        dist.all_reduce(squares)
-    return centred / ((squares / count).sqrt() + 1e-8)
-
-
-def average_gradients(parameters, count):
-    """Every process' gradient becomes that of the mean over the whole minibatch, of which `count` rows lie here."""
-    parts = torch.cat([torch.tensor([1.0], device=parameters[0].device), *(p.grad.flatten() for p in parameters)])
-    parts *= count
-    dist.all_reduce(parts)
-    flat = parts[1:] / parts[0]
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
-        parameter.grad.copy_(gradient.view_as(parameter))
-
-
-# ---- Training ----
-
-# what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every eval_episodes save_model capture_video track wandb_project"
-
-
-def make_run_dir(run_dir):
-    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError as error:
-        can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
-
-
-def new_run_dir(args):
-    name = args.env_id.replace("/", "-").replace(":", "-")
-    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
-def resumed_args(run_dir):
-    """The settings with which train() goes on with the run in run_dir."""
-    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
-
-
-def train(args: Args) -> list[dict]:
-    """Train, evaluate, write logs, plot and checkpoint. Returns the metrics of each iteration, oldest first."""
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
-
-    # 1. Settings, seeds, processes
-    saved = load(Path(args.resume) / "checkpoint.pt", "agent", "optimizer", "metrics") if args.resume else None
-    if saved:
-        settings = replace(saved["args"], run_dir=None)
-        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
-            given, before = getattr(args, name), getattr(settings, name)
-            if given != before:
-                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_envs % world_size:
-        raise InputError(f"--num-envs {args.num_envs} cannot be split evenly over {world_size} processes")
-    T, N = args.num_steps, args.num_envs // world_size  # N games in this process
-    device = args.device
-    if world_size > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    check_device(device)
-    if world_size > 1:
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)  # or NCCL would gather the finished games on GPU 0 in every process
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    torch.set_num_threads(args.torch_threads or max(1, os.cpu_count() // world_size))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products are refused here:
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
-    torch.manual_seed(args.seed)
-    if args.keep_memory and sys.platform == "linux":
-        keep_freed_memory()
-
-    # 2. Environments [D1], network (the same in every process), optimizer
-    if args.capture_video:
-        check_video(args)
-    envs = make_envs(args, N)
-    agent = Agent(envs, args).to(device)
-    parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [D3] not torch's 1e-8
-
-    # 3. Run directory, logs: the first process writes, the others only train
-    run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
-    if rank == 0:
-        if not saved:
-            make_run_dir(run_dir)
-        if args.track:
-            start_wandb(args, run_dir)
-        writer = SummaryWriter(run_dir, purge_step=saved["global_step"] + 1 if saved else None)
-
-    # 4. Storage: step t of the rollout is row t; obs and values have one row more, what the last step returned
-    obs = torch.zeros(T + 1, N, 84, 84, 4, dtype=torch.uint8, device=device)  # channels last: faster convolutions
-    values = torch.zeros(T + 1, N, device=device)
-    actions = torch.zeros(T, N, dtype=torch.long, device=device)
-    old_logprobs, rewards = torch.zeros(T, N, device=device), torch.zeros(T, N, device=device)
-    terminated, done, is_transition = (torch.zeros(T, N, dtype=torch.bool, device=device) for _ in range(3))
-
-    # 5. Begin, or go on from the checkpoint. The emulators cannot be saved: resumed, the games begin anew
-    global_step, seconds, metrics = 0, 0.0, []
-    last_100 = deque(maxlen=100)  # true scores of the last 100 games
-    episode_return, episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)  # of the games under way
-    was_over = np.zeros(N, dtype=bool)  # the game ended in the step before: the coming step is an autoreset
-    if saved:
-        agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
-        global_step, seconds, metrics = saved["global_step"], saved["seconds"], saved["metrics"]
-        last_100.extend(saved["last_100"])
-    torch.manual_seed(args.seed + global_step + 1_000_003 * rank)
-    next_obs, _ = envs.reset(seed=env_seed(args.seed, global_step) + rank * N)
-    obs[T] = torch.as_tensor(next_obs).permute(0, 2, 3, 1)
-    start_time = time.perf_counter() - seconds
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
-
-    while global_step < args.total_timesteps:
-        # 6. Learning rate [D4] and clip range fall linearly to 0
-        remaining = 1 - global_step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
-
-        # 7. Rollout: T steps of N environments under the current policy [D1]
-        finished = []  # (true score, length) of each game that ends in this rollout
-        obs[0] = obs[T]
-        # no_grad, not inference_mode: this autocast then casts each weight once for all steps, and keeps the casts
-        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
-            for t in range(T):
-                logits, values[t] = agent(obs[t])
-                action = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
-                old_logprobs[t], _ = action_logprob_and_entropy(logits, action)
-                next_obs, reward, is_terminated, is_truncated, info = envs.step(action.cpu().numpy())
-                obs[t + 1] = torch.as_tensor(next_obs).permute(0, 2, 3, 1)  # the final one where an episode ended
-                actions[t] = action
-                rewards[t] = torch.as_tensor(np.sign(reward))  # [D19] −1, 0 or 1, whatever the game counts in
-                terminated[t] = torch.as_tensor(is_terminated)
-                done[t] = torch.as_tensor(is_terminated | is_truncated)
-                is_transition[t] = torch.as_tensor(~was_over)  # the step after a game's end ignores its action
-                episode_return += reward * ~was_over
-                episode_length += ~was_over
-                was_over = is_game_over(is_terminated, is_truncated, info)
-                for i in np.flatnonzero(was_over):
-                    finished.append((float(episode_return[i]), int(episode_length[i])))
-                    episode_return[i] = episode_length[i] = 0
-            values[T] = agent(obs[T])[1]
-        transitions = is_transition.sum()
-        if world_size > 1:
-            dist.all_reduce(transitions)
-            everywhere = [None] * world_size
-            dist.all_gather_object(everywhere, finished)
-            finished = [game for games in everywhere for game in games]
-        global_step += int(transitions)
-        last_100.extend(game[0] for game in finished)
-
-        # 8. Advantages and returns: V of the next observation is the next row's value
-        advantages = compute_gae(rewards, values[:T], values[1:], terminated, done, args.gamma, args.gae_lambda)
-        returns = advantages + values[:T]
-
-        # 9. Flatten to the M transitions: the rows of the autoresets stay out
-        rows = (obs[:T], actions, old_logprobs, values[:T], advantages, returns)
-        b_obs, b_actions, b_logprobs, b_values, b_advantages, b_returns = (row[is_transition] for row in rows)
-
-        # 10. Update: epochs of minibatches [D6], each of the M transitions once an epoch, sizes equal to within one
-        losses = []
-        # one flat loop over all epochs' minibatches, so that the break below ends them all
-        epochs = [
-            torch.randperm(len(b_obs)).to(device).tensor_split(args.num_minibatches) for _ in range(args.update_epochs)
-        ]
-        for mb in (indices for epoch in epochs for indices in epoch):
-            logits, value = agent(b_obs.index_select(0, mb))  # on a CPU faster than b_obs[mb]
-            logprob, entropy = action_logprob_and_entropy(logits, b_actions[mb])
-            advantage = b_advantages[mb]
-            if args.norm_adv:
-                advantage = normalise(advantage, world_size)
-            policy_loss = clipped_policy_loss(logprob, b_logprobs[mb], advantage, clip_coef)
-            value_loss = clipped_value_loss(value, b_values[mb], b_returns[mb], clip_coef if args.clip_vloss else None)
-            loss = policy_loss - args.ent_coef * entropy.mean() + args.vf_coef * value_loss  # [D10]
-
-            with torch.no_grad():  # [D12] what to look at when it does not learn
-                kl = approx_kl(logprob, b_logprobs[mb])
-                clipfrac = ((logprob - b_logprobs[mb]).expm1().abs() > clip_coef).float().mean()
-                losses.append(torch.stack([policy_loss, value_loss, entropy.mean(), kl, clipfrac]))
-            if args.target_kl is not None:
-                if world_size > 1:
-                    dist.all_reduce(kl)
-                if kl / world_size > args.target_kl:
-                    break  # before this step is taken; the next rollout starts afresh
-
-            optimizer.zero_grad()
-            loss.backward()
-            if world_size > 1:
-                average_gradients(parameters, len(mb))
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # [D11]
-            optimizer.step()
-
-        with torch.inference_mode():
-            if not agent(obs[T])[0].isfinite().all():
-                raise InputError(f"the policy is no longer finite at step {global_step}: lower --learning-rate")
-
-        # 11. Metrics: the losses are means over every minibatch of the first process
-        if rank > 0:
-            continue
-        seconds = time.perf_counter() - start_time
-        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        row = {f"losses/{name}": mean for name, mean in zip(names, torch.stack(losses).mean(0).tolist())}
-        row["losses/explained_variance"] = float(1 - (b_returns - b_values).var() / b_returns.var())
-        row["charts/learning_rate"] = learning_rate
-        row["charts/SPS"] = global_step / seconds
-        if finished:
-            row["charts/episodic_return"], row["charts/episodic_length"] = np.mean(finished, axis=0).tolist()
-        if len(last_100) == 100:
-            row["charts/return_100"] = float(np.mean(last_100))
-        for name, number in row.items():
-            writer.add_scalar(name, number, global_step)
-        metrics.append({"global_step": global_step, "seconds": seconds, **row})
-        bar.update(min(global_step, args.total_timesteps) - bar.n)
-        bar.set_postfix(last_100=f"{np.mean(last_100):.1f}" if last_100 else "-", refresh=False)
-
-        # 12. Checkpoint: between two iterations nothing is half done
-        is_last = global_step >= args.total_timesteps
-        if is_last or (args.checkpoint_every and len(metrics) % args.checkpoint_every == 0):
-            writer.flush()
-            content = {
-                "args": asdict(args),
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "last_100": list(last_100),
-                "global_step": global_step,
-                "seconds": seconds,
-                "metrics": metrics,
-            }
-            save(run_dir / "checkpoint.pt", content)
-    bar.close()
-    envs.close()
-    if world_size > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return metrics
-
-    # 13. Evaluation, files, summary
-    print(f"\n{args.env_id}: {global_step:,} steps in {seconds:.1f} s, {global_step / seconds:,.0f} steps a second")
-    if last_100:
-        print(f"score       mean of the last {len(last_100)} games of training: {np.mean(last_100):.1f}")
-    draw_learning_curve(metrics, None, run_dir / "learning_curve.png")
-    print(f"curve       {run_dir / 'learning_curve.png'}")
-    if args.save_model:
-        save(run_dir / "model.pt", {"args": asdict(args), "agent": agent.state_dict()})
-        print(f"model       {run_dir / 'model.pt'}")
-    if args.eval_episodes:
-        metrics[-1]["charts/eval_return"] = float(evaluate(agent, args, run_dir).mean())
-        writer.add_scalar("charts/eval_return", metrics[-1]["charts/eval_return"], global_step)
-    writer.close()
-    print(f"logs        tensorboard --logdir {run_dir.parent}")
-    print(f"next        python ppo_atari.py --evaluate {run_dir / 'checkpoint.pt'} --capture-video")
-    return metrics
+# ---- Command line ----
 
 
 def parse_args():
@@ -712,7 +753,7 @@ def parse_args():
 
 
 def guard_output():
-    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+    """Print "?" for letters that the terminal lacks. Run to the end when the reader has left (`| head`)."""
 
     def guarded(stream, method):
         def call(*arguments):
@@ -730,7 +771,7 @@ def guard_output():
 
 
 def main():
-    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    """Parse, run. A mistake that the user can fix ends in one sentence and exit status 2."""
     guard_output()
     run_dir = None
     try:
@@ -742,7 +783,7 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
-        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
+        print(f"\ninterrupted{f': --resume {run_dir} continues it' if can_resume else ''}", file=sys.stderr)
         sys.exit(130)
 
 

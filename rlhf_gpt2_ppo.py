@@ -18,18 +18,21 @@ Run      python rlhf_gpt2_ppo.py
 Expect   94 to 99% truly positive reviews (32 to 39% before stage 3) at 1.9 to 2.9 nats of KL a response, distinct-2
          lower by 2 to 27%, in 22 runs: 10 seeds under up to 3 instruction sets; 100 s on one core of an Intel Xeon
          whose other core was busy (benchmarks/RESULTS.md)
-Departs  β is steered to 2.9 nats with a horizon of 500 responses, where Ziegler et al. 2019 have 6 and 10,000: here are
-         2,880 responses in all. A missing EOS costs 1; they rejected texts by their periods. Rewards are whitened, if
-         asked, once a rollout. The value is a network of its own and begins as the reward model [R20]
+Departs  from Ziegler et al. 2019 in four ways:
+         - β is steered to 2.9 nats with a horizon of 500 responses, not to 6 nats with one of 10,000, because the
+           default run has only 2,880 responses.
+         - A response without EOS costs 1. They rejected texts by the position of their periods.
+         - Rewards are whitened only with --whiten-rewards, and then once per rollout, not once per minibatch.
+         - The value is a network of its own. It begins as the reward model [R20].
 
     L_RM = −E[ ln σ( r(x, y_chosen) − r(x, y_rejected) ) ]                     InstructGPT Eq. 1
     rₜ   = −β ln( π(yₜ|sₜ) / π_ref(yₜ|sₜ) )  +  [t is the last token] r(x, y)    Ziegler et al. 2019 Eq. 2, per token
     Âₜ   = δₜ + γλ Âₜ₊₁,  δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ),  γ = 1                    GAE Eq. 16
     L    = −E[ min(ρₜ Âₜ, clip(ρₜ, 1−ε, 1+ε) Âₜ) ] + c₁ ½ (V(sₜ) − Rₜ)²          PPO Eq. 7, Eq. 9
-    maximise also  γ_ptx E[ ln π(x) ]  over the texts of stage 1                InstructGPT Eq. 2
+    with --ptx-coef, also maximise  γ_ptx E[ ln π(x) ]  over the texts of stage 1   InstructGPT Eq. 2
 
-Shapes   B sequences, Q tokens of query (padded on the left), T of response. sₜ is the query and the first t tokens of
-         the response. (B, T) over response tokens: mask 1 up to and with the first EOS, 0 after it.
+Shapes   B sequences, Q tokens of the query (padded on the left), T tokens of the response. sₜ is the query and the
+         first t tokens of the response. A mask (B, T) is 1 up to the first EOS, which it includes, and 0 after it.
 """
 
 import json
@@ -45,129 +48,108 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
-PRINCIPLES = (
-    "Prefer the review that is glad about the film.",
-    "Prefer praise to complaint.",
-)
+# a field's type says between which bounds its value must lie
+PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
+PositiveFloat = Annotated[float, "must be above 0", lambda x: x > 0]
+PositiveFloatOrNone = Annotated[float | None, "must be above 0", lambda x: x is None or x > 0]
+NonNegativeInt = Annotated[int, "must not be negative", lambda x: x >= 0]
+NonNegativeFloat = Annotated[float, "must not be negative", lambda x: x >= 0]
+UnitFloat = Annotated[float, "must lie between 0 and 1", lambda x: 0 <= x <= 1]
 
 
 @dataclass(frozen=True)
 class Args:
-    stage: Literal["all", "sft", "reward", "ppo"] = "all"  # one stage alone, or all three
-    model: str | None = None  # Hub id or directory to start from, e.g. gpt2; default a small GPT-2 with random weights
-    reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
-    gold_model: str | None = None  # for --stage ppo: a reward model that only judges, in place of the grammar's truth
-    dataset: str | None = None  # Hub id or file: text and label, or chosen and rejected; default the grammar's
-    text_column: str = "text"  # the data set's column of texts
-    label_column: str = "label"  # its column of labels: 1 positive, 0 negative
-    num_texts: int = 16_000  # rows that are read, or texts that the grammar writes
-    prompt_words: int = 5  # words of a labelled text that are the prompt; what follows is the response
-    max_length: int = 64  # tokens of a text that are used; what is longer is cut
-    seed: int = 1  # of weights, data and samples
-    sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
-    sft_steps: int = 300  # gradient steps of stage 1
-    sft_batch_size: int = 32  # texts in each
-    sft_learning_rate: float | None = None  # default 3e-3 below 10M parameters, else 3e-5
-    mask_prompt: bool = False  # stage 1 learns the responses alone
-    preferences: Literal["labels", "ai"] = "labels"  # who says which text of a pair is better: the data, or --judge
-    judge: str | None = None  # Hub id or directory of an instruct model
-    judge_pairs: int = 1000  # pairs that it judges, or texts that it revises
-    constitution: str | None = None  # file of principles for the judge, one a line; default PRINCIPLES in this file
-    reward_steps: int = 300  # gradient steps of stage 2
-    reward_batch_size: int = 24  # pairs in each
-    reward_learning_rate: float | None = None  # default 1e-3 below 10M parameters, else 2e-5
-    ensemble: int = 1  # reward models, K
-    ensemble_std: float = 1.0  # k: the score is the ensemble's mean less k standard deviations
-    train_gold: bool = False  # train one reward model more, on half of the pairs, that only judges
-    ppo_iterations: int = 30  # rollouts of stage 3
-    batch_size: int = 96  # responses in each, B
-    response_length: int = 20  # tokens of a response at most, T
-    temperature: float = 1.0  # of the sampling, and of every log-probability in stage 3
-    num_epochs: int = 2  # passes over each rollout
-    num_minibatches: int = 2  # gradient steps in each
-    micro_batch_size: int = 64  # sequences in one forward pass of training; changes memory, never the gradient
-    learning_rate: float | None = None  # of stage 3; default 6e-4 below 10M parameters, else 1e-5
-    value_learning_rate: float | None = None  # of its value network; default learning_rate
-    anneal_lr: bool = True  # learning rates fall to 0 over their stage
-    warmup_iterations: int = 5  # iterations over which stage 3's learning rates rise to their full value; 0: none
-    kl_coef: float = 0.2  # β, the price of a nat of KL to the reference
-    adaptive_kl: bool = True  # steer β so that the KL of a response comes to kl_target
-    kl_target: float = 2.9  # in nats a response
-    kl_horizon: int = 500  # responses over which β may change by a fifth at most
-    gamma: float = 1.0  # discount per token
-    gae_lambda: float = 0.95  # GAE's λ
-    clip_coef: float = 0.2  # ε of the policy's ratio
-    value_clip: float | None = 0.2  # how far a value may move in an update at full gradient; None: anywhere
-    vf_coef: float = 0.5  # weight of the value loss, c₁
-    share_backbone: bool = False  # the value is a head on the policy, not a network of its own
-    whiten_rewards: bool = False  # rewards of a rollout to variance 1, their mean kept
-    whiten_advantages: bool = True  # advantages of a minibatch to mean 0, variance 1
-    ent_coef: float = 0.01  # weight of the entropy bonus
-    ptx_coef: float = 0.0  # weight of stage 1's loss in stage 3's, InstructGPT's γ
-    length_penalty: float = 0.0  # taken from the score for each token of the response
-    missing_eos_penalty: float = 1.0  # taken from the score of a response that does not end
-    max_grad_norm: float = 1.0  # global norm that each network's gradients are cut to
-    target_kl: float | None = None  # leave a rollout's updates once a minibatch's KL to its sampler exceeds this, nats
-    eval_prompts: int = 1024  # held-out prompts that the policies before and after answer
+    # the stages and their data
+    stage: Literal["all", "sft", "reward", "ppo"] = "all"  # run all three stages, or one of them
+    num_texts: PositiveInt = 16_000  # texts that the grammar writes, or rows that are read from --dataset
+    prompt_words: PositiveInt = 5  # the first words of a labelled text are the prompt; the rest is the response
+    max_length: PositiveInt = 64  # tokens of a text; what is longer is cut
+    seed: NonNegativeInt = 1  # of weights, data and samples
+    # stage 1: supervised fine-tuning
+    sft_steps: PositiveInt = 300  # gradient steps of stage 1
+    sft_batch_size: PositiveInt = 32  # texts in each step
+    sft_learning_rate: PositiveFloatOrNone = None  # default 3e-3 below 10M parameters, else 3e-5
+    mask_prompt: bool = False  # learn only the responses, not the prompts
+    # stage 2: the reward model
+    reward_steps: PositiveInt = 300  # gradient steps of stage 2
+    reward_batch_size: PositiveInt = 24  # pairs in each step
+    reward_learning_rate: PositiveFloatOrNone = None  # default 1e-3 below 10M parameters, else 2e-5
+    # stage 3: PPO
+    ppo_iterations: PositiveInt = 30  # rollouts of stage 3, each followed by its updates
+    batch_size: PositiveInt = 96  # responses in each rollout, B
+    response_length: PositiveInt = 20  # the most tokens of a response, T
+    temperature: PositiveFloat = 1.0  # temperature of the sampling and of every log-probability
+    num_epochs: PositiveInt = 2  # passes over each rollout
+    num_minibatches: PositiveInt = 2  # gradient steps in each pass
+    learning_rate: PositiveFloatOrNone = None  # of stage 3; default 6e-4 below 10M parameters, else 1e-5
+    value_learning_rate: PositiveFloatOrNone = None  # of the value network; default --learning-rate
+    warmup_iterations: NonNegativeInt = 5  # iterations over which stage 3's rates rise to their value; 0: none
+    kl_coef: NonNegativeFloat = 0.2  # β, the price of one nat of KL to the reference
+    adaptive_kl: bool = True  # change β so that the KL of a response comes to --kl-target
+    kl_target: PositiveFloat = 2.9  # in nats a response
+    kl_horizon: PositiveInt = 500  # β changes by at most a fifth in so many responses
+    gamma: UnitFloat = 1.0  # discount per token
+    gae_lambda: UnitFloat = 0.95  # GAE's λ
+    clip_coef: PositiveFloat = 0.2  # ε: the ratio's range is 1 − ε to 1 + ε
+    value_clip: PositiveFloatOrNone = 0.2  # how far a value may move from the old one; None: the loss is not clipped
+    vf_coef: NonNegativeFloat = 0.5  # weight of the value loss, c₁
+    ent_coef: NonNegativeFloat = 0.01  # weight of the entropy bonus
+    whiten_rewards: bool = False  # scale the rewards of a rollout to variance 1; their mean is kept
+    whiten_advantages: bool = True  # shift and scale the advantages of a minibatch to mean 0, variance 1
+    missing_eos_penalty: NonNegativeFloat = 1.0  # subtracted from the score of a response without EOS
+    length_penalty: NonNegativeFloat = 0.0  # subtracted from the score for each token of the response
+    target_kl: PositiveFloatOrNone = None  # stop a rollout's updates when a minibatch's KL is above this, in nats
+    share_backbone: bool = False  # make the value a head on the policy, not a network of its own
+    ptx_coef: NonNegativeFloat = 0.0  # weight of stage 1's loss in stage 3, InstructGPT's γ
+    # every stage
+    micro_batch_size: PositiveInt = 64  # sequences in one forward pass; changes the memory, never the gradient
+    anneal_lr: bool = True  # let the learning rates fall to 0 over their stage
+    max_grad_norm: PositiveFloat = 1.0  # gradients of each network are scaled down to this global norm
+    eval_prompts: PositiveInt = 1024  # held-out prompts that the policies before and after stage 3 answer
+    # the run
     device: str = "cpu"  # cpu, cuda, cuda:1 …
-    torch_threads: int = 1  # CPU threads of torch
+    torch_threads: PositiveInt = 1  # CPU threads of torch
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: str | None = None  # where everything is written; default runs/<data>__<script>__<seed>__<time>
-    checkpoint_every: int = 50  # gradient steps (stage 3: iterations) between two checkpoints; 0: at a stage's end only
-    resume: str | None = None  # directory of a run that was stopped: go on from its checkpoint, bit for bit on a CPU
+    checkpoint_every: NonNegativeInt = 50  # steps (stage 3: iterations) between checkpoints; 0: at a stage's end only
+    resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "rlhf-gpt2-ppo"  # its project there
+    wandb_project: str = "rlhf-gpt2-ppo"  # the project there
+    # your own model and data
+    model: str | None = None  # Hub id or directory of a GPT-2, e.g. gpt2; default a small one with random weights
+    dataset: str | None = None  # Hub id or file: text and label, or chosen and rejected; default the grammar's texts
+    text_column: str = "text"  # the data set's column of texts
+    label_column: str = "label"  # its column of labels: 1 positive, 0 negative
+    # several reward models
+    reward_model: tuple[str, ...] = ()  # for --stage ppo: directories of reward models; several are an ensemble
+    ensemble: PositiveInt = 1  # K, reward models to train
+    ensemble_std: NonNegativeFloat = 1.0  # k: the score is the ensemble's mean minus k standard deviations
+    train_gold: bool = False  # train another reward model, on the other half of the pairs, that only judges
+    gold_model: str | None = None  # for --stage ppo: a reward model that only judges, instead of the grammar's truth
+    # a language model as the judge
+    judge: str | None = None  # Hub id or directory of an instruct model
+    preferences: Literal["labels", "ai"] = "labels"  # which text of a pair is better is said by the data, or by --judge
+    sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
+    judge_pairs: PositiveInt = 1000  # pairs that it judges, or texts that it revises
+    constitution: str | None = None  # file of principles for it, one a line; default PRINCIPLES in this file
 
     def __post_init__(self):
-        positive = (
-            "num_texts prompt_words max_length sft_steps sft_batch_size judge_pairs reward_steps reward_batch_size "
-            "ensemble ppo_iterations batch_size response_length temperature num_epochs num_minibatches "
-            "micro_batch_size kl_target kl_horizon clip_coef max_grad_norm eval_prompts torch_threads"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        optional = "sft_learning_rate reward_learning_rate learning_rate value_learning_rate value_clip target_kl"
-        for name in optional.split():
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        from_zero = "seed checkpoint_every ensemble_std kl_coef vf_coef ent_coef ptx_coef length_penalty"
-        for name in (*from_zero.split(), "missing_eos_penalty", "warmup_iterations"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.batch_size < self.num_minibatches:
-            raise ValueError(f"num_minibatches {self.num_minibatches} must not exceed batch_size {self.batch_size}")
-        if self.stage in ("reward", "ppo") and self.model is None:
-            raise ValueError(f"stage {self.stage} starts from a model: model must name stage 1's, got none")
-        if self.stage == "ppo" and not self.reward_model:
-            raise ValueError("stage ppo needs reward_model, the directory of at least one, got none")
-        if self.stage != "ppo" and (self.reward_model or self.gold_model):
-            raise ValueError(f"reward_model and gold_model are for stage ppo; stage {self.stage} trains its own")
-        if (self.preferences == "ai" or self.sft_data == "critique") and self.judge is None:
-            raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
-        if self.adaptive_kl and self.kl_coef == 0:
-            raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0 (--no-adaptive-kl)")
-        if "" in (self.model, self.dataset, self.judge, self.resume, self.run_dir):
-            raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
-        if self.resume and self.run_dir:
-            raise ValueError(f"resume {self.resume} goes on in its own directory, not in run_dir {self.run_dir}")
+        check_bounds(self)
+        check_settings(self)
 
     @property
     def stages(self):
-        """Names of the stages to run; each writes the directory of its name, ppo writes policy and value."""
+        """Names of the stages to run. Each writes the directory of its name; ppo writes policy and value."""
         rewards = ["reward", *(f"reward{k}" for k in range(2, self.ensemble + 1)), *["gold"] * self.train_gold]
         return {"all": ["sft", *rewards, "ppo"], "sft": ["sft"], "reward": rewards, "ppo": ["ppo"]}[self.stage]
 
     def rate(self, name, model):
-        """The learning rate of that name: as given, else for a model of this size."""
+        """The learning rate of that name: the given one, else the default for a model of this size."""
         small, large = {
             "sft_learning_rate": (3e-3, 3e-5),
             "reward_learning_rate": (1e-3, 2e-5),
@@ -178,7 +160,7 @@ class Args:
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: main() prints its one sentence and exits with status 2."""
+    """A mistake that the user can fix. main() prints its message, one sentence, and exits with status 2."""
 
 
 # ---- Equations ----
@@ -199,15 +181,15 @@ def preference_loss(chosen_score, rejected_score):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask is 1, both (B, T); 0 where it never is. What lies off the mask is not read, not even NaN."""
+    """Mean of x where mask is 1, both (B, T); 0 if mask is all 0. Values off the mask are not read, not even NaN."""
     mask = mask.bool()
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """x with variance 1 and mean 0 (shift_mean=False: its own mean kept) over the mask, 0 off it [R14]. (B, T).
+    """x with variance 1 and mean 0 over the mask, 0 off it [R14]. shift_mean=False keeps the mean. All (B, T).
 
-    The variance is biased, as in lm-human-preferences, with its 1e-8 under the root.
+    As in lm-human-preferences, the variance is biased and 1e-8 is added to it under the root.
     """
     mask = mask.bool()
     mean = masked_mean(x, mask)
@@ -217,12 +199,12 @@ def masked_whiten(x, mask, shift_mean=True):
 
 
 def last_real(mask):
-    """(B,) index of the last 1 in each row of mask (B, T), whichever side is padded; 0 in a row without one."""
+    """(B,) index of the last 1 in each row of mask (B, T), on whichever side the padding is; 0 in a row without a 1."""
     return (mask.long() * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
 
 
 def kl_penalized_rewards(score, logprob, ref_logprob, mask, kl_coef):
-    """rₜ = −β (ln π − ln π_ref) on each token [R13], and score on the last real one. score (B,), the rest (B, T)."""
+    """rₜ = −β (ln π − ln π_ref) on each token [R13], plus the score on the last one. score (B,), the others (B, T)."""
     mask = mask.bool()
     rewards = torch.where(mask, -kl_coef * (logprob - ref_logprob), 0.0)
     is_last = nn.functional.one_hot(last_real(mask), mask.shape[1]).bool() & mask
@@ -232,7 +214,7 @@ def kl_penalized_rewards(score, logprob, ref_logprob, mask, kl_coef):
 def compute_gae(rewards, values, mask, gamma, gae_lambda):
     """Âₜ = δₜ + γλ Âₜ₊₁ (GAE Eq. 16) over each response, all (B, T); 0 off the mask.
 
-    A response is an episode that ends with its last real token: beyond it there is no value and no advantage.
+    A response is an episode that ends with its last real token. After that token, values and advantages are 0.
     """
     mask = mask.bool()
     values = torch.where(mask, values, 0.0)
@@ -268,7 +250,7 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef):
 
 
 class AdaptiveKLController:
-    """β that steers a response's KL, in nats, towards target (Ziegler et al. 2019 §2.2) [R16].
+    """Changes β so that the KL of a response, in nats, comes to the target (Ziegler et al. 2019 §2.2) [R16].
 
     e = clip(KL / target − 1, ±0.2),  β ← β (1 + e n / horizon)  after n responses.
     """
@@ -283,19 +265,19 @@ class AdaptiveKLController:
 
 
 def token_entropy(logits, temperature):
-    """H[π] (B, T) in nats at a temperature, of logits (B, T, V)."""
+    """Entropy of the policy at a temperature: logits (B, T, V) → (B, T), in nats."""
     logprobs = (logits / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def ensemble_score(scores, k):
-    """(K, B) scores of K reward models → (B,): mean − k·std (biased) [R22]. Where they disagree they know little."""
+    """(K, B) scores of K reward models → (B,): mean − k·std (biased) [R22]. Models that disagree know little."""
     return scores.mean(0) - k * scores.std(0, correction=0)
 
 
 # ---- Data ----
 
-# The grammar's words. A review is two or three sentences, most of them of its own sentiment.
+# The grammar's words. A review has two or three sentences. Most of them have the sentiment of the review.
 WORDS = {
     "aspects": "acting camera cast dialogue direction editing ending humour music pacing plot script",
     "genres": "cartoon comedy drama musical mystery remake sequel thriller western",
@@ -323,7 +305,7 @@ SENTENCE = re.compile(
 
 
 def write_sentence(rng, sentiment, subject):
-    """Of sentiment 1, 0 or −1; None as the subject leaves the form free."""
+    """A sentence of sentiment 1, 0 or −1. With a subject it is "<subject> was …"; with None it may have any form."""
     words, others = (PRAISE, BLAME) if sentiment > 0 else (BLAME, PRAISE)
     (one, two), other = rng.sample(words, 2), rng.choice(others)
     if sentiment == 0:
@@ -339,7 +321,7 @@ def write_sentence(rng, sentiment, subject):
 
 
 def write_review(rng, is_positive):
-    """A review that is truly positive, or truly negative; its first five words give nothing away."""
+    """A review that is truly positive or truly negative. Its first five words do not show which."""
     own = 1 if is_positive else -1
     text = ""
     while true_sentiment(text) * own <= 0:
@@ -350,7 +332,7 @@ def write_review(rng, is_positive):
 
 
 def true_sentiment(text):
-    """Positive sentences less negative ones, as a share of all; what the grammar could not have said counts 0."""
+    """(positive − negative sentences) / all sentences. A sentence that the grammar cannot produce counts as neutral."""
     sentences = re.findall(r"\S[^.]*\.?", text)
     total = 0
     for sentence in sentences:
@@ -362,83 +344,24 @@ def true_sentiment(text):
     return total / max(len(sentences), 1)
 
 
-ROW = "number of the row"  # a column that load_rows adds to a data set, for what it says of a row
-
-
 def load_rows(args):
-    """num_texts rows of the data set, or of the grammar in the same form: dicts with text and label."""
+    """num_texts rows, dicts with text and label: written by the grammar, or read from --dataset."""
     if args.dataset is None:
         rng = random.Random(args.seed)
         labels = [i % 2 for i in range(args.num_texts)]
         return [{args.text_column: write_review(rng, label == 1), args.label_column: label} for label in labels]
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say of a file is said below
-    path = Path(args.dataset)
-    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
-    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
-    try:
-        if path.is_file() and not path.stat().st_size:
-            raise ValueError("the file is empty")
-        rows = datasets.load_dataset(**source, split="train", streaming=True)
-        rows = rows.map(lambda row, i: {**row, ROW: i + 1}, with_indices=True)
-        # many sets are sorted by label: the first rows would be of one class
-        buffer_size = 1_000_000 if path.is_file() else 50_000  # of the Hub's sets, that many rows must be fetched first
-        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
-        random.Random(args.seed).shuffle(rows)  # the buffer gives earlier rows first, and the first tenth is held out
-    except Exception as error:
-        reason = broken_line(path) or (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
-    if len(rows) < 10:
-        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed, a tenth is held out")
-    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
-    columns = [name for name in rows[0] if name != ROW]
-    if not any(set(needed) <= set(columns) for needed in (labelled, paired)):
-        raise InputError(
-            f"--dataset {args.dataset} has the columns {', '.join(columns)}; needed are {' and '.join(labelled)} "
-            f"(--text-column, --label-column), or {' and '.join(paired)}"
-        )
-    is_labelled = set(labelled) <= set(columns)
-    texts = [args.text_column] if is_labelled else [*paired, *{"prompt"} & set(columns)]
-    for row in rows:
-        where = f"--dataset {args.dataset}, row {row[ROW]}"
-        for name in texts:
-            if not isinstance(row[name], str) or not row[name].strip():
-                raise InputError(f"{where}: {name} must hold texts, found {row[name]!r}")
-        if is_labelled and row[args.label_column] not in (0, 1):
-            raise InputError(f"{where}: labels must be 0 and 1, found {row[args.label_column]!r}")
-        if not is_labelled and "prompt" not in columns and not all(DIALOGUE.fullmatch(row[name]) for name in paired):
-            raise InputError(f"{where}: neither a column prompt nor 'Assistant:' in each text")
-    return rows
+    return read_data_set(args)
 
 
-def broken_line(path):
-    """What is wrong with the first line that is no JSON in a file of JSON lines; None for any other file.
-
-    datasets counts rows from 0, in the part of the file that it reads at once.
-    """
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        return None
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1 and line.startswith("["):
-                return None  # one array
-            try:
-                json.loads(line.strip() or "0")
-            except ValueError as error:
-                return f"line {number} is no JSON: {str(error).partition(': line')[0]}"
-
-
-DIALOGUE = re.compile(r"(.*\bAssistant:)(.*)", re.DOTALL)  # of hh-rlhf: what comes before the last answer, and it
+DIALOGUE = re.compile(r"(.*\bAssistant:)(.*)", re.DOTALL)  # hh-rlhf: all up to the last answer, and that answer
 
 
 def texts_and_pairs(rows, args, part="data"):
-    """Texts to imitate, (prompt, response) each, and pairs (chosen, rejected) of such texts.
+    """Texts to imitate, each (prompt, response), and pairs (chosen, rejected) of such texts.
 
-    A labelled text is split after prompt_words words; pairs are a positive and a negative one. A row with chosen and
-    rejected is a pair, split at the last "Assistant:" as in hh-rlhf, or by its column prompt. part: what a message
-    calls these rows.
+    A labelled text is split after prompt_words words, and a pair is a positive and a negative text. A row with chosen
+    and rejected is a pair. It has a column prompt, or is split at the last "Assistant:", as in hh-rlhf. part is the
+    name of these rows in a message.
     """
     if args.label_column not in rows[0]:
         pairs = []
@@ -465,7 +388,7 @@ def texts_and_pairs(rows, args, part="data"):
 
 
 def encode(tokenizer, texts, max_length):
-    """Texts (prompt, response) → token lists (prompt, response with EOS). What exceeds max_length is cut [R2]."""
+    """Texts (prompt, response) → token lists (prompt, response with EOS), cut to max_length in all [R2]."""
     prompts, responses = (tokenizer(list(part), add_special_tokens=False)["input_ids"] for part in zip(*texts))
     encoded = []
     for prompt, response in zip(prompts, responses):
@@ -475,13 +398,13 @@ def encode(tokenizer, texts, max_length):
 
 
 def encode_pairs(tokenizer, pairs, max_length):
-    """Pairs of texts → pairs (chosen, rejected) of token lists, prompt and response in one."""
+    """Pairs of texts → pairs (chosen, rejected) of token lists. Each list is a prompt with its response."""
     sides = [[prompt + response for prompt, response in encode(tokenizer, side, max_length)] for side in zip(*pairs)]
     return list(zip(*sides))
 
 
 def pad(sequences, pad_id, device, side="right"):
-    """Token lists → tokens (B, L) and mask (B, L) of what is no padding, both long [R2]."""
+    """Token lists → tokens (B, L), and mask (B, L) with 0 on the padding; both of dtype long [R2]."""
     length = max(map(len, sequences))
     tokens, mask = (torch.full((len(sequences), length), x, dtype=torch.long) for x in (pad_id, 0))
     for i, sequence in enumerate(sequences):
@@ -492,12 +415,12 @@ def pad(sequences, pad_id, device, side="right"):
 
 
 def in_parts(items, size):
-    """Consecutive parts of a list or a tensor, `size` items each, the last with what remains."""
+    """Consecutive parts of a list or a tensor, of `size` items each; the last part has the rest."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def epochs_of(count, steps, batch_size, seed):
-    """Indices (steps, batch_size) that go through a shuffled `count` again and again; of a seed: a run resumes."""
+    """Indices (steps, batch_size) that go through shuffled 0 … count − 1 again and again. The seed alone sets them."""
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * batch_size // count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
@@ -507,34 +430,8 @@ def epochs_of(count, steps, batch_size, seed):
 # ---- Models ----
 
 
-def from_disk(kind, name, **options):
-    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
-    import transformers
-
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
-
-
-def new_tokenizer(texts):
-    """A byte-level BPE like GPT-2's, trained on the texts; its padding is a token of its own, not EOS [R2]."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    eos, pad = "<|endoftext|>", "<|pad|>"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes: no text is unknown
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=[eos, pad], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
-
-
 def start_model(args, name, texts=()):
-    """(language model, tokenizer) of a Hub id or a directory; without a name, a small GPT-2 of random weights."""
+    """(language model, tokenizer) of a Hub id or a directory; without a name, a small GPT-2 with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if name is None:
@@ -545,7 +442,7 @@ def start_model(args, name, texts=()):
             n_embd=128,
             n_layer=4,
             n_head=4,
-            activation_function="gelu_pytorch_tanh",  # gelu_new, GPT-2's own, is the same function in slower steps
+            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new is the same function, but slower
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -553,43 +450,15 @@ def start_model(args, name, texts=()):
     else:
         tokenizer = from_disk("AutoTokenizer", name)
         model = from_disk("AutoModelForCausalLM", name, dtype=torch.float32)
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise InputError(f"{name} is an adapter: merge it into its model first, by PEFT's merge_and_unload()")
-        if model.config.model_type != "gpt2":
-            raise InputError(f"{name} is a model of type {model.config.model_type}; this script's are GPT-2")
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # where padding is EOS, nobody learns to stop
+        check_model(args, name, model, tokenizer)
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # if padding is EOS, no model learns to stop
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     fit_to_tokenizer(model, tokenizer)
-    context = model.config.max_position_embeddings
-    if args.max_length > context or args.response_length >= context:
-        raise InputError(
-            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
-            f"of {context} tokens that {name} has"
-        )
     return without_dropout(model).to(args.device), tokenizer
 
 
-def fit_to_tokenizer(model, tokenizer):
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def without_dropout(model):
-    """Dropout off, for good: [R17] under dropout the ratio compares two different networks.
-
-    p = 0 and not evaluation mode, which switches gradient checkpointing off too.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
-
-
 def new_reward_model(args, name, tokenizer):
-    """The model of stage 1 with a scalar head in place of the one over the vocabulary."""
+    """The model of stage 1 with a head of one output instead of the head over the vocabulary."""
     model = from_disk("AutoModelForSequenceClassification", name, num_labels=1, dtype=torch.float32)
     fit_to_tokenizer(model, tokenizer)
     nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)  # [R7]
@@ -597,15 +466,15 @@ def new_reward_model(args, name, tokenizer):
     return without_dropout(model).to(args.device)
 
 
-def load_reward_model(args, name, tokenizer):
-    """A reward model from disk, checked: it has a trained head, and it knows the policy's tokens."""
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = from_disk("AutoModelForSequenceClassification", name, **options)
-    if info["missing_keys"] or model.config.num_labels != 1:
-        raise InputError(f"{name} is no reward model: it has no trained head with one output")
-    if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
-    return without_dropout(model).to(args.device)
+def without_dropout(model):
+    """Switch dropout off for good. With dropout the ratio would compare two different networks [R17].
+
+    It sets p = 0. Evaluation mode would also switch gradient checkpointing off.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
 
 
 def frozen(model):
@@ -613,44 +482,48 @@ def frozen(model):
 
 
 def hidden_states(model, tokens, mask):
-    """(B, L, d) of tokens (B, L). Positions count what is no padding [R3], so that padding changes nothing."""
+    """(B, L, d) of tokens (B, L). Positions count real tokens only [R3], so that padding changes nothing."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions).last_hidden_state
 
 
 def head_scores(model, hidden):
-    """A reward model's score of each hidden state, (B, L): normalised by what its config holds [R8]."""
+    """A reward model's score of each hidden state, (B, L), normalised by the mean and std in its config [R8]."""
     config = model.config
     return (model.score(hidden).squeeze(-1) - config.reward_mean) / config.reward_std
 
 
 def reward_scores(model, tokens, mask):
-    """(B,) scores of whole texts, prompt and response [R1], read off the last real token alone [R6]."""
+    """(B,) scores of prompts with their responses [R1], read at the last real token only [R6]."""
     hidden = hidden_states(model, tokens, mask)
     return head_scores(model, hidden[torch.arange(len(hidden)), last_real(mask)])
 
 
 def policy_logits(policy, tokens, mask, length):
-    """Logits (B, T, V) of the last `length` tokens of (B, L): the state before a token is the token before's."""
+    """Logits (B, T, V) for the last `length` tokens of (B, L): those for a token are read at the token before it."""
     return policy.lm_head(hidden_states(policy, tokens, mask)[:, -length - 1 : -1])
 
 
 def response_values(value_model, policy, tokens, mask, length):
-    """V (B, T) of the states before the last `length` tokens, query and response so far [R1].
+    """V (B, T) of the states before the last `length` tokens: each is the query and the response so far [R1].
 
-    value_model is a reward model in form; or a linear head, which shares the policy's backbone.
+    value_model has the form of a reward model, or is a linear head on the policy's backbone.
     """
     shared = isinstance(value_model, nn.Linear)
     hidden = hidden_states(policy if shared else value_model, tokens, mask)[:, -length - 1 : -1]
     return value_model(hidden).squeeze(-1) if shared else head_scores(value_model, hidden)
 
 
+# ---- Rollouts ----
+
+
 @torch.no_grad()
 def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
     """Responses to queries (B, Q), padded on the left: tokens, their log-probabilities and mask, each (B, length).
 
-    From the whole distribution: no top-k, no top-p. After a response's first EOS come padding and mask 0; all have
-    the same length [R4]. One token a step, keys and values of the earlier ones kept.
+    Tokens are drawn from the whole distribution: no top-k, no top-p. After the first EOS of a response there is
+    padding with mask 0, so that all responses have the same length [R4]. Each step computes one token and keeps the
+    keys and values of the earlier ones.
     """
     B, Q = queries.shape
     tokens = torch.full((B, length), pad_id, device=queries.device)
@@ -675,344 +548,17 @@ def sample(model, queries, query_mask, length, temperature, eos_id, pad_id):
     return tokens, logprobs, mask[:, Q:]
 
 
-# ---- A judge in place of labels: Constitutional AI ----
-
-
-def read_constitution(args):
-    if args.constitution is None:
-        return list(PRINCIPLES)
-    try:
-        lines = Path(args.constitution).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--constitution {args.constitution} cannot be read as text: {error}") from error
-    principles = [line.strip() for line in lines if line.strip()]
-    if not principles:
-        raise InputError(f"--constitution {args.constitution} holds no principle")
-    return principles
-
-
-def load_judge(args):
-    tokenizer = from_disk("AutoTokenizer", args.judge)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless here: nothing is learned from it, masks are explicit
-    model = from_disk("AutoModelForCausalLM", args.judge, dtype=torch.float32)
-    return frozen(without_dropout(model)).to(args.device), tokenizer
-
-
-def chat_ids(tokenizer, request, answer=""):
-    """Token list of a request in the judge's own chat form, and the beginning of its answer."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": request}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = f"{request}\n\n"
-    return tokenizer(text + answer, add_special_tokens=False)["input_ids"]
-
-
-@torch.no_grad()
-def judge_margins(judge, tokenizer, pairs, principles, batch_size):
-    """ln P(first is better) − ln P(second is better) for pairs of texts, (N,), in nats.
-
-    Each pair is shown in both orders and the two answers averaged (Bai et al. 2022 §4.1 asks for "A" or "B" by its
-    log-probability): a small judge's liking for the letter A, often larger than its opinion, cancels.
-    """
-    rules = "\n".join(f"- {principle}" for principle in principles)
-    question = "Which text is better by these principles? Answer with A or B."
-    form = f"Two texts:\n\nA: {{}}\n\nB: {{}}\n\nPrinciples:\n{rules}\n\n{question}"
-    shown = [form.format(a.strip(), b.strip()) for pair in pairs for a, b in (pair, pair[::-1])]
-    prompts = [chat_ids(tokenizer, request, "The better text is") for request in shown]
-    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "AB"]
-    margins = []
-    for part in in_parts(prompts, batch_size):
-        tokens, mask = pad(part, tokenizer.pad_token_id, judge.device, "left")
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = judge(tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
-        margins.append(logits[:, letters[0]] - logits[:, letters[1]])
-    first_shown_first, first_shown_second = torch.cat(margins).view(-1, 2).T
-    return (first_shown_first - first_shown_second) / 2
-
-
-def label_by_judge(args, pairs):
-    """judge_pairs pairs, each with the text in front that the judge prefers; and the share that the data agrees on."""
-    judge, tokenizer = load_judge(args)
-    pairs = pairs[: args.judge_pairs]
-    texts = [("".join(chosen), "".join(rejected)) for chosen, rejected in pairs]
-    margins = judge_margins(judge, tokenizer, texts, read_constitution(args), args.micro_batch_size)
-    relabelled = [pair if margin > 0 else pair[::-1] for pair, margin in zip(pairs, margins.tolist())]
-    return relabelled, float((margins > 0).float().mean())
-
-
-@torch.no_grad()
-def judge_answers(judge, tokenizer, requests, batch_size, max_new_tokens=64):
-    """The judge's greedy answers to requests."""
-    pad_id, answers = tokenizer.pad_token_id, []
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": pad_id}
-    for part in in_parts(requests, batch_size):
-        tokens, mask = pad([chat_ids(tokenizer, request) for request in part], pad_id, judge.device, "left")
-        output = judge.generate(tokens, attention_mask=mask, **options)
-        answers += tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
-    return [" ".join(answer.split()) for answer in answers]
-
-
-def revise_by_judge(args, texts):
-    """judge_pairs texts as the judge rewrote them after criticising them (Bai et al. 2022 §3.1); prompts are kept."""
-    judge, tokenizer = load_judge(args)
-    texts = texts[: args.judge_pairs]
-    rules = " ".join(read_constitution(args))
-    requests = [
-        f"Text: {''.join(text).strip()}\n\nIn one sentence, say where this text goes against: {rules}" for text in texts
-    ]
-    critiques = judge_answers(judge, tokenizer, requests, args.micro_batch_size)
-    requests = [
-        f"Text: {''.join(text).strip()}\n\nCritique: {critique}\n\nRewrite the text in one sentence so that it keeps "
-        f"to: {rules} Begin with the words: {text[0].strip()}"
-        for text, critique in zip(texts, critiques)
-    ]
-    revised = []
-    for (prompt, _), revision in zip(texts, judge_answers(judge, tokenizer, requests, args.micro_batch_size)):
-        rest = revision.removeprefix(prompt.strip()).strip()
-        if rest:
-            revised.append((prompt, f" {rest}"))
-    return revised, critiques
-
-
-def kept_in(path, ask, *arguments):
-    """What ask(*arguments) returns, read from the file if it was asked before: the judge is slow, and a run resumes."""
-    if not path.is_file():
-        content = json.dumps(ask(*arguments), ensure_ascii=False, indent=1)
-        with written_aside(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-# ---- Files, logs, evaluation ----
-
-
-def check_device(device):
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def written_aside(path):
-    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except BaseException as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
-        raise
-
-
-def save(path, content):
-    with written_aside(path) as temporary:
-        torch.save(content, temporary)
-
-
-def load(path, *keys):
-    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file: --resume takes a run directory")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["args"] = Args(**content["args"])
-        missing = set(keys) - content.keys()
-    except Exception as error:
-        raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
-    if missing:
-        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
-    return content
-
-
-def save_model(directory, model, tokenizer):
-    """A normal transformers directory, written aside and renamed."""
-    with written_aside(directory) as temporary:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-def start_wandb(args, run_dir):
-    try:
-        import wandb
-    except ImportError as error:
-        with suppress(OSError):
-            run_dir.rmdir()  # still empty
-        raise InputError("--track needs Weights & Biases: pip install wandb") from error
-    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
-    try:
-        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
-    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
-        with suppress(OSError):
-            run_dir.rmdir()  # still empty
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
-
-
-@dataclass
-class Run:
-    """What the stages share: where to write, what was logged, and the checkpoint that is gone on from."""
-
-    args: Args
-    dir: Path
-    saved: dict | None
-    metrics: list
-    seconds: dict  # of each phase
-    is_made: bool = False  # its directory, which is made with the first file that is written
-
-    def claim(self):
-        if not self.saved and not self.is_made:
-            make_run_dir(self.dir)
-        self.is_made = True
-
-    def begin(self, stage, modules, optimizer):
-        """Seed the stage and open its log; returns the step to begin with, 0 unless the checkpoint is of this stage."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.claim()
-        torch.manual_seed(stage_seed(self.args, stage))
-        resumed = self.saved is not None and self.saved["stage"] == stage
-        first = self.saved["step"] if resumed else 0
-        self.writer = SummaryWriter(self.dir / "logs" / stage, purge_step=first + 1 if resumed else None)
-        if resumed:
-            for name, module in modules.items():
-                module.load_state_dict(self.saved["modules"][name])
-            optimizer.load_state_dict(self.saved["optimizer"])
-            torch.set_rng_state(self.saved["rng"])
-            if self.saved["cuda_rng"] is not None and self.args.device.startswith("cuda"):
-                torch.cuda.set_rng_state(self.saved["cuda_rng"], self.args.device)
-        return first
-
-    def log(self, stage, step, row):
-        for name, number in row.items():  # an evaluation is none of the rollouts' points
-            self.writer.add_scalar(f"eval/{name}" if stage == "eval" else name, number, step)
-        self.metrics.append({"stage": stage, "step": step, **row})
-
-    def checkpoint(self, stage, step, steps, modules, optimizer, **more):
-        """After a step, if it is due: everything that a resumed run needs."""
-        every = self.args.checkpoint_every
-        if step != steps and (not every or step % every):
-            return
-        self.writer.flush()
-        cuda = self.args.device.startswith("cuda")
-        content = {
-            "args": asdict(self.args),
-            "stage": stage,
-            "step": step,
-            "modules": {name: module.state_dict() for name, module in modules.items()},
-            "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.args.device) if cuda else None,
-            "metrics": self.metrics,
-            "seconds": self.seconds,
-            **more,
-        }
-        save(self.dir / "checkpoint.pt", content)
-
-    def check_finite(self, losses, stage, step):
-        if not losses.isfinite().all():
-            path = self.dir / "checkpoint.pt"
-            kept = f"; {path} holds the last good state" if path.exists() else ""
-            raise InputError(f"the loss is not finite in step {step} of stage {stage}: lower its learning rate{kept}")
-
-
-def stage_seed(args, stage):
-    """Each stage draws numbers of its own, the same whether it runs alone or after others."""
-    return args.seed + zlib.crc32(stage.encode())
-
-
-def new_optimizer(*groups):
-    """One Adam over (module, learning rate) groups."""
-    groups = [{"params": list(module.parameters()), "lr": rate, "initial_lr": rate} for module, rate in groups]
-    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # [D3] not 1e-8
-
-
-def anneal(optimizer, remaining):
-    """Set every rate to a share of its initial value [R5]. Over a stage the share falls linearly to 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * remaining
-
-
-def sft_loss(model, tokens, mask, learned):
-    """Sum of −ln π over the tokens that are learned, (B, L) with 1 for each; divide by their number. In nats."""
-    hidden = hidden_states(model, tokens, mask)[:, :-1]
-    logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
-    return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
-
-
-def sft_backward(args, model, tokenizer, texts, weight):
-    """Backward of weight × the mean loss of texts, in micro-batches by their share of the tokens [R12]; the mean."""
-    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
-    learned = learned_tokens(texts, mask, args.mask_prompt)
-    count = learned[:, 1:].sum().clamp(min=1)
-    loss = torch.zeros((), device=args.device)
-    for rows in in_parts(torch.arange(len(texts)), args.micro_batch_size):
-        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
-        (weight * micro_loss).backward()
-        loss += micro_loss.detach()
-    return loss
-
-
-def learned_tokens(texts, mask, mask_prompt):
-    """Which tokens stage 1 learns: all real ones, or the responses' alone."""
-    learned = mask.clone()
-    for i, (prompt, _) in enumerate(texts):
-        learned[i, : len(prompt) if mask_prompt else 0] = 0
-    return learned
-
-
-@torch.no_grad()
-def perplexity(args, model, tokenizer, texts):
-    total, count = 0.0, 0
-    for batch in in_parts(texts, args.micro_batch_size):
-        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
-        learned = learned_tokens(batch, mask, args.mask_prompt)
-        total += float(sft_loss(model, tokens, mask, learned))
-        count += int(learned[:, 1:].sum())
-    return float(torch.tensor(total / max(count, 1)).exp())
-
-
-@torch.no_grad()
-def score_texts(args, model, tokenizer, sequences):
-    """(N,) scores of token lists."""
-    batches = (pad(part, tokenizer.pad_token_id, args.device) for part in in_parts(sequences, args.micro_batch_size))
-    return torch.cat([reward_scores(model, *batch) for batch in batches])
-
-
-def calibration_error(margins, bins=10):
-    """Expected calibration error of σ(|margin|) as the probability of being right, margins (N,) > 0 where right."""
-    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
-    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = [(confidence[bin_of == b] - right[bin_of == b]).sum().abs() for b in range(bins)]
-    return float(sum(gaps) / len(margins))
-
-
-def distinct_2(responses):
-    """Different pairs of neighbouring words as a share of all such pairs in the responses (Li et al. 2016)."""
-    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
-    return len(set(pairs)) / max(len(pairs), 1)
-
-
 class Rollout(NamedTuple):
     tokens: torch.Tensor  # (B, T) response tokens
     logprobs: torch.Tensor  # (B, T) their log-probabilities under the policy that drew them
-    mask: torch.Tensor  # (B, T) 1 up to and with the first EOS
+    mask: torch.Tensor  # (B, T) 1 up to the first EOS, which it includes
     whole: torch.Tensor  # (B, Q + T) query and response
-    whole_mask: torch.Tensor  # (B, Q + T) 1 on what is no padding
+    whole_mask: torch.Tensor  # (B, Q + T) 0 on the padding
     texts: list  # B pairs (prompt, response) of text
 
 
 def roll_out(args, policy, tokenizer, prompts):
-    """The policy's responses to prompts, B token lists."""
+    """The policy's responses to B prompts (token lists)."""
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     queries, query_mask = pad(prompts, pad_id, args.device, "left")
     tokens, logprobs, mask = sample(policy, queries, query_mask, args.response_length, args.temperature, eos_id, pad_id)
@@ -1024,9 +570,9 @@ def roll_out(args, policy, tokenizer, prompts):
 
 @torch.no_grad()
 def judge_rollout(args, rollout, reference, reward_models, gold_model):
-    """What the frozen models say: the reference's log-probabilities (B, T), scores (B,), and what is true (B,) or None.
+    """The reference's log-probabilities (B, T), the scores (B,), and the truth (B,), or None if it is not known.
 
-    True is 1 for a positive review of the grammar and 0 for any other, or the score of the model that only judges.
+    The truth is 1 for a positive review of the grammar and 0 for any other, or the score of the gold model.
     """
     logits = policy_logits(reference, rollout.whole, rollout.whole_mask, args.response_length)
     ref_logprobs = token_logprobs(logits, rollout.tokens, args.temperature)
@@ -1039,38 +585,56 @@ def judge_rollout(args, rollout, reference, reward_models, gold_model):
     return ref_logprobs, ensemble_score(scores, args.ensemble_std), gold
 
 
-def describe(rollout, ref_logprobs, scores, gold, eos_id):
-    """What a reader wants to know of responses, each a mean over them."""
-    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
-    row = {
-        "objective/scores": scores,
-        "objective/kl": kl,  # of a whole response, nats
-        "objective/gold": gold,
-        "response/length": rollout.mask.sum(-1),
-        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
-    }
-    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
+# ---- Stage 1: supervised fine-tuning ----
 
 
-def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
-    """The policy's responses to held-out prompts, always with the same random numbers: (texts, what they are like)."""
-    torch.manual_seed(stage_seed(args, "rate"))
-    texts, rows = [], []
-    for part in in_parts(prompts, args.batch_size):
-        rollout = roll_out(args, policy, tokenizer, part)
-        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
-        row = describe(rollout, *judged, tokenizer.eos_token_id)
-        rows += [row] * len(rollout.texts)
-        texts += rollout.texts
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
+def stage_seed(args, stage):
+    """A seed for each stage, so that it draws the same numbers whether it runs alone or after the others."""
+    return args.seed + zlib.crc32(stage.encode())
 
 
-# ---- Stage 1 ----
+def new_optimizer(*groups):
+    """One Adam for several pairs (module, learning rate)."""
+    groups = [{"params": list(module.parameters()), "lr": rate, "initial_lr": rate} for module, rate in groups]
+    return torch.optim.Adam(groups, eps=1e-5, fused=True)  # [D3] not 1e-8
+
+
+def anneal(optimizer, remaining):
+    """Set each learning rate to a share of its first value [R5]. The share falls linearly to 0 over a stage."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * remaining
+
+
+def sft_loss(model, tokens, mask, learned):
+    """Sum of −ln π over the tokens where learned is 1, in nats. tokens, mask and learned are (B, L)."""
+    hidden = hidden_states(model, tokens, mask)[:, :-1]
+    logprobs = token_logprobs(model.lm_head(hidden), tokens[:, 1:], 1.0)
+    return -torch.where(learned[:, 1:].bool(), logprobs, 0.0).sum()
+
+
+def sft_backward(args, model, tokenizer, texts, weight):
+    """Add the gradient of weight × the mean loss over all tokens of texts, in micro-batches [R12]. Returns the mean."""
+    tokens, mask = pad([prompt + response for prompt, response in texts], tokenizer.pad_token_id, args.device)
+    learned = learned_tokens(texts, mask, args.mask_prompt)
+    count = learned[:, 1:].sum().clamp(min=1)
+    loss = torch.zeros((), device=args.device)
+    for rows in in_parts(torch.arange(len(texts)), args.micro_batch_size):
+        micro_loss = sft_loss(model, tokens[rows], mask[rows], learned[rows]) / count
+        (weight * micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss
+
+
+def learned_tokens(texts, mask, mask_prompt):
+    """(B, L) with 1 on the tokens that stage 1 learns: all real tokens, or only those of the responses."""
+    learned = mask.clone()
+    for i, (prompt, _) in enumerate(texts):
+        learned[i, : len(prompt) if mask_prompt else 0] = 0
+    return learned
 
 
 def train_sft(args, run, model, tokenizer, texts, held_out):
-    """Supervised fine-tuning on token lists (prompt, response); writes the directory sft."""
+    """Supervised fine-tuning on token lists (prompt, response). Writes the directory sft."""
     from tqdm import trange
 
     started = time.perf_counter() - run.seconds.get("sft", 0.0)
@@ -1096,11 +660,11 @@ def train_sft(args, run, model, tokenizer, texts, held_out):
     save_model(run.dir / "sft", model, tokenizer)
 
 
-# ---- Stage 2 ----
+# ---- Stage 2: the reward model ----
 
 
 def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
-    """A reward model on pairs (chosen, rejected) of token lists; writes the directory named like the stage."""
+    """Train a reward model on pairs (chosen, rejected) of token lists. Writes the directory with the stage's name."""
     from tqdm import trange
 
     started = time.perf_counter() - run.seconds.get(stage, 0.0)
@@ -1144,7 +708,7 @@ def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
 
 @torch.no_grad()
 def normalise_scores(args, model, policy, tokenizer, prompts):
-    """[R8] Mean 0 and variance 1 on what the policy of stage 1 writes: the scale that β and the penalties rely on."""
+    """[R8] Scale the scores to mean 0, variance 1 on responses of stage 1's policy: β and the penalties rely on it."""
     scores = []
     for part in in_parts(prompts, args.batch_size):
         rollout = roll_out(args, policy, tokenizer, part)
@@ -1153,14 +717,14 @@ def normalise_scores(args, model, policy, tokenizer, prompts):
     model.config.reward_mean, model.config.reward_std = float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
 
 
-# ---- Stage 3 ----
+# ---- Stage 3: PPO ----
 
 
 def train_ppo(args, run, policy, value_model, reference, reward_models, gold_model, tokenizer, prompts, texts):
-    """PPO on prompts (token lists), texts for --ptx-coef; writes the directories policy and value."""
+    """PPO on prompts (token lists), with stage 1's texts for --ptx-coef. Writes the directories policy and value."""
     from tqdm import trange
 
-    # 1. Optimizer, β, or what the checkpoint says of them
+    # 1. Optimizer and β, new or from the checkpoint
     T = args.response_length
     rate = args.rate("learning_rate", policy)
     optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
@@ -1170,6 +734,14 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
     order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
     updates = args.num_epochs * args.num_minibatches
     ptx_order = epochs_of(len(texts), args.ppo_iterations * updates, args.sft_batch_size, stage_seed(args, "ptx"))
+    names = [
+        "policy/loss",
+        "val/loss",
+        "policy/entropy",
+        "policy/approx_kl",
+        "policy/clipfrac",
+        "val/ratio",
+    ]  # of stats
     bar = trange(first, args.ppo_iterations, desc="3 ppo", initial=first, total=args.ppo_iterations)
 
     for iteration in bar:
@@ -1181,7 +753,7 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
         tokens, old_logprobs, mask, whole, whole_mask, _ = rollout
         clock.append(time.perf_counter())
 
-        # 3. What the other three models say of it
+        # 3. Log-probabilities of the reference, scores, values
         ref_logprobs, scores, gold = judge_rollout(args, rollout, reference, reward_models, gold_model)
         with torch.no_grad():
             values = response_values(value_model, policy, whole, whole_mask, T)
@@ -1203,9 +775,9 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
         for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
             mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
             warmed_up = (iteration * updates + update + 1) / max(args.warmup_iterations * updates, 1)
-            anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] Adam's first steps would be its largest
+            anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] without warm-up Adam's first steps are the largest
             optimizer.zero_grad()
-            stats = torch.zeros(6, device=args.device)
+            stats = torch.zeros(len(names), device=args.device)
             parts = zip(in_parts(mb, args.micro_batch_size), in_parts(mb_advantages, args.micro_batch_size))
             for rows, advantage in parts:
                 m = mask[rows]
@@ -1216,7 +788,7 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
                 policy_loss = clipped_policy_loss(logprob, old_logprobs[rows], advantage, m, args.clip_coef)
                 value_loss = clipped_value_loss(value, values[rows], returns[rows], m, args.value_clip)
                 loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-                share = m.sum() / mask[mb].sum()  # a mean over micro-batches would weigh short responses' tokens more
+                share = m.sum() / mask[mb].sum()  # by tokens: a plain mean would weigh short responses more
                 (loss * share).backward()
                 with torch.no_grad():
                     log_ratio = logprob - old_logprobs[rows]
@@ -1226,8 +798,8 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
                     stats += share * torch.stack([policy_loss, value_loss, entropy, k3, clipfrac, ratio])
             run.check_finite(stats, "ppo", iteration)
             losses.append(stats)
-            if args.target_kl is not None and stats[3] > args.target_kl:
-                break  # before this step is taken; the next rollout starts afresh
+            if args.target_kl is not None and stats[names.index("policy/approx_kl")] > args.target_kl:
+                break  # before this step is taken; training continues with the next rollout
             if args.ptx_coef:  # [R21]
                 batch = [texts[i] for i in ptx_order[iteration * updates + update]]
                 sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
@@ -1236,11 +808,10 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
             optimizer.step()
         clock.append(time.perf_counter())
 
-        # 6. Metrics: the losses are means over every minibatch
+        # 6. Metrics. The losses are means over all minibatches
         for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
             run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
         row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
-        names = ["policy/loss", "val/loss", "policy/entropy", "policy/approx_kl", "policy/clipfrac", "val/ratio"]
         row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
         row["objective/rlhf_reward"] = float(rlhf_reward.mean())
         row["objective/kl_coef"] = controller.kl_coef
@@ -1260,69 +831,11 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
         save_model(run.dir / "value", value_model, tokenizer)
 
 
-# ---- Training ----
-
-
-def draw_curves(metrics, path):
-    """PNG of stage 3: score and true worth, KL, entropy, length."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in metrics if row["stage"] == "ppo"]
-    panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
-    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
-    for axes, lines in zip(panels.flat, names):
-        for name in lines:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
-        axes.set(xlabel="iteration")
-        axes.legend()
-    with written_aside(path) as temporary:
-        axes.figure.savefig(temporary, dpi=120, format="png")
-
-
-def print_comparison(metrics, before, after):
-    """The policies before and after stage 3 on the same held-out prompts: what their responses are like, and four."""
-    rows = [row for row in metrics if row["stage"] == "eval"]
-    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
-    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
-    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
-    print("\n                                              before    after")
-    for name, unit in units.items():
-        if name in rows[0]:
-            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
-    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
-        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
-
-
-# what a resumed run may do otherwise than before; everything else would make it another run
-CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
-
-# what the stages of one experiment have in common
-DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
-
-
-def make_run_dir(run_dir):
-    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError as error:
-        can_resume = (run_dir / "checkpoint.pt").exists()
-        hint = f"--resume {run_dir} goes on with it" if can_resume else "choose another"
-        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
-
-
-def new_run_dir(args):
-    name = Path(args.dataset or "grammar").stem
-    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
-def resumed_args(run_dir):
-    """The settings with which train() goes on with the run in run_dir."""
-    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
+# ---- All stages ----
 
 
 def train(args: Args) -> list[dict]:
-    """Run the stages, compare the policies before and after. Returns the metrics of each step, oldest first."""
+    """Run the stages, then compare the policies before and after. Returns the metrics of each step, oldest first."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -1332,69 +845,46 @@ def train(args: Args) -> list[dict]:
     # 1. Settings
     saved = load(Path(args.resume) / "checkpoint.pt", "stage", "modules", "metrics") if args.resume else None
     if saved:
-        settings = replace(saved["args"], run_dir=None)
-        for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
-            given, before = getattr(args, name), getattr(settings, name)
-            if given != before:
-                raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a run of its own")
+        check_resumed(args, saved)
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
+    torch.utils.deterministic.fill_uninitialized_memory = False  # this debugging aid writes every new tensor twice
 
     if args.judge:
-        read_constitution(args)  # a mistake in it is said now, not after stage 1
+        read_constitution(args)  # a mistake in it is reported now, not after stage 1
 
-    # 2. Texts and pairs; a tenth of the rows is held out
+    # 2. Texts and pairs. A tenth of the rows is held out
     rows = load_rows(args)
     tenth = -(-len(rows) // 10)
     texts, pairs = texts_and_pairs(rows[tenth:], args, "nine tenths to learn from")
     held_out_texts, held_out_pairs = texts_and_pairs(rows[:tenth], args, "tenth that is held out")
-    num_short = len(rows) - len(texts) - len(held_out_texts)
-    if num_short:
-        print(f"data        {num_short:,} of {len(rows):,} texts have no more than {args.prompt_words} words: left out")
+    report_short_texts(args, len(rows), len(texts) + len(held_out_texts))
 
-    # 3. The model to begin with
+    # 3. The model that stage 1 trains
     torch.manual_seed(args.seed)
     policy, tokenizer = start_model(args, args.model, texts)
 
     # 4. Run directory, logs
     run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
     if run_dir.exists() and not saved:
-        make_run_dir(run_dir)  # it is refused now, not after a judge's work
+        make_run_dir(run_dir)  # it is refused now, not after the judge's work
     if args.track:
         start_wandb(args, run_dir)
     run = Run(args, run_dir, saved, saved["metrics"] if saved else [], saved["seconds"] if saved else {})
 
-    # 5. A judge in place of the labels
-    if args.preferences == "ai" and "reward" in args.stages:
-        run.claim()
-        pairs, agreement = kept_in(run_dir / "preferences.json", label_by_judge, args, pairs)
-        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run_dir}/preferences.json")
-    if args.sft_data == "critique" and "sft" in args.stages:
-        run.claim()
-        texts, _ = kept_in(run_dir / "revisions.json", revise_by_judge, args, texts)
-        print(f"judge       revised {len(texts)} texts: {run_dir}/revisions.json")
+    # 5. Preferences and revisions of a judge, if they are asked for
+    texts, pairs = ask_judge(args, run, texts, pairs)
 
     # 6. Tokens
     text_ids, held_out_ids = (encode(tokenizer, part, args.max_length) for part in (texts, held_out_texts))
     pair_ids, held_out_pair_ids = (encode_pairs(tokenizer, part, args.max_length) for part in (pairs, held_out_pairs))
     room = policy.config.max_position_embeddings - args.response_length
     prompts, eval_prompts = ([prompt for prompt, _ in part if len(prompt) <= room] for part in (text_ids, held_out_ids))
-    responses, num_fitting = [response for _, response in text_ids + held_out_ids], len(prompts + eval_prompts)
-    if num_cut := sum(response[-1:] != [tokenizer.eos_token_id] for response in responses):
-        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
-        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
-    if num_over := len(responses) - num_fitting:
-        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
+    check_lengths(args, text_ids + held_out_ids, prompts, eval_prompts, room, tokenizer.eos_token_id)
     eval_prompts = eval_prompts[: args.eval_prompts]
-    if not prompts or not eval_prompts:
-        raise InputError(
-            f"every prompt is longer than {room} tokens, what --response-length {args.response_length} leaves of the "
-            f"context of {policy.config.max_position_embeddings}"
-        )
 
-    # 7. The stages; those before the checkpoint's are done
+    # 7. The stages. Those before the stage of the checkpoint are done
     stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
     sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
     for stage in stages:
@@ -1412,7 +902,7 @@ def train(args: Args) -> list[dict]:
         reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
         gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
         gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
-        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] begins as the reward model
+        value_model = load_reward_model(args, names[0], tokenizer)  # [R20] it begins as the reward model
         if args.share_backbone:
             value_model = nn.Linear(policy.config.hidden_size, 1, device=args.device)
             nn.init.zeros_(value_model.weight)  # [R10]
@@ -1420,7 +910,7 @@ def train(args: Args) -> list[dict]:
         judges = reference, reward_models, gold_model
         train_ppo(args, run, policy, value_model, *judges, tokenizer, prompts, text_ids)
 
-        # 8. Before and after
+        # 8. The policies before and after, on held-out prompts
         before, row = rate_policy(args, reference, *judges, tokenizer, eval_prompts)
         run.log("eval", 0, row)
         after, row = rate_policy(args, policy, *judges, tokenizer, eval_prompts)
@@ -1433,25 +923,612 @@ def train(args: Args) -> list[dict]:
     run.writer.close()
     with written_aside(run_dir / "metrics.jsonl") as path:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in run.metrics), encoding="utf-8")
+    print_summary(args, run, sft_dir, time.perf_counter() - started)
+    return run.metrics
+
+
+# ==== Machinery: files, logs, the judge. A first reader can stop here ====
+
+
+# ---- Models and tokenizers from disk ----
+
+
+def from_disk(kind, name, **options):
+    """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+
+
+def new_tokenizer(texts):
+    """A byte-level BPE like GPT-2's, trained on the texts. Its padding token is not EOS [R2]."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    eos, pad = "<|endoftext|>", "<|pad|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # all 256 bytes, so that every text can be encoded
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=[eos, pad], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token=eos, pad_token=pad)
+
+
+def check_model(args, name, model, tokenizer):
+    """Refuse a model that this script cannot train."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{name} is an adapter: merge it into its model first, by PEFT's merge_and_unload()")
+    if model.config.model_type != "gpt2":
+        raise InputError(f"{name} is a model of type {model.config.model_type}: this script trains GPT-2 only")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: its tokenizer has no EOS token, so no response could ever end")
+    context = model.config.max_position_embeddings
+    if args.max_length > context or args.response_length >= context:
+        raise InputError(
+            f"--max-length {args.max_length} and --response-length {args.response_length} must fit into the context "
+            f"of {context} tokens that {name} has"
+        )
+
+
+def load_reward_model(args, name, tokenizer):
+    """A reward model from disk. It must have a trained head and the vocabulary of the policy."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = from_disk("AutoModelForSequenceClassification", name, **options)
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise InputError(f"{name} is not a reward model: it has no trained head with one output")
+    if from_disk("AutoTokenizer", name).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{name} has another vocabulary than the policy: the reward model would read other words")
+    return without_dropout(model).to(args.device)
+
+
+def fit_to_tokenizer(model, tokenizer):
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+# ---- Data sets ----
+
+ROW = "number of the row"  # a column that read_data_set adds, to name a row in a message
+
+
+def read_data_set(args):
+    """num_texts rows of --dataset in random order. Each has a text and a label, or a chosen and a rejected text."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its messages about a file are replaced by those below
+    path = Path(args.dataset)
+    form = {"jsonl": "json"}.get(path.suffix.lstrip("."), path.suffix.lstrip("."))
+    source = {"path": form, "data_files": args.dataset} if path.is_file() else {"path": args.dataset}
+    try:
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError("the file is empty")
+        rows = datasets.load_dataset(**source, split="train", streaming=True)
+        rows = rows.map(lambda batch, i: {ROW: [k + 1 for k in i]}, with_indices=True, batched=True)
+        # many sets are sorted by label: their first rows would all be of one class
+        buffer_size = 1_000_000 if path.is_file() else 50_000  # rows to download first from the Hub
+        rows = list(rows.shuffle(seed=args.seed, buffer_size=buffer_size).take(args.num_texts))
+        random.Random(args.seed).shuffle(rows)  # the buffer yields earlier rows first, and the first tenth is held out
+    except Exception as error:
+        reason = broken_line(path) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--dataset {args.dataset} cannot be read: {reason}") from error
+    if len(rows) < 10:
+        raise InputError(f"--dataset {args.dataset} has {len(rows)} rows; at least 10 are needed: a tenth is held out")
+    labelled, paired = [args.text_column, args.label_column], ["chosen", "rejected"]
+    columns = [name for name in rows[0] if name != ROW]
+    if not any(set(needed) <= set(columns) for needed in (labelled, paired)):
+        raise InputError(
+            f"--dataset {args.dataset} has the columns {', '.join(columns)}; needed are {' and '.join(labelled)} "
+            f"(--text-column, --label-column), or {' and '.join(paired)}"
+        )
+    is_labelled = set(labelled) <= set(columns)
+    texts = [args.text_column] if is_labelled else [*paired, *{"prompt"} & set(columns)]
+    for row in rows:
+        where = f"--dataset {args.dataset}, row {row[ROW]}"
+        for name in texts:
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise InputError(f"{where}: {name} must hold texts, found {row[name]!r}")
+        if is_labelled and row[args.label_column] not in (0, 1):
+            raise InputError(f"{where}: labels must be 0 and 1, found {row[args.label_column]!r}")
+        if not is_labelled and "prompt" not in columns and not all(DIALOGUE.fullmatch(row[name]) for name in paired):
+            raise InputError(f"{where}: neither a column prompt nor 'Assistant:' in each text")
+    return rows
+
+
+def report_short_texts(args, num_rows, num_texts):
+    """Print how many texts are left out because they have no response."""
+    num_short = num_rows - num_texts
+    if num_short:
+        print(f"data        {num_short:,} of {num_rows:,} texts have no more than {args.prompt_words} words: left out")
+
+
+def check_lengths(args, encoded, prompts, eval_prompts, room, eos_id):
+    """Print how many responses are cut and how many prompts stage 3 leaves out. Without any prompt, refuse."""
+    responses = [response for _, response in encoded]
+    if num_cut := sum(response[-1:] != [eos_id] for response in responses):
+        where = f"at --max-length {args.max_length}, {responses.count([]):,} of them whole"
+        print(f"data        {num_cut:,} of {len(responses):,} responses are cut {where}")
+    if num_over := len(responses) - len(prompts + eval_prompts):
+        print(f"data        {num_over:,} prompts are longer than {room} tokens: stage 3 leaves them out")
+    if not prompts or not eval_prompts:
+        raise InputError(
+            f"every prompt is longer than {room} tokens: --response-length {args.response_length} leaves no more of a "
+            f"context of {room + args.response_length}"
+        )
+
+
+def broken_line(path):
+    """What is wrong with the first broken line in a file of JSON lines; None for any other file.
+
+    The library datasets would count from 0, in the part of the file that it reads at once.
+    """
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+        return None
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1 and line.startswith("["):
+                return None  # the file is one JSON array
+            try:
+                json.loads(line.strip() or "0")
+            except ValueError as error:
+                return f"line {number} is not JSON: {str(error).partition(': line')[0]}"
+
+
+# ---- A judge instead of labels: Constitutional AI ----
+
+
+PRINCIPLES = (
+    "Prefer the review that is glad about the film.",
+    "Prefer praise to complaint.",
+)
+
+
+def read_constitution(args):
+    if args.constitution is None:
+        return list(PRINCIPLES)
+    try:
+        lines = Path(args.constitution).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--constitution {args.constitution} cannot be read as text: {error}") from error
+    principles = [line.strip() for line in lines if line.strip()]
+    if not principles:
+        raise InputError(f"--constitution {args.constitution} holds no principle")
+    return principles
+
+
+def load_judge(args):
+    tokenizer = from_disk("AutoTokenizer", args.judge)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless here: nothing is learned, and masks are explicit
+    model = from_disk("AutoModelForCausalLM", args.judge, dtype=torch.float32)
+    return frozen(without_dropout(model)).to(args.device), tokenizer
+
+
+def chat_ids(tokenizer, request, answer=""):
+    """Token list of a request in the judge's chat template, followed by the beginning of its answer."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": request}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = f"{request}\n\n"
+    return tokenizer(text + answer, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def judge_margins(judge, tokenizer, pairs, principles, batch_size):
+    """ln P(first is better) − ln P(second is better) for pairs of texts, (N,), in nats.
+
+    The judge answers "A" or "B", and the log-probabilities of the two letters count (Bai et al. 2022 §4.1). Each pair
+    is shown in both orders and the two answers are averaged. A small judge often prefers the letter A to the letter
+    B more than one text to the other; in the average this preference cancels.
+    """
+    rules = "\n".join(f"- {principle}" for principle in principles)
+    question = "Which text is better by these principles? Answer with A or B."
+    form = f"Two texts:\n\nA: {{}}\n\nB: {{}}\n\nPrinciples:\n{rules}\n\n{question}"
+    shown = [form.format(a.strip(), b.strip()) for pair in pairs for a, b in (pair, pair[::-1])]
+    prompts = [chat_ids(tokenizer, request, "The better text is") for request in shown]
+    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "AB"]
+    margins = []
+    for part in in_parts(prompts, batch_size):
+        tokens, mask = pad(part, tokenizer.pad_token_id, judge.device, "left")
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = judge(tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
+        margins.append(logits[:, letters[0]] - logits[:, letters[1]])
+    first_shown_first, first_shown_second = torch.cat(margins).view(-1, 2).T
+    return (first_shown_first - first_shown_second) / 2
+
+
+def label_by_judge(args, pairs):
+    """judge_pairs pairs with the text first that the judge prefers, and the share on which the data agrees."""
+    judge, tokenizer = load_judge(args)
+    pairs = pairs[: args.judge_pairs]
+    texts = [("".join(chosen), "".join(rejected)) for chosen, rejected in pairs]
+    margins = judge_margins(judge, tokenizer, texts, read_constitution(args), args.micro_batch_size)
+    relabelled = [pair if margin > 0 else pair[::-1] for pair, margin in zip(pairs, margins.tolist())]
+    return relabelled, float((margins > 0).float().mean())
+
+
+@torch.no_grad()
+def judge_answers(judge, tokenizer, requests, batch_size, max_new_tokens=64):
+    """The judge's greedy answers to requests (texts)."""
+    pad_id, answers = tokenizer.pad_token_id, []
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": pad_id}
+    for part in in_parts(requests, batch_size):
+        tokens, mask = pad([chat_ids(tokenizer, request) for request in part], pad_id, judge.device, "left")
+        output = judge.generate(tokens, attention_mask=mask, **options)
+        answers += tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+    return [" ".join(answer.split()) for answer in answers]
+
+
+def revise_by_judge(args, texts):
+    """judge_pairs texts that the judge criticised and rewrote, with their prompts kept (Bai et al. 2022 §3.1)."""
+    judge, tokenizer = load_judge(args)
+    texts = texts[: args.judge_pairs]
+    rules = " ".join(read_constitution(args))
+    requests = [
+        f"Text: {''.join(text).strip()}\n\nIn one sentence, say where this text goes against: {rules}" for text in texts
+    ]
+    critiques = judge_answers(judge, tokenizer, requests, args.micro_batch_size)
+    requests = [
+        f"Text: {''.join(text).strip()}\n\nCritique: {critique}\n\nRewrite the text in one sentence so that it keeps "
+        f"to: {rules} Begin with the words: {text[0].strip()}"
+        for text, critique in zip(texts, critiques)
+    ]
+    revised = []
+    for (prompt, _), revision in zip(texts, judge_answers(judge, tokenizer, requests, args.micro_batch_size)):
+        rest = revision.removeprefix(prompt.strip()).strip()
+        if rest:
+            revised.append((prompt, f" {rest}"))
+    return revised, critiques
+
+
+def ask_judge(args, run, texts, pairs):
+    """Texts and pairs, revised or relabelled by the judge if --sft-data or --preferences ask for it."""
+    if args.preferences == "ai" and "reward" in args.stages:
+        run.claim()
+        pairs, agreement = kept_in(run.dir / "preferences.json", label_by_judge, args, pairs)
+        print(f"judge       agrees with the data on {agreement:.1%} of {len(pairs)} pairs: {run.dir}/preferences.json")
+    if args.sft_data == "critique" and "sft" in args.stages:
+        run.claim()
+        texts, _ = kept_in(run.dir / "revisions.json", revise_by_judge, args, texts)
+        print(f"judge       revised {len(texts)} texts: {run.dir}/revisions.json")
+    return texts, pairs
+
+
+def kept_in(path, ask, *arguments):
+    """The result of ask(*arguments), kept in the file path: a resumed run does not ask the slow judge again."""
+    if not path.is_file():
+        content = json.dumps(ask(*arguments), ensure_ascii=False, indent=1)
+        with written_aside(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---- Evaluation ----
+
+
+@torch.no_grad()
+def perplexity(args, model, tokenizer, texts):
+    total, count = 0.0, 0
+    for batch in in_parts(texts, args.micro_batch_size):
+        tokens, mask = pad([prompt + response for prompt, response in batch], tokenizer.pad_token_id, args.device)
+        learned = learned_tokens(batch, mask, args.mask_prompt)
+        total += float(sft_loss(model, tokens, mask, learned))
+        count += int(learned[:, 1:].sum())
+    return float(torch.tensor(total / max(count, 1)).exp())
+
+
+@torch.no_grad()
+def score_texts(args, model, tokenizer, sequences):
+    """(N,) scores of token lists."""
+    batches = (pad(part, tokenizer.pad_token_id, args.device) for part in in_parts(sequences, args.micro_batch_size))
+    return torch.cat([reward_scores(model, *batch) for batch in batches])
+
+
+def calibration_error(margins, bins=10):
+    """Expected calibration error of σ(|margin|) as a probability of being right. margins (N,) are above 0 if right."""
+    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
+    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence[bin_of == b] - right[bin_of == b]).sum().abs() for b in range(bins)]
+    return float(sum(gaps) / len(margins))
+
+
+def distinct_2(responses):
+    """Number of different pairs of neighbouring words, divided by the number of all such pairs (Li et al. 2016)."""
+    pairs = [pair for response in responses for pair in zip(response.split(), response.split()[1:])]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def describe(rollout, ref_logprobs, scores, gold, eos_id):
+    """Means over the responses: score, KL, truth, length, and the share that ends with EOS."""
+    kl = torch.where(rollout.mask.bool(), rollout.logprobs - ref_logprobs, 0.0).sum(-1)
+    row = {
+        "objective/scores": scores,
+        "objective/kl": kl,  # of a whole response, nats
+        "objective/gold": gold,
+        "response/length": rollout.mask.sum(-1),
+        "response/eos_rate": (rollout.tokens == eos_id).any(-1),
+    }
+    return {name: float(values.float().mean()) for name, values in row.items() if values is not None}
+
+
+def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, prompts):
+    """(texts, means) of the policy's responses to held-out prompts, always sampled with the same random numbers."""
+    torch.manual_seed(stage_seed(args, "rate"))
+    texts, rows = [], []
+    for part in in_parts(prompts, args.batch_size):
+        rollout = roll_out(args, policy, tokenizer, part)
+        judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        row = describe(rollout, *judged, tokenizer.eos_token_id)
+        rows += [row] * len(rollout.texts)
+        texts += rollout.texts
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return texts, {**means, "response/distinct_2": distinct_2([response for _, response in texts])}
+
+
+def draw_curves(metrics, path):
+    """PNG of stage 3: score and truth, KL, entropy, length."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in metrics if row["stage"] == "ppo"]
+    panels = Figure(figsize=(9, 6), layout="constrained").subplots(2, 2)
+    names = (("objective/scores", "objective/gold"), ("objective/kl",), ("policy/entropy",), ("response/length",))
+    for axes, lines in zip(panels.flat, names):
+        for name in lines:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot([step for step, _ in points], [number for _, number in points], label=name)
+        axes.set(xlabel="iteration")
+        axes.legend()
+    with written_aside(path) as temporary:
+        axes.figure.savefig(temporary, dpi=120, format="png")
+
+
+def print_comparison(metrics, before, after):
+    """Print how the policies before and after stage 3 answer held-out prompts: a table, and four answers of each."""
+    rows = [row for row in metrics if row["stage"] == "eval"]
+    units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
+    units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
+    units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
+    print("\n                                              before    after")
+    for name, unit in units.items():
+        if name in rows[0]:
+            print(f"  {unit:42}  {rows[0][name]:7.3f}  {rows[1][name]:7.3f}")
+    for (prompt, old), (_, new) in list(zip(before, after))[:4]:
+        print(f"\n{prompt}\n  before  {old.strip()}\n  after   {new.strip()}")
+
+
+def print_summary(args, run, sft_dir, seconds):
+    """Print how good the models are, how long the stages took, where everything is, and the next command to try."""
     for row in run.metrics:
         for name in ("sft/perplexity", *(f"{stage}/held_out_accuracy" for stage in args.stages)):
             if name in row:
                 print(f"{row['stage']:10}  {name.split('/')[1].replace('_', ' ')} {row[name]:.3f}")
-    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in run.seconds.items())
-    since = "since it was resumed" if saved else "in all"
-    print(f"seconds     {time.perf_counter() - started:.1f} {since}; the stages: {phases}")
-    print(f"models      {', '.join(sorted(path.parent.name for path in run_dir.glob('*/config.json')))} in {run_dir}")
-    print(f"logs        tensorboard --logdir {run_dir}")
+    phases = ", ".join(f"{phase} {share:.1f}" for phase, share in run.seconds.items())
+    since = "since it was resumed" if run.saved else "in all"
+    print(f"seconds     {seconds:.1f} {since}; the stages: {phases}")
+    print(f"models      {', '.join(sorted(path.parent.name for path in run.dir.glob('*/config.json')))} in {run.dir}")
+    print(f"logs        tensorboard --logdir {run.dir}")
     following = {
         "sft": f"reward --model {sft_dir}",
-        "reward": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'}",
-        "all": f"ppo --model {sft_dir} --reward-model {run_dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
+        "reward": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'}",
+        "all": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
     }
     if args.stage in following:
         given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
         data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
         print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
-    return run.metrics
+
+
+# ---- Files, logs, resuming ----
+
+# the settings that --resume may change; any other would make it a different run
+CHANGEABLE = "resume device torch_threads checkpoint_every track wandb_project"
+
+# the settings that all stages of one experiment must share
+DATA = "dataset text_column label_column num_texts prompt_words max_length seed"
+
+
+def check_bounds(args):
+    """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
+    for field in fields(args):
+        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
+        if bounds and not bounds[1](getattr(args, field.name)):
+            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+
+
+def check_settings(args):
+    """Raise ValueError for settings that do not fit together."""
+    if args.batch_size < args.num_minibatches:
+        raise ValueError(f"num_minibatches {args.num_minibatches} must not exceed batch_size {args.batch_size}")
+    if args.stage in ("reward", "ppo") and args.model is None:
+        raise ValueError(f"stage {args.stage} starts from a model: model must name stage 1's, got none")
+    if args.stage == "ppo" and not args.reward_model:
+        raise ValueError("stage ppo needs reward_model, the directory of at least one, got none")
+    if args.stage != "ppo" and (args.reward_model or args.gold_model):
+        raise ValueError(f"reward_model and gold_model are for stage ppo; stage {args.stage} trains its own")
+    if (args.preferences == "ai" or args.sft_data == "critique") and args.judge is None:
+        raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
+    if args.adaptive_kl and args.kl_coef == 0:
+        raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0 (--no-adaptive-kl)")
+    if "" in (args.model, args.dataset, args.judge, args.resume, args.run_dir):
+        raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
+    if args.resume and args.run_dir:
+        raise ValueError(f"resume {args.resume} continues in its own directory, not in run_dir {args.run_dir}")
+
+
+def check_device(device):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def written_aside(path):
+    """A temporary path to write to, renamed at the end: whatever happens, the old file or the new one is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # on a full disk torch raises a RuntimeError, and other writers their own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{path} could not be written, with {free / 1e6:.1f} MB free: {reason}") from error
+        raise
+
+
+def save(path, content):
+    with written_aside(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load(path, *keys):
+    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: --resume takes a run directory")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["args"] = Args(**content["args"])
+        missing = set(keys) - content.keys()
+    except Exception as error:
+        raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
+    if missing:
+        raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def save_model(directory, model, tokenizer):
+    """Write a normal transformers directory: first under another name, then renamed, so that it is always complete."""
+    with written_aside(directory) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def start_wandb(args, run_dir):
+    try:
+        import wandb
+    except ImportError as error:
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
+        raise InputError("--track needs Weights & Biases: pip install wandb") from error
+    options = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow", "config": asdict(args)}
+    try:
+        wandb.init(**options, sync_tensorboard=True)  # it watches the writers of TensorBoard that are made from now on
+    except Exception as error:  # no API key, no connection, a name that it does not take: it has many exceptions
+        with suppress(OSError):
+            run_dir.rmdir()  # still empty
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--track: Weights & Biases does not begin: {reason}") from error
+
+
+@dataclass
+class Run:
+    """What the stages share: the directory, what was logged, and the checkpoint from which a run is resumed."""
+
+    args: Args
+    dir: Path
+    saved: dict | None
+    metrics: list
+    seconds: dict  # of each phase
+    is_made: bool = False  # whether its directory exists; it is made before the first file is written
+
+    def claim(self):
+        if not self.saved and not self.is_made:
+            make_run_dir(self.dir)
+        self.is_made = True
+
+    def begin(self, stage, modules, optimizer):
+        """Seed the stage and open its log. Returns the first step: 0 unless the checkpoint is of this stage."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.claim()
+        torch.manual_seed(stage_seed(self.args, stage))
+        resumed = self.saved is not None and self.saved["stage"] == stage
+        first = self.saved["step"] if resumed else 0
+        self.writer = SummaryWriter(self.dir / "logs" / stage, purge_step=first + 1 if resumed else None)
+        if resumed:
+            for name, module in modules.items():
+                module.load_state_dict(self.saved["modules"][name])
+            optimizer.load_state_dict(self.saved["optimizer"])
+            torch.set_rng_state(self.saved["rng"])
+            if self.saved["cuda_rng"] is not None and self.args.device.startswith("cuda"):
+                torch.cuda.set_rng_state(self.saved["cuda_rng"], self.args.device)
+        return first
+
+    def log(self, stage, step, row):
+        for name, number in row.items():  # evaluations have curves of their own, apart from the rollouts
+            self.writer.add_scalar(f"eval/{name}" if stage == "eval" else name, number, step)
+        self.metrics.append({"stage": stage, "step": step, **row})
+
+    def checkpoint(self, stage, step, steps, modules, optimizer, **more):
+        """After a step, if a checkpoint is due, save everything that a resumed run needs."""
+        every = self.args.checkpoint_every
+        if step != steps and (not every or step % every):
+            return
+        self.writer.flush()
+        cuda = self.args.device.startswith("cuda")
+        content = {
+            "args": asdict(self.args),
+            "stage": stage,
+            "step": step,
+            "modules": {name: module.state_dict() for name, module in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.args.device) if cuda else None,
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+            **more,
+        }
+        save(self.dir / "checkpoint.pt", content)
+
+    def check_finite(self, losses, stage, step):
+        if not losses.isfinite().all():
+            path = self.dir / "checkpoint.pt"
+            kept = f"; {path} holds the last good state" if path.exists() else ""
+            raise InputError(f"the loss is not finite in step {step} of stage {stage}: lower its learning rate{kept}")
+
+
+def check_resumed(args, saved):
+    """Refuse a changed setting with which --resume would not continue the same run."""
+    settings = replace(saved["args"], run_dir=None)
+    for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
+        given, before = getattr(args, name), getattr(settings, name)
+        if given != before:
+            raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a separate run")
+
+
+def make_run_dir(run_dir):
+    """Make the run's own directory. Of two runs that start at once with one name, the second is refused."""
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        can_resume = (run_dir / "checkpoint.pt").exists()
+        hint = f"--resume {run_dir} resumes it" if can_resume else "choose another"
+        raise InputError(f"--run-dir {run_dir} exists: {hint}") from error
+
+
+def new_run_dir(args):
+    name = Path(args.dataset or "grammar").stem
+    return f"runs/{name}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def resumed_args(run_dir):
+    """The settings with which train() resumes the run in run_dir."""
+    return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
+
+
+# ---- Command line ----
 
 
 def parse_args():
@@ -1465,7 +1542,7 @@ def parse_args():
 
 
 def guard_output():
-    """Print "?" for what the terminal's encoding lacks; go on to the end when the reader has left (`| head`)."""
+    """Print "?" for letters that the terminal lacks. Run to the end when the reader has left (`| head`)."""
 
     def guarded(stream, method):
         def call(*arguments):
@@ -1483,7 +1560,7 @@ def guard_output():
 
 
 def main():
-    """Parse, run. What the user can mend ends in one sentence and exit status 2."""
+    """Parse the flags and train. A mistake that the user can fix ends in one sentence and exit status 2."""
     guard_output()
     run_dir = None
     try:
@@ -1495,7 +1572,7 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = run_dir and (Path(run_dir) / "checkpoint.pt").exists()
-        print(f"\ninterrupted{f': go on with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
+        print(f"\ninterrupted{f': continue with --resume {run_dir}' if can_resume else ''}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,6 +1,7 @@
 """Do the defaults hold on other processors? Seeds × instruction sets, a process each.
 
 Run      python benchmarks/processors.py rlhf --seeds 6 7 8 9 10 11 12 13 14 15
+         python benchmarks/processors.py rlhf_no_warmup --sets own avx2 sse4 compatible   (as it was)
          python benchmarks/processors.py cartpole --seeds 1 2 3 4 5 6 7 8 9 10
          python benchmarks/processors.py grpo --seeds 1 2 3 4 5
          python benchmarks/processors.py breakout --seeds 1
@@ -64,10 +65,10 @@ def breakout(args, run_dir):
     return {"return, 40 games": metrics[-1]["charts/eval_return"]}
 
 
-def rlhf(args, run_dir):
+def rlhf(args, run_dir, **more):
     import rlhf_gpt2_ppo
 
-    metrics = rlhf_gpt2_ppo.train(rlhf_gpt2_ppo.Args(seed=args.seed, run_dir=run_dir))
+    metrics = rlhf_gpt2_ppo.train(rlhf_gpt2_ppo.Args(seed=args.seed, run_dir=run_dir, **more))
     rollouts = [row for row in metrics if row["stage"] == "ppo"]
     before, after = (row for row in metrics if row["stage"] == "eval")
     (accuracy,) = (row["reward/held_out_accuracy"] for row in metrics if "reward/held_out_accuracy" in row)
@@ -81,6 +82,11 @@ def rlhf(args, run_dir):
         "curve of KL": [round(row["objective/kl"], 3) for row in rollouts],
         "curve of truth": [round(row["objective/gold"], 3) for row in rollouts],
     }
+
+
+def rlhf_no_warmup(args, run_dir):
+    """The defaults as they were: shorter stages 1 and 2, and the full learning rate in the first update."""
+    return rlhf(args, run_dir, sft_steps=200, reward_steps=200, warmup_iterations=0)
 
 
 def grpo(args, run_dir, **more):
@@ -107,7 +113,7 @@ def smollm2(args, run_dir):
     return grpo(args, run_dir, **{k: v for k, v in vars(settings).items() if k not in ("seed", "run_dir")})
 
 
-PROGRAMS = {program.__name__: program for program in (cartpole, breakout, rlhf, grpo, smollm2)}
+PROGRAMS = {program.__name__: program for program in (cartpole, breakout, rlhf, rlhf_no_warmup, grpo, smollm2)}
 
 
 def one(args):

@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 # script → the functions that report, and the steps of train() that do, by the numbers of their headings
 REPORTS = {
-    "ppo_cartpole.py": ("play evaluate draw_learning_curve", (11, 13)),
-    "ppo_atari.py": ("play evaluate draw_learning_curve", (11, 13)),
+    "ppo_cartpole.py": ("play evaluate draw_learning_curve print_summary", (9, 10)),
+    "ppo_atari.py": ("play evaluate draw_learning_curve", (9, 11)),
     "rlhf_gpt2_ppo.py": (
         "perplexity calibration_error distinct_2 describe rate_policy train_sft train_reward normalise_scores "
         "print_comparison draw_curves label_by_judge",
@@ -93,7 +93,7 @@ def survives(script, source, change, folder):
         tests = [f"tests/test_{name}.py" for name in TESTS[script].split()]
         options = ["-x", "-q", "-p", "no:cacheprovider", "-k", f"not ({' or '.join(SKIPPED.split())})"]
         os.chdir(ROOT)
-        os._exit(pytest.main([*options, "--mutant", str(path), *tests]))
+        os._exit(pytest.main([*options, f"--mutant={path}", *tests]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -1,7 +1,10 @@
 """Options and fixtures.
 
-python -m pytest --script my_ppo.py     checks the equations of any file: those of the contract that it defines
-python -m pytest --mutant FILE          runs the whole suite on FILE in place of the script of that name
+python -m pytest --script=my_ppo.py     checks the equations of any file: those of the contract that it defines
+python -m pytest --mutant=FILE          runs the suite on FILE instead of the script of that name
+
+The equals sign is needed. After a space, pytest takes the file for a file of tests, reads no conftest.py of this
+directory, and so does not know the option.
 """
 
 import time
@@ -23,6 +26,14 @@ for env_id, vector in (("ShortCartPole-v1", f"{CARTPOLE}VectorEnv"), ("ShortCart
         gym.register(env_id, f"{CARTPOLE}Env", vector_entry_point=vector, max_episode_steps=12, reward_threshold=475)
 
 
+def pytest_addoption(parser):
+    def path(text):  # no shell replaces a ~ that follows an equals sign
+        return Path(text).expanduser()
+
+    parser.addoption("--script", type=path, help="check the equations of this file instead of the project's scripts")
+    parser.addoption("--mutant", type=path, help="run the suite on this file instead of the script of its name")
+
+
 def refuse(sentence):
     pytest.exit(f"error: {sentence}", returncode=2)
 
@@ -34,14 +45,14 @@ def pytest_configure(config):
         if path is None:
             continue
         if not path.is_file():
-            refuse(f"{option} {path}: there is no such file")
+            refuse(f"{option}={path}: there is no such file")
         if option == "--mutant" and path.name not in mutants.SUITES:
             refuse(f"--mutant takes a file with the name of a script: {mutants.no_such_script(path.name)}")
         if option == "--script":
             try:
                 contract.load_script(path)
             except (Exception, SystemExit) as error:
-                refuse(f"--script {path} cannot be imported: {type(error).__name__}: {error}")
+                refuse(f"--script={path} cannot be imported: {type(error).__name__}: {error}")
             config.pluginmanager.register(ScriptSummary(path))
             config.option.verbose, config.option.reportchars = -1, ""  # its own summary says it
 
@@ -88,7 +99,7 @@ for equation in EQUATIONS:
 
 
 def load_script(request, name):
-    """The script as a module; --mutant FILE stands in for the script of the same name."""
+    """The script as a module; --mutant=FILE stands in for the script of the same name."""
     mutant = request.config.getoption("--mutant")
     return contract.load_script(mutant if mutant is not None and mutant.name == name else contract.ROOT / name)
 
@@ -116,7 +127,6 @@ def small(cartpole, tmp_path):
             "num_minibatches": 3,
             "update_epochs": 2,
             "eval_episodes": 0,
-            "checkpoint_every": 0,
             "run_dir": str(tmp_path / name),
         }
         return cartpole.Args(**{**defaults, **changes})

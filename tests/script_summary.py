@@ -1,4 +1,4 @@
-"""What `python -m pytest --script PATH` adds: it chooses the tests, runs simple functions first, and begins its report
+"""What `python -m pytest --script=FILE` adds: it chooses the tests, runs simple functions first, and begins its report
 with a summary: how many functions are correct, what is wrong with the others, which ones the file does not define."""
 
 import re

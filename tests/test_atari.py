@@ -488,7 +488,7 @@ def test_bad_flags(atari, tmp_path, monkeypatch, capsys, flags, expected):
 
 def test_a_missing_rom(atari, small, monkeypatch, tmp_path):
     monkeypatch.setenv("ALE_ROMS_DIR", str(tmp_path))
-    with pytest.raises(atari.InputError, match=r"--env-id ALE/Breakout-v5: its ROM is not to be had: .*breakout.bin"):
+    with pytest.raises(atari.InputError, match=r"--env-id ALE/Breakout-v5: its ROM is not available: .*breakout.bin"):
         atari.make_envs(small(), 1)
 
 

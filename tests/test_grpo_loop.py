@@ -55,7 +55,7 @@ def watch(grpo, monkeypatch):
 
         names = (
             "sample_groups rate_group process_advantages advantages_of grpo_token_loss reduce_loss pack_rows "
-            "completion_logprobs score continue_reward_model raw_scores"
+            "completion_logprobs score raw_scores kl_k3"
         )
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim, "AdamW", AdamW)
@@ -125,12 +125,12 @@ def test_first_update_identities(watch, tiny_grpo, options):
     """[G6] At a temperature that is not 1: the ratio is exactly 1 and the KL exactly 0. The loss is 0, for advantages
     of a group sum to 0; its gradient is not."""
     seen = watch(tiny_grpo(temperature=0.8, beta=0.1, steps=1, **FREE, **options))
-    logprob, old_logprob, ref_logprob, advantage, *_ = seen.calls["grpo_token_loss"][0].arguments
+    logprob, old_logprob, _, advantage, *_ = seen.calls["grpo_token_loss"][0].arguments
     mask = seen.calls["reduce_loss"][0].arguments[1].bool()
     assert mask.sum() > 20 and (logprob[mask] < 0).all()
     assert torch.equal(logprob[mask], old_logprob[mask])
-    if ref_logprob is not None:
-        assert torch.equal(logprob[mask], ref_logprob[mask])
+    own, ref_logprob = seen.calls["kl_k3"][0].arguments
+    assert torch.equal(own[mask], logprob[mask]) and torch.equal(own[mask], ref_logprob[mask])
     assert advantage.abs().max() > 0.5
     row = seen.metrics[1]
     if not options.get("num_epochs"):
@@ -311,7 +311,7 @@ def test_the_reference_catches_up(watch, tiny_grpo):
 def test_without_beta_there_is_no_reference(watch, tiny_grpo):
     seen = watch(tiny_grpo(steps=1))
     assert seen.calls["score"] == [] and "kl/reference" not in seen.metrics[1]
-    assert all(call.arguments[2] is None for call in seen.calls["grpo_token_loss"])
+    assert seen.calls["kl_k3"] == [] and all(call.arguments[2] is None for call in seen.calls["grpo_token_loss"])
 
 
 def test_lora_off_is_the_base_model(watch, tiny_grpo):
@@ -417,8 +417,9 @@ def test_every_epoch_sees_every_group_once(watch, tiny_grpo):
     old, ref = (call.result for call in seen.calls["score"])
     assert torch.equal(old, ref) and (old[:, 0] < 0).all()
     differ = []
-    for batch, call in zip(batches, seen.calls["grpo_token_loss"], strict=True):
-        logprob, old_logprob, ref_logprob = call.arguments[:3]
+    for batch, call, kl in zip(batches, seen.calls["grpo_token_loss"], seen.calls["kl_k3"], strict=True):
+        (logprob, old_logprob), (own, ref_logprob) = call.arguments[:2], kl.arguments
+        assert torch.equal(own, logprob)
         assert torch.equal(old_logprob, old[batch]) and torch.equal(ref_logprob, old[batch])
         differ.append(not torch.equal(logprob[old_logprob != 0], old_logprob[old_logprob != 0]))
     assert differ == [False, True, True, True]
@@ -447,8 +448,10 @@ def test_policy_metrics(watch, tiny_grpo):
     """Ratios, clip fractions and KL are means over every token of every minibatch, the loss over the updates."""
     seen = watch(tiny_grpo(num_epochs=3, beta=0.1, steps=1, clip_low=0.05, clip_high=0.3, learning_rate=3e-3))
     ratios, low, high, k3, losses = [], [], [], [], []
-    for token, reduce in zip(seen.calls["grpo_token_loss"], seen.calls["reduce_loss"], strict=True):
-        logprob, old_logprob, ref_logprob, advantage = token.arguments[:4]
+    calls = (seen.calls[name] for name in ("grpo_token_loss", "kl_k3", "reduce_loss"))
+    for token, kl, reduce in zip(*calls, strict=True):
+        logprob, old_logprob, _, advantage = token.arguments[:4]
+        ref_logprob = kl.arguments[1]
         on = reduce.arguments[1].bool()
         ratio, side = (logprob - old_logprob).exp()[on], advantage[on]
         ratios.append(ratio)
@@ -660,20 +663,27 @@ def test_a_learned_reward_adds_up(watch, grpo, tiny_grpo, reward_model):
         torch.testing.assert_close(rating.parts["model"], 0.7 * torch.tensor(scores), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rating.rewards, sum(rating.parts.values()))
     assert seen.metrics[1]["reward/model"] != 0
-    assert seen.calls["continue_reward_model"] == []
+    assert "reward_model/loss" not in seen.metrics[-1]
 
 
 def test_the_reward_model_goes_on_learning(watch, grpo, tiny_grpo, reward_model, monkeypatch):
     """[G13] At each refresh, on the pairs since the last one; from the second on a tenth of them are older ones."""
     right = itertools.cycle([True, False, False, True])
     monkeypatch.setattr(grpo, "is_right", lambda *_: next(right))
+    calls, learn = [], grpo.RewardModel.learn
+
+    def watched(self, step):
+        pairs, replay = self.pairs, self.replay
+        calls.append(SimpleNamespace(step=step, pairs=pairs, replay=replay, result=learn(self, step)))
+        return calls[-1].result
+
+    monkeypatch.setattr(grpo.RewardModel, "learn", watched)
     options = {"reward_model": reward_model, "reward_model_steps": 3, "reference_every": 2, "steps": 4}
     seen = watch(tiny_grpo(**options, reward_model_learning_rate=1e-3))
-    calls = seen.calls["continue_reward_model"]
-    assert len(calls) == 2 and [call.arguments[6] for call in calls] == [1, 3]
-    pairs = [call.arguments[4] for call in calls]
-    assert len(pairs[0]) == len(pairs[1]) == 2 * 3 * 2 and calls[0].arguments[5] == []
-    replay = calls[1].arguments[5]
+    assert len(calls) == 2 and [call.step for call in calls] == [1, 3]
+    pairs = [call.pairs for call in calls]
+    assert len(pairs[0]) == len(pairs[1]) == 2 * 3 * 2 and calls[0].replay == []
+    replay = calls[1].replay
     assert replay == pairs[0]
     batches = [call.arguments[2] for call in seen.calls["raw_scores"] if len(call.arguments[2]) == 40]
     assert len(batches) == 6
@@ -691,18 +701,17 @@ def test_the_reward_model_goes_on_learning(watch, grpo, tiny_grpo, reward_model,
 
 def test_the_reward_model_learns_what_is_right(grpo, tiny_grpo, reward_model):
     """Its loss is −ln σ(right − wrong) and falls."""
-    args = tiny_grpo(reward_model=reward_model, reference_every=1, reward_model_steps=60)
-    model, tokenizer = grpo.load_reward_model(args)
-    pairs = [((f"{i}+1", f"#{i + 1}", True), (f"{i}+1", f"#{i}:", True)) for i in range(5)]
-    texts = [text for pair in pairs for text in pair]
+    options = {"reward_model": reward_model, "reference_every": 1, "reward_model_steps": 60}
+    scorer = grpo.RewardModel(tiny_grpo(**options, reward_model_learning_rate=3e-3))
+    scorer.pairs = [((f"{i}+1", f"#{i + 1}", True), (f"{i}+1", f"#{i}:", True)) for i in range(5)]
+    texts = [text for pair in scorer.pairs for text in pair]
 
     def loss():
         with torch.no_grad():
-            right, wrong = grpo.raw_scores(model, tokenizer, texts).view(-1, 2).T
+            right, wrong = grpo.raw_scores(scorer.model, scorer.tokenizer, texts).view(-1, 2).T
         return float(-logsigmoid(right - wrong).mean())
 
-    before, optimizer = loss(), torch.optim.AdamW(model.parameters(), 3e-3)
-    mean = grpo.continue_reward_model(args, model, tokenizer, optimizer, pairs, [], 0)
+    before, mean = loss(), scorer.learn(0)
     assert before > 0.4 > 0.1 > loss() and loss() < mean < before + 0.1
 
 

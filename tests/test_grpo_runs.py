@@ -107,7 +107,9 @@ def test_help(command):
     assert status == 0 and "groups of answers in place of a critic" in out
     for flag in ("--group-size", "--clip-high", "--no-scale-by-std", "--reduction", "--resume"):
         assert flag in out
-    assert "completions of each prompt" in re.sub(r"[\s│]+", " ", out)
+    text = re.sub(r"[\s│]+", " ", out)
+    assert "completions of each prompt" in text
+    assert not re.findall(r"--[\w-]+ (?:INT|FLOAT|STR|\{[^}]*\}) \(default", text), "a flag without a line of help"
 
 
 def test_warm_start_lowers_the_loss(grpo, tmp_path):
@@ -228,7 +230,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture,
     resumed = grpo.train(grpo.resumed_args(tiny_grpo("broken").run_dir))
     assert without_clock(resumed) == without_clock(whole) and len(whole) == 6
     ends = [torch.load(Path(tiny_grpo(n).run_dir) / "checkpoint.pt", weights_only=True) for n in ("whole", "broken")]
-    for name in ("step", "cursor", "pairs", "replay"):
+    for name in ("step", "cursor"):
         assert ends[0][name] == ends[1][name]
     assert_same_weights(ends[0]["policy"], ends[1]["policy"])
     assert any("lora_" in name for name in ends[0]["policy"]) == ("lora" in kind)
@@ -255,7 +257,7 @@ def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no
     options = {"reward_model": str(tmp_path / "reward"), "reward_model_steps": 2, "reference_every": 1}
     options |= {"steps": 4, "checkpoint_every": 1, "reward_model_learning_rate": 1e-2}
     grpo.train(tiny_grpo("whole", **options))
-    original, count = grpo.continue_reward_model, itertools.count()
+    original, count = grpo.RewardModel.learn, itertools.count()
 
     def breaks(*arguments):
         if next(count) == 2:
@@ -263,7 +265,7 @@ def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "continue_reward_model", breaks)
+        patch.setattr(grpo.RewardModel, "learn", breaks)
         with pytest.raises(KeyboardInterrupt):
             grpo.train(tiny_grpo("broken", **options))
     grpo.train(grpo.resumed_args(tiny_grpo("broken").run_dir))
@@ -301,7 +303,7 @@ def test_resume_keeps_the_settings(grpo, tiny_grpo, command, no_picture):
     args = tiny_grpo(beta=0.1)
     grpo.train(args)
     status, _, error = command("--resume", args.run_dir, "--beta", 0.5)
-    assert status == 2 and "beta 0.1" in error and "0.5 needs a run of its own" in error and "Traceback" not in error
+    assert status == 2 and "beta 0.1" in error and "0.5 needs a separate run" in error and "Traceback" not in error
     status, out, error = command("--resume", args.run_dir, "--torch-threads", 1, "--micro-batch-tokens", 99)
     assert status == 0 and "held-out problems" in out, error
 
@@ -337,7 +339,7 @@ def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command, no_picture):
     grpo.train(tiny_grpo())
     before = (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes()
     status, _, error = command(*flags(grpo, tiny_grpo()))
-    assert status == 2 and f"--resume {tiny_grpo().run_dir} goes on with it" in error
+    assert status == 2 and f"--resume {tiny_grpo().run_dir} resumes it" in error
     assert (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes() == before
     Path(tiny_grpo("other").run_dir).mkdir()
     status, _, error = command(*flags(grpo, tiny_grpo("other")))
@@ -379,7 +381,7 @@ def test_ctrl_c_says_how_to_go_on(grpo, tiny_grpo, command, no_picture, monkeypa
     breaks("learning_rate_of", 1)
     args = tiny_grpo(checkpoint_every=1)
     status, _, error = command(*flags(grpo, args))
-    assert status == 130 and f"interrupted: go on with --resume {args.run_dir}" in error and "Traceback" not in error
+    assert status == 130 and f"interrupted: continue with --resume {args.run_dir}" in error and "Traceback" not in error
     breaks("load_problems", 0)
     status, _, error = command(*flags(grpo, tiny_grpo("early")))
     assert status == 130 and error.strip().endswith("interrupted") and not Path(tiny_grpo("early").run_dir).exists()
@@ -758,7 +760,7 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--reduction", "mean"], "invalid choice"),
         (["--no-such-flag"], "no-such-flag"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoModelForCausalLM"),
-        (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--resume", "/nowhere"], "/nowhere/checkpoint.pt is not a file"),
         (["--num-problems", "20"], "different problems are too few for steps of 32"),
     ],

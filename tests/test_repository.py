@@ -124,18 +124,52 @@ def test_every_script_keeps_the_contract():
 
 
 @pytest.fixture
-def pytest_on(tmp_path):
-    """Run `python -m pytest --script` on a text as a reader would; returns (exit status, output)."""
+def pytest_on(tmp_path, monkeypatch, capsys):
+    """Run pytest with --script on a text; returns (exit status, output).
 
-    def run(text, name="my_ppo.py", option="--script"):
-        path = tmp_path / name
-        path.write_text(text, encoding="utf-8")
-        words = [option, str(path)] if option != "--script=" else [f"--script={path}"]
-        command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return result.returncode, result.stdout + result.stderr
+    It runs in this process and without Hypothesis, which takes most of the time and proves nothing about the report.
+    """
+
+    def run(text, name="my_ppo.py", option="--script", folder=tmp_path):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        options = ["-m", "not hypothesis", "--capture=sys", "-p", "no:cacheprovider"]
+        status = pytest.main([f"{option}={folder}/{name}", *options])
+        return status, "".join(capsys.readouterr())
 
     return run
+
+
+def equations_of(script):
+    """The equations of a script as a file of its own. A short file: pytest parses it for each failure that it shows."""
+    (equations,) = re.findall(r"^# ---- Equations ----\n.*?(?=^# ----)", read(ROOT / script), re.MULTILINE | re.DOTALL)
+    return f"import math\n\nimport torch\nfrom torch import nn\n\n\n{equations}"
+
+
+def one_equation(name):
+    """The text of a file with one equation of ppo_cartpole.py and nothing else."""
+    source = equations_of("ppo_cartpole.py")
+    start = source.index(f"def {name}")
+    return "import torch\n\n\n" + source[start : source.index("\n\n\n", start)] + "\n"
+
+
+def test_script_command_of_the_readme_in_another_directory(tmp_path):
+    """In a process of its own, by a relative path with a space, and with the tests that use Hypothesis."""
+    path = tmp_path / "my files" / "my_ppo.py"
+    path.parent.mkdir()
+    path.write_text(one_equation("approx_kl"), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", f"--script={os.path.relpath(path, ROOT)}", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert section(run.stdout)[0] == "1 of 4 correct; my_ppo.py defines no compute_gae"
+
+
+def test_script_option_finds_the_home_directory(pytest_on, tmp_path, monkeypatch):
+    """No shell replaces a ~ that follows an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, output = pytest_on(one_equation("approx_kl"), folder="~")
+    assert status == 0 and section(output)[0].startswith("1 of 4 correct"), output
 
 
 def section(output):
@@ -149,13 +183,9 @@ def without(source, name, following):
     return source[: source.index(f"def {name}")] + source[source.index(f"def {following}") :]
 
 
-@pytest.mark.parametrize("option", ["--script", "--script="])
-def test_script_option_passes_a_right_copy_and_names_what_is_lacking(pytest_on, option):
+def test_script_option_passes_a_right_copy_and_names_what_is_lacking(pytest_on):
     """One line for each function that is missing, and no failure."""
-    source = read(ROOT / "ppo_cartpole.py")
-    start = source.index("def compute_gae")
-    equation = source[start : source.index("def clipped_policy_loss")]
-    status, output = pytest_on("import torch\n\n" + equation, option=option)
+    status, output = pytest_on(one_equation("compute_gae"))
     assert status == 0, output
     assert "passed" in output and "failed" not in output
     missing = ("clipped_policy_loss", "clipped_value_loss", "approx_kl")
@@ -168,7 +198,7 @@ def test_script_option_passes_a_right_copy_and_names_what_is_lacking(pytest_on, 
 
 def test_script_option_says_which_equation_is_wrong(pytest_on):
     """The classic: the time limit treated as death."""
-    source = read(ROOT / "ppo_cartpole.py").replace("torch.where(terminated, 0.0", "torch.where(done, 0.0")
+    source = equations_of("ppo_cartpole.py").replace("torch.where(terminated, 0.0", "torch.where(done, 0.0")
     status, output = pytest_on(source)
     assert status == 1
     (summary,) = section(output)
@@ -180,28 +210,22 @@ def test_script_option_says_which_equation_is_wrong(pytest_on):
 
 
 def test_script_option_says_simple_functions_first(pytest_on):
-    """kl_k3 is wrong, so is what calls it; one function raises, one is missing; a test of two blames the wrong one."""
-    source = read(ROOT / "grpo_llm.py").replace("return log_ratio.expm1() - log_ratio", "return -log_ratio")
+    """One raises, and so does what calls it; one is wrong, one is missing; a test of two blames the wrong one."""
+    source = equations_of("grpo_llm.py").replace("return log_ratio.expm1() - log_ratio", "return -log_ratio")
     source = source.replace("groups = rewards.view(-1, group_size)", "groups = rewards.view(7, 7, 7)")
     status, output = pytest_on(without(source, "reduce_loss", "sequence_logprob"), "my_grpo.py")
     assert status == 1
     lines = section(output)
-    assert lines[0].startswith("1 of 6 correct; group_advantages is wrong: RuntimeError: shape '[7, 7, 7]' is invalid")
-    starts = [
-        "process_advantages is wrong: ",
-        "kl_k3 is wrong: ",
-        "grpo_token_loss is wrong: ",
-        "my_grpo.py defines no",
-    ]
-    assert [line.startswith(start) for line, start in zip(lines[1:], starts)] == [True] * 4, lines
-    assert lines[4:] == [
+    assert lines[0].startswith("2 of 6 correct; group_advantages is wrong: RuntimeError: shape '[7, 7, 7]' is invalid")
+    assert lines[1].startswith("process_advantages is wrong: ") and lines[2].startswith("kl_k3 is wrong: ")
+    assert lines[3:] == [
         "my_grpo.py defines no reduce_loss",
         "Begin with the first: what calls a wrong function is wrong too.",
     ]
 
 
 def test_script_option_does_not_blame_a_right_function_that_is_tested_beside_a_wrong_one(pytest_on):
-    source = read(ROOT / "grpo_llm.py").replace(
+    source = equations_of("grpo_llm.py").replace(
         "loss + beta * kl_k3(logprob, ref_logprob)\n\n", "loss + kl_k3(logprob, ref_logprob)\n\n"
     )
     status, output = pytest_on(source, "my_grpo.py")
@@ -212,7 +236,7 @@ def test_script_option_does_not_blame_a_right_function_that_is_tested_beside_a_w
 def test_script_option_names_the_cause_of_a_rounding_to_float32(pytest_on):
     """γλ times a bool is a float32, in an equation that is right."""
     right = "gamma * gae_lambda * torch.where(done[t], 0.0, last)"
-    source = read(ROOT / "ppo_cartpole.py")
+    source = equations_of("ppo_cartpole.py")
     assert right in source
     status, output = pytest_on(source.replace(right, "gamma * gae_lambda * (~done[t]) * last"))
     assert status == 1

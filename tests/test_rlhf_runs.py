@@ -259,22 +259,32 @@ def lines_of(rows):
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
+BROKEN = lines_of(LABELLED)[:-20]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lines_of(LABELLED)[:-20], "cannot be read: line 60 is no JSON: "),
-        (b"\n\n" + lines_of(LABELLED)[:-20], "cannot be read: line 62 is no JSON: "),
-        (lines_of(LABELLED).decode().encode("utf-16"), "cannot be read: line 1 is no JSON: "),
+        (BROKEN, "cannot be read: line 60 is not JSON: "),
+        (b"\n\n" + BROKEN, "cannot be read: line 62 is not JSON: "),
+        (lines_of(LABELLED).decode().encode("utf-16"), "cannot be read: line 1 is not JSON: "),
         (json.dumps(LABELLED)[:-20].encode(), "cannot be read: "),
     ],
 )
-def test_a_line_that_is_no_json_has_its_own_number(tmp_path, content, message):
-    """In a process of its own: nothing else is printed, by the libraries neither."""
+def test_a_line_that_is_not_json_has_its_own_number(command, tmp_path, content, message):
     (tmp_path / "d.jsonl").write_bytes(content)
+    status, out, error = command("--dataset", tmp_path / "d.jsonl", "--run-dir", tmp_path / "run")
+    assert status == 2 and message in error and error.count("\n") == 1 and not out
+    assert not (tmp_path / "run").exists()
+
+
+def test_libraries_add_nothing_to_an_error(tmp_path):
+    """In a process of its own, where no library has been told yet to be quiet."""
+    (tmp_path / "d.jsonl").write_bytes(BROKEN)
     line = [sys.executable, str(ROOT / "rlhf_gpt2_ppo.py"), "--dataset", "d.jsonl", "--run-dir", "run"]
     run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1 and not run.stdout
-    assert not (tmp_path / "run").exists()
+    assert run.returncode == 2 and "line 60 is not JSON: " in run.stderr
+    assert run.stderr.count("\n") == 1 and not run.stdout and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
@@ -567,7 +577,7 @@ def test_each_stage_names_the_next_command(command, tiny, tmp_path, monkeypatch)
 def test_a_taken_run_dir_is_refused(rlhf, tiny, command):
     rlhf.train(tiny(stage="sft"))
     status, _, error = command(*flags(tiny()))
-    assert status == 2 and f"--resume {tiny().run_dir} goes on with it" in error
+    assert status == 2 and f"--resume {tiny().run_dir} resumes it" in error
 
 
 def test_resume_keeps_the_settings(rlhf, tiny, command):
@@ -642,7 +652,7 @@ def test_a_reward_model_of_another_vocabulary(rlhf, tiny, command, tmp_path):
     status, _, error = command(
         "--stage", "ppo", *dirs[:3], tmp_path / "one" / "sft", *flags(tiny("b"), "model", "stage")
     )
-    assert status == 2 and "is no reward model" in error
+    assert status == 2 and "is not a reward model" in error
 
 
 def test_a_prompt_longer_than_the_context(tiny, command, tmp_path):
@@ -669,7 +679,7 @@ def test_a_prompt_longer_than_the_context(tiny, command, tmp_path):
         (["--no-such-flag"], "no-such-flag"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
         (["--resume", "/nowhere"], "is not a file"),
-        (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (
             ["--constitution", "/nowhere", "--judge", "x", "--preferences", "ai"],
             "--constitution /nowhere cannot be read",

@@ -82,7 +82,7 @@ def measure(options):
                     with tempfile.TemporaryDirectory() as folder:
                         script = variant(replacements, folder)
                         settings = {"env_id": env_id, "seed": seed, "total_timesteps": steps, **flags}
-                        files = {"eval_episodes": 0, "checkpoint_every": 0, "run_dir": f"{folder}/run"}
+                        files = {"eval_episodes": 0, "run_dir": f"{folder}/run"}
                         metrics = script.train(script.Args(**settings, **files))
                     rows = [(row["global_step"], row.get("charts/episodic_return")) for row in metrics]
                     steps_before, area, last = 0, 0.0, None

@@ -65,11 +65,11 @@ def register():
 def trained(replacements, seed, env_id, steps, folder):
     """(script, agent, args) after a run."""
     script = variant(replacements, folder)
-    files = {"eval_episodes": 0, "checkpoint_every": 0, "run_dir": f"{folder}/run"}
+    files = {"eval_episodes": 0, "run_dir": f"{folder}/run"}
     args = script.Args(env_id=env_id, seed=seed, total_timesteps=steps, **files)
     script.train(args)
     agent = script.Agent(script.make_envs(args, 1), args)
-    agent.load_state_dict(script.load(Path(folder) / "run" / "checkpoint.pt")["agent"])
+    agent.load_state_dict(torch.load(f"{folder}/run/model.pt", weights_only=True)["agent"])
     return script, agent, args
 
 
