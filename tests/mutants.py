@@ -607,7 +607,7 @@ GRPO = [
         "masks = attention_masks(model, torch.ones_like(seen[rows, None, None, : Q + t + 1]),",
     ),
     ("windows of attention ignored", 'if kind == "sliding_attention" and window:', "if False:"),
-    ("rows that leave mix up the cache", "room[holes, :, :used] = room[movers, :, :used]", "pass"),
+    ("rows that leave mix up the cache", "room[finished, :, :used] = room[moved, :, :used]", "pass"),
     (
         "positions go on through the row",
         "len(prompt) + torch.arange(lengths[i] - 1)\n",
@@ -615,10 +615,10 @@ GRPO = [
     ),
     (
         "completions see each other",
-        "visible = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))",
-        "visible = same_prompt.clone()",
+        "attention_mask = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))",
+        "attention_mask = same_prompt.clone()",
     ),
-    ("prompts see each other", "visible = same_prompt & (", "visible = ("),
+    ("prompts see each other", "attention_mask = same_prompt & (", "attention_mask = ("),
     ("the prompt's last state missed", "                last = end - 1\n", "                last = end - 2\n"),
     ("rows above their capacity", "            if needed > room or", "            if needed > room + 5 or"),
     (

@@ -521,7 +521,9 @@ def test_a_checkpoint_fits_any_number_of_processes(grpo, tiny_grpo):
 def test_shard_needs_processes(grpo, tiny_grpo):
     with pytest.raises(grpo.InputError, match="--shard needs several processes"):
         grpo.train(tiny_grpo(optimizer="adamw8bit", shard=True))
-    with pytest.raises(ValueError, match="shard takes optimizer adamw8bit, and neither offload nor lora_rank"):
+    with pytest.raises(
+        ValueError, match="shard needs optimizer adamw8bit, and works with neither offload nor lora_rank"
+    ):
         grpo.Args(shard=True)
 
 

@@ -307,7 +307,7 @@ def test_a_wrong_position_or_mask_shows(grpo, lm, fault):
         size = batch.ids.shape[1]
         wrong = {
             "positions": batch._replace(positions=torch.arange(size).expand_as(batch.positions)),
-            "mask": batch._replace(visible=torch.ones_like(batch.visible).tril()),
+            "mask": batch._replace(attention_mask=torch.ones_like(batch.attention_mask).tril()),
             "state": batch._replace(sources=(batch.sources - 1).clamp(min=0)),
         }[fault]
         found = grpo.completion_logprobs(model, wrong, 12, 0.7, 1024)
