@@ -6,6 +6,7 @@
 #     "tokenizers==0.23.3",
 #     "datasets==5.2.0",
 #     "peft==0.21.2",
+#     "bitsandbytes==0.50.2",
 #     "math-verify==0.9.0",
 #     "tensorboard==2.21.0",
 #     "tyro==1.0.17",
@@ -136,7 +137,7 @@ class Args:
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of the weights; bfloat16 needs --optimizer adamw8bit
     lora_rank: NonNegativeInt = 0  # train LoRA adapters of this rank; the reference then costs no memory
-    quantize: Literal["none", "int8"] = "none"  # with --lora-rank: keep the frozen weights in 8 bits
+    quantize: Literal["none", "int8", "nf4"] = "none"  # with --lora-rank: keep the frozen weights in 8 or 4 bits
     save_merged: bool = False  # with --lora-rank: also write the model with the adapter merged into it, as merged
     # other algorithms
     algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
@@ -486,7 +487,7 @@ def load_model(args, name, is_compared=True):
     if not eos_ids:
         raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
     if args.quantize != "none":
-        quantize(model, args.device)
+        quantize(model, args.quantize, args.device)
     model = without_dropout(model).to(args.device).eval()
     model.plain_because = why_plain(args, model, tokenizer, name) if is_compared else ""
     return model, tokenizer, eos_ids
@@ -840,6 +841,9 @@ def train(args: Args) -> list[dict]:
 
 
 # ---- Problems: the other tasks, files ----
+#
+# Countdown writes its own problems. gsm8k and jsonl are read from a file or the Hub, and a row that cannot be used ends
+# the run in one sentence that names its line.
 
 
 def write_countdown(rng, args):
@@ -860,13 +864,13 @@ def write_countdown(rng, args):
 
 
 def say(line):
-    """Print a line, in one process of several."""
+    """Print a line, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
 
 def read_rows(args):
-    """(where it stands, row) of each row of the file, or of gsm8k from the Hub."""
+    """(where the row stands, row) for each row of the file, or of gsm8k from the Hub."""
     if args.data is None:
         import datasets
 
@@ -883,7 +887,7 @@ def read_rows(args):
     except UnicodeDecodeError as error:
         raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
     if "".join(lines[:10]).lstrip().startswith("["):
-        raise InputError(f"{form} but a JSON array: write each of its rows on a line of its own")
+        raise InputError(f"{form} but a JSON array: write each of its rows on a separate line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -931,13 +935,13 @@ def read_problem(args, row):
 
 
 def shortened(value, length=60):
-    """As Python writes it, on one line and cut to a length."""
+    """A value as Python writes it, on one line, cut to a length."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def is_finite_number(x):
-    """Whether x is a number, of Python, numpy or torch, that float32 can hold; neither NaN nor a text."""
+    """Whether x is a number (of Python, numpy or torch) that float32 can hold. NaN and texts are not."""
     try:
         return not isinstance(x, (str, bytes)) and abs(float(x)) <= torch.finfo(torch.float32).max
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -979,8 +983,11 @@ def check_problems(args, found, drawn, problems, held_out):
 
 
 # ---- Verifiers: is an answer right? ----
+#
+# Whatever a verifier lets pass is what the policy will learn. Numbers are compared by their exact value. Expressions
+# are parsed and never run. Texts must be equal once case, quotation marks and "The answer is" are taken off.
 
-# One way of writing what has several: hyphens and minus signs, quotation marks, spaces, powers
+# Signs that can be written in several ways, and the one way that is used here
 ONE_WAY = str.maketrans(
     dict.fromkeys("‐‑‒–−－", "-")
     | dict.fromkeys("’‘", "'")
@@ -988,7 +995,7 @@ ONE_WAY = str.maketrans(
     | dict.fromkeys("\t\u00a0\u2009\u202f\u3000", " ")
     | {"²": "^2", "³": "^3", "°": ""}
 )
-REWRITTEN = [  # (pattern, what it is written as)
+REWRITTEN = [  # (pattern, replacement)
     (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\^(?:\\circ|\{\\circ\})", ""),
     (r"\\[,;: ]|\\quad|~", " "),
@@ -1016,7 +1023,7 @@ NUMBER = re.compile(
 
 
 def one_way(text):
-    """Text with signs and LaTeX that mean the same written in one way, so that all that follows reads one of them."""
+    """The text with each sign and LaTeX command written in one way, so that what follows must know only that one."""
     if text.isascii() and not re.search(r"[\\*{~\t]", text):
         return text
     text = unicodedata.normalize("NFC", text).translate(ONE_WAY)
@@ -1026,7 +1033,7 @@ def one_way(text):
 
 
 def slashed(text):
-    """½ and \\frac{1}{2} as 1/2, and 1\\frac12 as 1 1/2, which NUMBER can read."""
+    """½ and \\frac{1}{2} written as 1/2, and 1\\frac12 as 1 1/2, which NUMBER can read."""
     text = one_way(text)
     if text.isascii() and "\\frac" not in text:
         return text
@@ -1037,7 +1044,7 @@ def slashed(text):
 
 
 def value_of(match):
-    """The exact value of what NUMBER found; None where it is the beginning of something else: 10:30, 2π, √2."""
+    """The exact value of what NUMBER found. None if it is the beginning of something else: 10:30, 2π, √2."""
     if len(match[0]) > 40 or match["root"] or match["unread"]:
         return None
     digits = re.sub(r"[,' ]", "", match["digits"])
@@ -1055,13 +1062,13 @@ def value_of(match):
 
 
 def as_number(text):
-    """The exact value of a number as people write it, 28,080 or −3 or $1.50 or 1/2 or 1e3; None for anything else."""
+    """The exact value of a number as people write it: 28,080, −3, $1.50, 1/2, 1e3. None for anything else."""
     match = NUMBER.fullmatch(slashed(text)) if len(text) <= 60 else None
     return value_of(match) if match else None
 
 
 def ending(text):
-    """The last 2,000 characters, without the rest of a word or number that the cut halves."""
+    """The last 2,000 characters, without the word or number that the cut would halve."""
     return text if len(text) <= 2000 else text[-2000:].lstrip(".," + string.ascii_letters + string.digits)
 
 
@@ -1113,7 +1120,7 @@ LEAD_IN = re.compile(
 
 
 def bare(text):
-    """Text without what only surrounds an answer: dollars, \\boxed, Markdown, quotation marks, outer punctuation."""
+    """The text without what only surrounds an answer: dollars, \\boxed, Markdown, quotation marks, punctuation."""
     text = re.sub(r"\\boxed(?![A-Za-z])|\\[()\[\]]|\$|\*\*|`|^ *#+", "", one_way(text)).strip()
     size = -1
     while len(text) != size:
@@ -1127,12 +1134,12 @@ def bare(text):
 
 
 def without_lead_in(line):
-    """The answer in "The answer is Paris."; all of the line where nothing else would be left."""
+    """The answer in "The answer is Paris.", or the whole line if nothing would be left of it."""
     return bare(LEAD_IN.sub("", bare(line))) or bare(line)
 
 
 def unboxed(text):
-    """What stands in the last \\boxed{…}; all of the text where there is none."""
+    """What stands in the last \\boxed{…}, or the whole text if there is none."""
     starts = [match.end() for match in re.finditer(r"\\boxed ?\{", text)]
     depth = 1
     for position in range(starts[-1], len(text)) if starts else ():
@@ -1143,7 +1150,7 @@ def unboxed(text):
 
 
 def last_line(text):
-    """The last line that says anything, of the last \\boxed{…} or of all; twenty lines are looked at."""
+    """The last line that is not empty, of the last \\boxed{…} or of the text. It looks at twenty lines."""
     return next((line for line in unboxed(ending(text)).splitlines()[:-21:-1] if bare(line)), "")
 
 
@@ -1153,7 +1160,7 @@ def number_as_value(match):
 
 
 def key(text):
-    """What two equal texts share: no case, numbers by their value, spaces between words and between digits alone."""
+    """A form that equal texts share: no case, numbers by their value, spaces only between words and between digits."""
     if len(text) > 200:
         return " ".join(text.casefold().split())
     text = " ".join(NUMBER.sub(number_as_value, slashed(text.casefold())).split())
@@ -1161,12 +1168,12 @@ def key(text):
 
 
 def wanted_number(problem):
-    """The value of an answer that is a number, else None."""
+    """The value of the right answer if it is a number, else None."""
     return as_number(bare(unboxed(problem.answer)))
 
 
 def final_answer(problem, completion):
-    """What a completion answers, in a form that can be compared and counted; None for no answer."""
+    """What a completion answers, in a form that can be compared and counted. None if it gives no answer."""
     if problem.numbers:
         lines = completion.strip().splitlines()
         expression = lines[-1].partition("=")[0].strip() if lines else ""
@@ -1177,7 +1184,7 @@ def final_answer(problem, completion):
 
 
 def check_answer(problem):
-    """Refuse an answer that no completion could ever match, and one that needs math-verify where it is missing."""
+    """Refuse a right answer that no completion could match, or that needs math-verify when that is not installed."""
     if not is_right(problem, problem.answer):
         shown = repr(problem.answer[:60])
         raise InputError(f"nothing could match the answer {shown}: empty but for punctuation, or too long")
@@ -1216,13 +1223,15 @@ def is_right_text(problem, completion, given):
     return same_mathematics(as_latex(wanted), as_latex(line))
 
 
-# ---- Mathematics, by math-verify in a process of its own ----
+# ---- Mathematics, by math-verify in a separate process ----
+#
+# Needed only where the right answer of a problem is a formula.
 
 FUNCTIONS = "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi"
 
 
 def has_words(text):
-    """Is there a word that is no name of a function? Up to three letters in a row may be a product, abc."""
+    """Does the text hold a word that is not the name of a function? Up to three letters may be a product: abc."""
     letters = re.sub(rf"\\[A-Za-z]+|(?<![A-Za-z])(?:{FUNCTIONS})(?![A-Za-z])", " ", text)
     return bool(re.search(r"[^\W\d_]{4}|\b(?:or|and|not|no|yes|is|in|to|of|the)\b", letters, re.IGNORECASE))
 
@@ -1236,8 +1245,8 @@ OPERATION = re.compile(
 
 
 def is_mathematics(answer):
-    """Is the wanted answer a formula? It is one if it has no words and an OPERATION, or dollars around it. Dates, times
-    and scores are texts, so digits with - / . : alone are no operation, and neither is the - of x-ray."""
+    """Is the right answer a formula? It is if it has no words, and has an OPERATION or dollars around it. Dates, times
+    and scores are texts: digits with only - / . : between them are no operation, and neither is the - of x-ray."""
     return not has_words(bare(answer)) and bool(OPERATION.search(bare(answer)) or re.search(r"\$.+\$", answer))
 
 
@@ -1254,8 +1263,9 @@ def as_latex(text):
 
 @lru_cache(maxsize=10_000)
 def same_mathematics(wanted, given):
-    """Do two formulas in LaTeX mean the same? Never if the given one has words or more than 200 characters, if the
-    brackets of a list differ, or if an equation stands for an expression. Else math-verify decides, in 3 seconds."""
+    """Do two formulas in LaTeX mean the same? No if the given one has words or more than 200 characters, if the
+    brackets of a list differ, or if it is an equation and an expression is wanted. Else math-verify decides, within
+    3 seconds."""
     given = given if "=" in wanted else re.sub(r"^[A-Za-z](?:\([a-z]\))? ?= ?", "", given)  # y = x^2
     if not re.fullmatch(r"[ -~Α-ω≤≥≠×÷]{1,200}", given) or has_words(given) or ("=" in given) > ("=" in wanted):
         return False
@@ -1271,15 +1281,15 @@ def same_mathematics(wanted, given):
         except BrokenPipeError:
             pass
         finally:
-            if not verdict:  # its time was up, or ours was interrupted: no late verdict may be read as the next one's
+            if not verdict:  # it took too long or was interrupted: a late verdict must not be read as the next one's
                 worker.kill()
                 worker.communicate()
                 math_verifier.cache_clear()
     return verdict == "True\n"
 
 
-# math-verify limits its time by signals, which work in the main thread alone and do not stop a long product of
-# integers. Here a process that took too long ends itself, and the next formula starts another.
+# math-verify limits its time by signals. They work in the main thread only and do not stop a long product of integers.
+# Here, a process that takes too long ends itself, and the next formula starts a new one.
 MATH_LOCK = threading.Lock()
 MATH_WORKER = """
 import faulthandler, json, sys
@@ -1292,7 +1302,7 @@ def is_same(*formulas):
     parsed = [parse(f"${text}$", [config], "no_fallback", parsing_timeout=None) for text in formulas]
     return verify(*parsed, float_rounding=12, timeout_seconds=None)
 
-print(is_same("(x+1)^2", "x^2 + 2x + 1"), flush=True)  # what is loaded for the first formula is no formula's time
+print(is_same("(x+1)^2", "x^2 + 2x + 1"), flush=True)  # loads everything before the first formula's time is taken
 for line in sys.stdin:
     faulthandler.dump_traceback_later(3, exit=True)
     verdict = is_same(*json.loads(line))
@@ -1336,6 +1346,9 @@ def check_rewards(parts, group, step):
 
 
 # ---- A learned reward model, R_φ ----
+#
+# Needed with --reward-model: any classifier with one output. It must read an answer in the form that it was trained on,
+# or its scores mean little.
 
 
 def load_reward_model(args):
@@ -1350,19 +1363,19 @@ def load_reward_model(args):
 
 
 def answers_of(args, group, is_truncated):
-    """What a reward model reads of a group: G (prompt, completion, has it ended), the prompt a text or messages."""
+    """What a reward model reads of a group: G times (prompt, completion, has it ended). Prompts: texts or messages."""
     prompt = list(group.problem.messages) or told(args, group.problem)
     return [(prompt, text, not cut) for text, cut in zip(group.texts, is_truncated.tolist())]
 
 
 def reward_ids(tokenizer, prompt, text, has_ended):
-    """Token list of an answer in the form that the reward model was trained on [G30]: its tokenizer's chat template
-    where there is one; else that of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response ended."""
+    """The tokens of an answer in the form that the reward model was trained on [G30]: its tokenizer's chat template. If
+    it has none, the form of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response has ended."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
             whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
-        except Exception as error:  # a template refuses in its own words what it does not know
+        except Exception as error:  # a template has its own words for what it refuses
             raise InputError(f"the reward model's chat template refuses the answer {text[:60]!r}: {error}") from error
         return tokenizer(whole, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str):
@@ -1372,14 +1385,14 @@ def reward_ids(tokenizer, prompt, text, has_ended):
 
 
 def raw_scores(model, tokenizer, answers):
-    """(N,) scores of (prompt, completion, has it ended), with gradients. Of what exceeds the context, the end is read.
+    """(N,) scores of (prompt, completion, has it ended), with gradients. If one exceeds the context, its end is read.
 
-    Padding is on the right, by a token that none of them holds: by it the head finds each row's last one.
+    Padding stands on the right, and is a token that no row holds: the head looks for it to find each row's last token.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     rows = [reward_ids(tokenizer, *answer) for answer in answers]
     if max(map(len, rows)) > context:
-        warnings.warn(f"of an answer beyond its context the reward model reads the last {context} tokens", stacklevel=2)
+        warnings.warn(f"an answer exceeds the reward model's context: its last {context} tokens are read", stacklevel=2)
     rows = [row[-context:] for row in rows]
     padding = min(set(range(1 + sum(map(len, rows)))).difference(*rows))
     model.config.get_text_config().pad_token_id = padding
@@ -1390,13 +1403,13 @@ def raw_scores(model, tokenizer, answers):
 
 @torch.no_grad()
 def score_texts(model, tokenizer, answers):
-    """(N,) scores, normalised by what rlhf_gpt2_ppo.py keeps in the config, if it is there."""
+    """(N,) scores, normalised by the mean and deviation in the config, where rlhf_gpt2_ppo.py keeps them."""
     scores = raw_scores(model, tokenizer, answers).cpu()
     return (scores - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_std", 1.0)
 
 
 def pairs_of(args, group, rating):
-    """(right, wrong) pairs of one group's answers, as the verifier says: what a reward model learns from."""
+    """(right, wrong) pairs of one group's answers, judged by the verifier. The reward model learns from them."""
     texts = answers_of(args, group, rating.is_truncated)
     is_right = rating.parts["verifier"].bool().tolist()
     right = [text for text, it_is in zip(texts, is_right) if it_is]
@@ -1404,12 +1417,12 @@ def pairs_of(args, group, rating):
 
 
 class RewardModel:
-    """The learned reward R_φ. With --reward-model-steps it goes on learning, from (right, wrong) pairs of answers."""
+    """The learned reward R_φ. With --reward-model-steps it keeps learning, from (right, wrong) pairs of answers."""
 
     def __init__(self, args):
         self.args = args
         self.model, self.tokenizer = load_reward_model(args)
-        self.pairs, self.replay, self.optimizer = [], [], None  # pairs: since it learned last; replay: the older ones
+        self.pairs, self.replay, self.optimizer = [], [], None  # pairs since it last learned, and older ones
         if args.reward_model_steps:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), args.reward_model_learning_rate)
 
@@ -1417,7 +1430,7 @@ class RewardModel:
         return score_texts(self.model, self.tokenizer, answers)
 
     def learn(self, step):
-        """Train on the pairs of the last rollouts; a tenth of each batch are earlier pairs [G13] (DeepSeekMath
+        """Train on the pairs of the last rollouts, with a tenth of earlier pairs in each batch [G13] (DeepSeekMath
         Algorithm 1, line 11). Returns the mean loss −ln σ(right − wrong)."""
         rng, losses = random.Random(f"{self.args.seed} reward {step}"), []
         for _ in range(self.args.reward_model_steps):
@@ -1433,7 +1446,7 @@ class RewardModel:
         return sum(losses) / len(losses)
 
     def state_dict(self):
-        """Of one that learns; any other is loaded again as it was."""
+        """What is needed to resume one that learns. Any other is loaded from where it came from."""
         if self.optimizer is None:
             return {}
         states = {"reward_model": self.model.state_dict(), "reward_optimizer": self.optimizer.state_dict()}
@@ -1447,6 +1460,9 @@ class RewardModel:
 
 
 # ---- Models: from disk, prompts, the warm start ----
+#
+# The small model needs the warm start, because GRPO can only choose among what the model samples. A model that you
+# bring needs prompts in its own chat form, short enough for its context.
 
 
 def check_device(device):
@@ -1467,14 +1483,14 @@ def from_disk(kind, name, **options):
 
 
 def told(args, problem):
-    """The problem in the words that the model is shown."""
+    """The problem in the words that the model reads."""
     if args.model is None:
         return problem.prompt
     return (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
 
 
 def encode_prompt(args, tokenizer, problem):
-    """Token list of what the model is shown: the problem alone, or the instruction in the model's own chat form."""
+    """The tokens that the model reads: the problem alone, or the instruction in the model's own chat form."""
     text = told(args, problem)
     if args.model is None:
         return tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
@@ -1482,30 +1498,30 @@ def encode_prompt(args, tokenizer, problem):
         if problem.messages:
             raise InputError(f"{args.model} has no chat template for prompts that are lists of messages: bring texts")
         ids = tokenizer(f"{text}\n")["input_ids"]
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # nothing should follow an EOS: some append one
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS, which nothing should follow
     messages = list(problem.messages) or [{"role": "user", "content": text}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template refuses what it does not know, such as a system role, in its own words
+    except Exception as error:  # a template has its own words for what it refuses, such as a system role
         prompt = shortened(problem.prompt)
         raise InputError(f"the chat template of {args.model} refuses the prompt {prompt}: {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def context_of(model):
-    """Tokens that a model has positions for; inf where its configuration knows no limit."""
+    """How many tokens a model has positions for; inf if its configuration names no limit."""
     config = model.config.get_text_config()
     found = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "max_seq_len")]
     return max(found) if max(found) > 0 else math.inf
 
 
 def those_that_fit(args, model, tokenizer, problems, held_out):
-    """(problems, held_out) without those that leave no room for max_tokens in the model's context; it says how many.
+    """(problems, held_out) without those that leave no room for max_tokens in the model's context; prints how many.
 
-    Beyond their context models with learned positions fail, and those with rotary ones write what nobody taught them.
+    Beyond its context a model with learned positions fails, and one with rotary positions has learned nothing.
     """
     context, sizes = context_of(model), {}
-    for problem in problems + held_out:  # the small model has a token a character: no need to encode thousands
+    for problem in problems + held_out:  # the small model has one token a character, so thousands need not be encoded
         ids = encode_prompt(args, tokenizer, problem) if args.model else f"{problem.prompt}\n"
         sizes[problem.prompt] = len(ids)
     room = context - args.max_tokens
@@ -1517,7 +1533,7 @@ def those_that_fit(args, model, tokenizer, problems, held_out):
         f"{num_over:,} of {len(sizes):,} prompts, up to {max(sizes.values()):,} tokens long, and --max-tokens "
         f"{args.max_tokens} exceed the model's context of {context:,}"
     )
-    if len(fitting[0]) < args.prompts_per_step or len(fitting[1]) < int(os.environ.get("WORLD_SIZE", 1)):
+    if len(fitting[0]) < args.prompts_per_step or len(fitting[1]) < num_processes():
         raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
     say(f"            {over}: they are left out, {len(fitting[0]):,} and {len(fitting[1]):,} are left")
     return fitting
@@ -1555,7 +1571,7 @@ def warm_start(args, model, tokenizer, problems, held_out):
 
 
 def load_reference(args, name, plain_because=""):
-    """A frozen copy of the model that the policy begins as: on the device, or waiting on the host."""
+    """A frozen copy of the model that the policy starts from, on the device or, with --offload, on the host."""
     device = "cpu" if args.offload else args.device
     model = load_model(replace(args, device=device), name, is_compared=False)[0].requires_grad_(False)
     model.plain_because = plain_because  # what was found out about the policy
@@ -1572,10 +1588,14 @@ INSTRUCTIONS = {
 
 
 # ---- LoRA adapters, quantized weights ----
+#
+# --lora-rank trains small matrices beside the frozen weights, which saves gradients and optimizer state. --quantize
+# packs the frozen weights in 8 or 4 bits. You need both when the model's weights alone nearly fill the card.
+# The reference costs nothing then: it is the same model with the adapter as it was at first.
 
 
 def base_of_adapter(name):
-    """Name of the model that a saved PEFT adapter was trained on; None if `name` is no adapter."""
+    """The name of the model that a saved PEFT adapter was trained on. None if `name` is no adapter."""
     from transformers.utils import find_adapter_config_file
 
     try:
@@ -1599,7 +1619,7 @@ def with_adapter(model, name):
     try:
         kind = PeftConfig.from_pretrained(name).peft_type
         if kind != "LORA":
-            raise ValueError(f"it is of the kind {kind.value}, and only LoRA can be trained further")
+            raise ValueError(f"its kind is {kind.value}, and only LoRA can be trained further")
         return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
@@ -1607,8 +1627,11 @@ def with_adapter(model, name):
 
 
 def add_adapter(args, model):
-    """LoRA (Hu et al. 2021) on every linear layer of the model, in place, or the adapter that --model names; PEFT's
-    handle of it. The model's name is saved with it: a directory's in full, so that it loads from any other."""
+    """Add LoRA (Hu et al. 2021) to every linear layer, in place, or the adapter that --model names.
+
+    Returns PEFT's handle. The model's name is saved with the adapter, a directory's as a full path, so that the adapter
+    loads from anywhere.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -1622,18 +1645,28 @@ def add_adapter(args, model):
     if config.r != args.lora_rank:
         raise InputError(
             f"--model {args.model} is an adapter of rank {config.r}: --lora-rank {config.r} trains it further, "
-            "without --lora-rank it is merged and the whole model trained"
+            "without --lora-rank it is merged and the whole model is trained"
         )
     if os.path.isdir(config.base_model_name_or_path or ""):
         config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
     without_dropout(model)  # an adapter can bring its own
+    adapted = []
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):  # on a layer, or on a parameter such as the experts of a layer
+            parts = (name.replace(".base_layer", ""), getattr(module, "parameter_name", None))
+            adapted.append(".".join(part for part in parts if part).removesuffix(".weight"))
+    reached = reach(model, adapted)
+    if "not" in reached:
+        say(f"adapter     for {reached}")
     return adapter
 
 
 @contextmanager
 def as_begun(adapter, start):
-    """The policy as the run found it, the reference [G22]: with its new adapter off, or with the weights that the
-    adapter of --model had, `start`."""
+    """A context in which the policy is the reference, which is the model as the run found it [G22].
+
+    A new adapter is switched off. An adapter that --model named has its first weights, `start`.
+    """
     if not start:
         with adapter.disable_adapter():
             yield
@@ -1652,8 +1685,10 @@ def as_begun(adapter, start):
 class Int8Linear(torch.autograd.Function):
     """x Wᵀ for a frozen W in 8 bits [G29]. codes (out, in) int8, scale (out,): Wᵢⱼ = scaleᵢ codesᵢⱼ.
 
-    Backward makes W again from its codes: autograd, left alone, keeps each layer's from the forward pass until then,
-    which is the whole model unpacked.
+    Backward unpacks the codes again. Autograd, left alone, would keep each layer's unpacked weights from the forward
+    pass until then, which is the whole model. bitsandbytes' 8-bit product is not used, because it rounds x too, and on
+    a CPU only in evaluation mode: on SmolLM2-135M that puts 0.18 nats a token between sampler and trainer, where this
+    product has 0. It also keeps x where gradient checkpointing cannot free it (benchmarks/grpo_quantize.py).
     """
 
     @staticmethod
@@ -1671,23 +1706,56 @@ def int8_linear(module, x):
     return y if module.bias is None else y + module.bias
 
 
-@torch.no_grad()
-def quantize(model, device):
-    """Every linear layer but the head in 8 bits, in place, each on its way to the device: at most one is there whole.
+def nf4_linear(layer, device):
+    """The layer in bitsandbytes' 4-bit NF4 (Dettmers et al. 2023, QLoRA §3); its product has the layer's own dtype."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise InputError("--quantize nf4 needs bitsandbytes: pip install bitsandbytes") from error
+    sizes = layer.in_features, layer.out_features
+    packed = Linear4bit(*sizes, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
+    packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    packed.bias = layer.bias
+    packed.support_avx512bf16_for_cpu = False  # sampling would repack the weights for products without a gradient
+    return packed.to(device)
 
-    A row's largest weight becomes ±127. The scale is rounded to the model's dtype before it divides: what it then
-    multiplies is what was divided, and no error of its own is left in the product.
+
+@torch.no_grad()
+def quantize(model, kind, device):
+    """Pack every linear layer but the head in 8 or 4 bits, in place, each on its way to the device.
+
+    In 8 bits a row's largest weight becomes ±127. The scale is rounded to the model's dtype before it divides, so the
+    product multiplies by what was divided by, and the scale adds no error.
     """
-    layers = [x for x in model.modules() if isinstance(x, torch.nn.Linear) and x is not model.get_output_embeddings()]
+    head = model.get_output_embeddings()
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, torch.nn.Linear) and x is not head}
     if not layers:
         raise InputError(f"--quantize knows torch's linear layers, and {type(model).__name__} has none but the head")
-    for layer in layers:
+    for name, layer in layers.items():
+        if kind == "nf4":
+            model.set_submodule(name, nf4_linear(layer, device))
+            continue
         weight = layer.weight.to(device)
         scale = (weight.abs().amax(-1).float() / 127).clamp(min=1e-30).to(weight.dtype)
         codes = (weight.float() / scale[:, None].float()).round_().clamp_(-127, 127).to(torch.int8)
         layer.weight = torch.nn.Parameter(codes, requires_grad=False)
         layer.register_buffer("scale", scale)
         layer.forward = partial(int8_linear, layer)
+    say(f"quantized   {reach(model, layers)}")
+
+
+def reach(model, reached):
+    """ "210 of 210 weights", or "8 of 14 weights; not experts.gate_up_proj, …": how much of the model is `reached`.
+
+    reached: names of layers or parameters. Counted are the weights with two dimensions or more, but neither the
+    embedding nor the head.
+    """
+    ends = [x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None]
+    weights = [name for name, x in model.named_parameters() if x.dim() > 1 and not any(x is end for end in ends)]
+    names = [name.replace(".base_layer", "").removesuffix(".weight") for name in weights if "lora_" not in name]
+    left_out = [name for name in names if name not in reached]
+    kinds = sorted({".".join(name.split(".")[-2:]) for name in left_out})
+    return f"{len(names) - len(left_out)} of {len(names)} weights" + f"; not {', '.join(kinds)}" * bool(kinds)
 
 
 def read_model(args, name):
@@ -1710,6 +1778,10 @@ def read_model(args, name):
 
 
 # ---- Is the fast path right for this model? ----
+#
+# The fast path makes assumptions about a model that its code may not keep: how masks are given, what a cache layer is,
+# that the logits are what the head makes. So both paths are compared on the model that you brought, before anything is
+# written. Their log-probabilities must be those of one forward pass a sequence, up to rounding.
 
 COMPARED_TOKENS = 8192  # the longest prompt on which the two paths are compared
 
@@ -1720,11 +1792,14 @@ def is_fast(args, model):
 
 
 def why_plain(args, model, tokenizer, name):
-    """Why the fast path is not taken with this model; "" if it is, because it gives what the plain path gives.
+    """Why the fast path is not taken with this model; "" if it is taken, because it gives what the plain path gives.
 
     They are compared after short prompts, then after one that is longer than any window of attention. A model that the
-    plain path gets wrong is refused. Rounding makes 0.0000 nats a token in float32, and up to 0.015 in bfloat16, where
-    a router that changes its mind makes 0.05; a wrong mask or position makes 0.025 and more, a sampler in a router 0.2.
+    plain path gets wrong is refused. Rounding makes 0.0000 nats a token in float32 and up to 0.015 in bfloat16, or 0.05
+    if a router chooses another expert. A wrong mask or position makes 0.025 and more, a sampler in a router 0.2.
+    Quantized weights need no other bounds. Measured on SmolLM2-135M in packed rows, right, wrong positions, wrong mask:
+    bfloat16 0.005, 0.07, 0.18; int8 on it 0.004, 0.09, 0.28; nf4 on it 0.009, 0.06, 0.15. In float32 int8 has 0.0000,
+    0.03, 0.28 and nf4 0.0000, 0.05, 0.26.
     """
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or math.inf
@@ -1732,13 +1807,15 @@ def why_plain(args, model, tokenizer, name):
     beyond = max([x for x in windows if x < context], default=0) + 20
     text = "".join(f"{i}+{i * i}={i + i * i}, " for i in range(min(beyond, COMPARED_TOKENS)))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    is_exact = model.dtype == torch.float32 and args.quantize == "none"
-    if config.model_type == "phimoe":  # only where experts are nearly equal, so that no comparison finds it for sure
+    is_exact = model.dtype == torch.float32
+    if config.model_type == "phimoe":  # it shows only where experts are nearly equal, so no comparison can be sure
         raise InputError(f"{name} cannot be trained here: its routers sample their experts in training mode")
+    if getattr(config, "router_aux_loss_coef", 0) or getattr(config, "output_router_logits", False):
+        say("experts     the load-balancing loss of the model's config is not added to GRPO's")
     odd_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     odd_logits = [key for key, x in config.to_dict().items() if "logit" in key and isinstance(x, float) and x != 1]
     reason = "" if args.fast else "--no-fast"
-    if odd_logits and not reason:  # a cap is hardly felt, and not found, before the logits have grown
+    if odd_logits and not reason:  # a cap changes little, and is not found, before the logits have grown
         reason = f"{', '.join(odd_logits)} of its config: the fast path takes logits as the head makes them"
     if beyond > COMPARED_TOKENS and not reason:
         reason = f"a window of attention is longer than the {COMPARED_TOKENS} tokens of a comparison"
@@ -1765,8 +1842,8 @@ def one_line(error):
 
 @torch.no_grad()
 def differences(args, model, prompts, is_fast):
-    """By how much a path differs from one forward pass a sequence, without padding, in evaluation mode: mean nats a
-    token of the sampler, with rows that end early, and of the trainer in training mode. Or what it raises.
+    """How far a path is from one forward pass a sequence, without padding, in evaluation mode. In mean nats a token:
+    (the sampler with rows that end early, the trainer in training mode). If the path raises, the error.
     """
     path = replace(args, fast=is_fast, temperature=1.0)
     noise = torch.rand(3 * len(prompts), 12, generator=torch.Generator().manual_seed(0))
@@ -1787,14 +1864,18 @@ def differences(args, model, prompts, is_fast):
 
 
 # ---- Fast sampling: one cache for the prompt of a group ----
+#
+# A prompt is read once and its keys and values are copied to the G rows of its group. Rows that have ended leave the
+# batch. On a GPU, the step of one token is replayed as a CUDA graph. The tokens and log-probabilities must be those of
+# plain_sample(), given the same noise.
 
 
 def new_cache(model, rows, length):
-    """Keys and values of `rows` sequences, with room for `length` tokens: one that grows copies itself each token."""
+    """A cache with room for `length` tokens of `rows` sequences. One that grows would copy itself at each token."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        """What transformers' layers ask of a cache layer, with the prompts' keys and values shared by their groups."""
+        """A preallocated KV-cache layer. A prompt's keys and values are computed once and copied to its group."""
 
         def lazy_initialization(self, keys, values):
             self.dtype, self.device = keys.dtype, keys.device
@@ -1802,7 +1883,7 @@ def new_cache(model, rows, length):
             self.used, self.live, self.column, self.is_initialized = 0, rows, None, True
 
         def update(self, keys, values, *args, **kwargs):
-            if not self.is_initialized:  # the prompts: each is written once for each of its group
+            if not self.is_initialized:  # the prefill: each prompt is written to every row of its group
                 self.lazy_initialization(keys, values)
                 self.used = keys.shape[2]
                 for room, x in zip(self.room, (keys, values)):
@@ -1820,35 +1901,35 @@ def new_cache(model, rows, length):
         def get_seq_length(self):
             return self.used if self.is_initialized else 0
 
-        def fill(self, holes, movers, live, used):
-            """Rows `movers` take the places `holes`; the first `live` rows remain, `used` tokens of each."""
+        def fill(self, finished, moved, live, used):
+            """Copy the rows `moved` over the rows `finished`; the first `live` rows remain, with `used` tokens each."""
             for room in self.room:
-                room[holes, :, :used] = room[movers, :, :used]
+                room[finished, :, :used] = room[moved, :, :used]
             self.live = live
 
     return Cache(layers=[RoomyLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
 
 
-def attention_masks(model, visible, queries, keys):
-    """{kind of layer: additive mask, 0 where a token sees another, −max where not}.
+def attention_masks(model, attention_mask, queries, keys):
+    """{kind of layer: additive mask}, 0 where a token sees another and −max where it does not.
 
-    visible (R, 1, Lq, Lk) bool; queries, keys: positions (R, Lq) and (R, Lk), whose difference a window limits.
+    attention_mask (R, 1, Lq, Lk) bool; queries, keys: positions (R, Lq) and (R, Lk), whose difference a window limits.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     masks = {}
     for kind in dict.fromkeys(kinds):
-        seen = visible
+        seen = attention_mask
         if kind == "sliding_attention" and window:
-            seen = visible & (queries[:, None, :, None] - keys[:, None, None, :] < window)
+            seen = attention_mask & (queries[:, None, :, None] - keys[:, None, None, :] < window)
         lowest = torch.finfo(model.dtype).min
         masks[kind] = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, lowest)
     return masks
 
 
 def last_states(model, ids, positions, masks, cache=None):
-    """The states before the head, (R, L, d). Where layers are of several kinds, transformers takes a dict of masks."""
+    """The states before the head, (R, L, d). A model with several kinds of layers takes a dict of masks."""
     return model.base_model(
         ids,
         attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
@@ -1859,10 +1940,10 @@ def last_states(model, ids, positions, masks, cache=None):
 
 
 def fixed_step(model, cache, token, position, column, masks):
-    """The step of one token on tensors that stay where they are, whatever was seen so far [G28].
+    """A function that computes the step of one token on tensors that stay where they are [G28].
 
-    Attention is over the cache's full length, masked. Nothing of it depends on t but what the tensors hold, so a GPU
-    can replay it as one CUDA graph: else the small kernels of a token wait for Python, not for memory.
+    Attention is over the cache's full length, masked, so only the content of the tensors depends on t and a GPU can
+    replay the step as one CUDA graph. Without it the small kernels of a token wait for Python, not for memory.
     """
     kept = [x.clone() for x in (token, position, column, *masks.values())]
     for layer in cache.layers:
@@ -1876,7 +1957,7 @@ def fixed_step(model, cache, token, position, column, masks):
     if token.is_cuda:
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what is set up at the first call must not be captured
+        with torch.cuda.stream(beside):  # the set-up of the first call must not be captured
             compute()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
@@ -1896,20 +1977,19 @@ def fixed_step(model, cache, token, position, column, masks):
 
 @torch.no_grad()
 def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False):
-    """G completions of each prompt, by noise (B, T) uniform in [0, 1): tokens, log-probabilities, mask, each (B, T).
+    """What plain_sample() returns for the same arguments, made with one cache for each prompt of a group [G1].
 
-    prompts: P token lists; B = P·G and G consecutive rows belong to a prompt. From the whole distribution at the
-    temperature: no top-k, no top-p. The first EOS is in the mask, nothing after it is [G9]. Each prompt is read once
-    and its keys and values are shared by the group [G1]; rows that are done leave the batch. A row's completion
-    depends on its prompt and its noise alone, not on the rows beside it [G23]. is_fixed: shapes change only when half
-    of the rows are done.
+    Rows that have ended leave the batch. A row's completion depends on its prompt and its noise only, not on the rows
+    beside it [G23]. is_fixed: the shapes change only when half of the rows have ended, for CUDA graphs.
     """
     B, T = noise.shape
     group_size, device = B // len(prompts), model.device
     Q = max(map(len, prompts))
     queries = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    seen = torch.arange(Q, device=device) >= Q - lengths[:, None]  # padding on the left: all end in the same column
+    seen = (
+        torch.arange(Q, device=device) >= Q - lengths[:, None]
+    )  # padding stands on the left, so that all prompts end in the same column
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
     cache = new_cache(model, B, Q + T)
     head, eos, noise = model.get_output_embeddings(), torch.tensor(eos_ids, device=device), noise.to(device)
@@ -1923,7 +2003,7 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
 
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.long, device=device)
-    rows = torch.arange(B, device=device)  # which sequence each row of the batch is
+    rows = torch.arange(B, device=device)  # the sequence that each row of the batch holds
     going, columns, step = torch.ones_like(rows, dtype=torch.bool), torch.arange(Q + T, device=device), None
     for t in range(T):
         token, logprob = sample_token(logits, noise[rows, t], temperature)
@@ -1934,14 +2014,14 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
         if live == 0 or t + 1 == T:
             break
         if live <= (len(rows) // 2 if is_fixed else len(rows) - 1):
-            # the last rows that go on take the places of those that are done
-            holes = (~going[:live]).nonzero()[:, 0]
-            movers = live + going[live:].nonzero()[:, 0]
+            # the last rows that continue are moved over those that have finished
+            finished = (~going[:live]).nonzero()[:, 0]
+            moved = live + going[live:].nonzero()[:, 0]
             for layer in cache.layers:
                 if layer.is_initialized:  # some models' layers share the keys of others
-                    layer.fill(holes, movers, live, Q + t)
+                    layer.fill(finished, moved, live, Q + t)
             keep = torch.arange(live, device=device)
-            keep[holes] = movers
+            keep[finished] = moved
             rows, token, going, step = rows[keep], token[keep], going[keep], None
         column, position = columns[None, Q + t : Q + t + 1], lengths[rows] + t
         if is_fixed:
@@ -1956,24 +2036,40 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
 
 
 # ---- Fast log-probabilities: packed rows ----
+#
+# The completions of one prompt share a row, in which the prompt stands once. Nothing is computed twice, and little is
+# padding. Two answers of 3 and 2 tokens to a prompt of 3, where the last token of an answer is only predicted:
+#
+#     token           q0  q1  q2 | a0  a1 | b0 | padding
+#     position         0   1   2 |  3   4 |  3 |    0        each answer continues at the end of its prompt
+#     predicts                a0 | a1  a2 | b1 |             q2 also predicts b0: the state of one token is used twice
+#     sees  q0         q0
+#           q1         q0  q1
+#           q2         q0  q1  q2
+#           a0         q0  q1  q2   a0
+#           a1         q0  q1  q2   a0  a1
+#           b0         q0  q1  q2            b0             the prompt and itself, no token of the other answer
+#
+# Positions and mask must make every log-probability that of plain_logprobs(), and its gradient too.
 
 
 class Batch(NamedTuple):
     sequences: torch.Tensor  # (S,) rows of the rollout that are in it
     ids: torch.Tensor  # (R, L) tokens: a prompt, its completions, the next prompt, …
-    positions: torch.Tensor  # (R, L) each completion goes on where its prompt ended
-    visible: torch.Tensor  # (R, 1, L, L) which token sees which
+    positions: torch.Tensor  # (R, L) each completion continues at the end of its prompt
+    attention_mask: torch.Tensor  # (R, 1, L, L) which token sees which
     sources: torch.Tensor  # (N,) where in ids, flat, the state before each completion token is
     targets: torch.Tensor  # (N,) those tokens
-    places: tuple  # (N,), (N,): sequence in this batch and t of each
+    places: tuple  # two of (N,): the sequence in this batch, and t, of each
 
 
 def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens):
-    """Which sequences share a row, and which rows a micro-batch: lists of lists of sequence indices [G17].
+    """Which sequences share a row, and which rows a micro-batch: a list of micro-batches, each a list of rows, each a
+    list of indices of sequences [G17].
 
-    Completions of a prompt share it in a row of row_tokens at most, or of the longest sequence's; with row_tokens 0
-    each has a row of its own. The longest rows come first: what does not fit into memory fails at once. A sequence's
-    last token is never read, only predicted.
+    Completions of one prompt are packed into rows of at most row_tokens tokens, or of the longest sequence's length if
+    that is more. With row_tokens 0 each sequence has its own row. The longest rows come first, so that what does not
+    fit into memory fails at once. A sequence's last token is only predicted and takes no room.
     """
     total = {i: prompt_lengths[i // group_size] + length - 1 for i, length in lengths.items()}
     capacity = max([row_tokens, *total.values()])
@@ -2003,10 +2099,11 @@ def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_token
 
 
 def plan_for(args, model, prompt_lengths, lengths, group_size):
-    """plan_rows() with rows as long as is quickest; on the plain path each sequence has a row of its own.
+    """plan_rows() with the quickest length of a row. On the plain path each sequence has its own row.
 
-    With k answers of a tokens behind a prompt of p, a sequence costs p/k + a tokens, and a token 1 + L/c in a row of
-    L = p + k·a, where c is the length at which attention costs as much as the rest: about 1,500. Least at the L below.
+    With k answers of a tokens after a prompt of p tokens, a sequence costs p/k + a tokens. In a row of L = p + k·a, a
+    token costs 1 + L/c, where c is about 1,500: the length at which attention costs as much as the rest. The product
+    is least at L = p + √(p (p + c)).
     """
     on_gpu, row_tokens = args.device.startswith("cuda"), 0
     micro_batch_tokens = args.micro_batch_tokens or (8192 if on_gpu and is_fast(args, model) else 2048)
@@ -2022,7 +2119,7 @@ def row_size(row, prompt_lengths, lengths, group_size):
 
 
 def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
-    """Prompts (P token lists), tokens and mask (B, T), rows of indices → a Batch, padded at the ends of rows alone."""
+    """A Batch of prompts (P token lists), tokens and mask (B, T), packed into these rows and padded on the right."""
     lengths = lengths_of(mask)
     size = max(row_size(row, list(map(len, prompts)), lengths, group_size) for row in rows)
     ids, positions, prompt_of, owner = (torch.full((len(rows), size), x) for x in (0, 0, -1, -2))
@@ -2050,9 +2147,16 @@ def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
             sequences.append(i)
             end += lengths[i] - 1
     same_prompt = prompt_of[:, :, None] == prompt_of[:, None, :]
-    visible = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))
-    visible &= torch.ones(size, size, dtype=torch.bool).tril()
-    tensors = (torch.tensor(sequences), ids, positions, visible[:, None], torch.tensor(sources), torch.cat(targets))
+    attention_mask = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))
+    attention_mask &= torch.ones(size, size, dtype=torch.bool).tril()
+    tensors = (
+        torch.tensor(sequences),
+        ids,
+        positions,
+        attention_mask[:, None],
+        torch.tensor(sources),
+        torch.cat(targets),
+    )
     return Batch(*(x.to(device) for x in tensors), tuple(torch.tensor(places, device=device).T))
 
 
@@ -2064,10 +2168,10 @@ def logprobs_of(head, hidden, targets, temperature):
 def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
     """(S, T) log-probabilities of a batch's completions, 0 off their masks.
 
-    Logits are made for logprob_tokens tokens at a time and, where gradients are wanted, made again in the backward
-    pass [G16]: whole, they are the largest tensor of all, 8 × 1,024 tokens × 152k words × 4 bytes = 5 GB.
+    The logits of all tokens would be the largest tensor of all: 8 × 1,024 tokens × 152k words × 4 bytes = 5 GB. They
+    are computed for logprob_tokens tokens at a time, and again in the backward pass [G16].
     """
-    masks = attention_masks(model, batch.visible, batch.positions, batch.positions)
+    masks = attention_masks(model, batch.attention_mask, batch.positions, batch.positions)
     hidden = last_states(model, batch.ids, batch.positions, masks).flatten(0, 1)[batch.sources]
     head, parts = model.get_output_embeddings(), []
     for states, targets in zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)):
@@ -2080,7 +2184,7 @@ def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
 
 
 def micro_batch_logprobs(args, model, prompts, tokens, mask, rows):
-    """(S, T) log-probabilities of the sequences in a micro-batch's rows, by the path that is taken for this model."""
+    """(S, T) log-probabilities of the sequences in a micro-batch's rows, by the path that is right for this model."""
     group_size, order = len(tokens) // len(prompts), [i for row in rows for i in row]
     if not is_fast(args, model):
         own = tokens[order].to(args.device), mask[order].to(args.device)
@@ -2091,14 +2195,18 @@ def micro_batch_logprobs(args, model, prompts, tokens, mask, rows):
 
 
 # ---- Optimizer ----
+#
+# --optimizer adamw8bit keeps 2 bytes of state a parameter instead of 8, and makes bfloat16 weights learn although their
+# precision is coarser than a step. You need it where the model fits the card and its optimizer does not. It must take
+# AdamW's steps, up to the error of its codes.
 
 
 def round_stochastically(x):
-    """float32 → bfloat16, up or down with the chances that make the mean right [G18].
+    """float32 → bfloat16, rounded up or down with the probabilities that make the mean right [G18].
 
     Rounded to the nearest, a step below 1/256 of a weight is lost, every time: at lr 1e-6 nearly all are.
     """
-    # of each random 64 bits four weights' noise is made, from −2¹⁵ to 2¹⁵ − 1; a bfloat16 is a float32's upper half
+    # 64 random bits are the noise of four weights, from −2¹⁵ to 2¹⁵ − 1. A bfloat16 is the upper half of a float32
     noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
     noise = noise.view(torch.int16)[: x.numel()].view(x.shape)
     return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)
@@ -2107,26 +2215,27 @@ def round_stochastically(x):
 class AdamW8bit:
     """AdamW (Loshchilov & Hutter 2019, Algorithm 2) with 2 bytes of state a parameter [G19] (Dettmers et al. 2022).
 
-    Both moments are kept in blocks of 256, a float32 maximum for each and an 8-bit logarithm for each element: √v to
-    within 2.2% over 16 octaves below the block's maximum, m to within 4.4%. bfloat16 weights are rounded
-    stochastically.
-    Works through a parameter in slices, in place: no float32 copy of a large one ever exists, and on a CPU the passes
-    over a slice stay in its cache, 4 times faster than through memory.
+    Both moments are kept in blocks of up to 256 elements: a float32 maximum for each block and an 8-bit logarithm for
+    each element, which is √v to within 2.2% over 16 octaves below the maximum, and m to within 4.4%. bfloat16 weights
+    are rounded stochastically. A block lies in one row of its parameter, and FSDP never splits a row, so the state of
+    several processes can be put together, and divided again, bit for bit [G27].
+    The update works through a parameter in slices, in place. No float32 copy of a large one ever exists, and on a CPU
+    the passes over a slice stay in its cache, 4 times faster than through memory.
     """
-
-    BLOCK = 256
 
     def __init__(self, parameters, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, offload=False):
         self.param_groups = [{"params": list(parameters), "lr": lr, "initial_lr": lr}]
         self.weight_decay, self.betas, self.eps, self.steps = weight_decay, betas, eps, 0
         on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-        self.at_once = 1 << 16 if on_cpu else 1 << 24  # elements, a multiple of BLOCK
+        self.at_once = 1 << 18 if on_cpu else 1 << 24  # elements of a slice, 256 or more
         self.state = []
         for parameter in self.param_groups[0]["params"]:
-            blocks = -(-own_part(parameter).numel() // self.BLOCK)
-            kinds = (self.BLOCK, torch.int8), (self.BLOCK, torch.uint8), (1, torch.float32), (1, torch.float32)
+            width = math.prod(parameter.shape[1:])  # of a row; a vector's rows are single elements
+            block = next(size for size in range(min(width, 256), 0, -1) if width % size == 0)
+            blocks = own_part(parameter).numel() // width, width // block
+            kinds = (block, torch.int8), (block, torch.uint8), (1, torch.float32), (1, torch.float32)
             zeros = zeros_on_host if offload else torch.zeros
-            self.state.append([zeros((blocks, n), dtype=kind, device=parameter.device) for n, kind in kinds])
+            self.state.append([zeros((*blocks, n), dtype=kind, device=parameter.device) for n, kind in kinds])
             if offload:
                 keep_gradient_on_host(parameter)
 
@@ -2140,32 +2249,31 @@ class AdamW8bit:
         for parameter, state in zip(self.param_groups[0]["params"], self.state):
             if (gradient := gradient_of(parameter)) is None:
                 continue
-            weights, gradients = own_part(parameter).view(-1), gradient.reshape(-1)
-            for start in range(0, len(weights), self.at_once):
-                part = slice(start, start + self.at_once)
-                blocks = slice(start // self.BLOCK, (start + self.at_once) // self.BLOCK)
-                kept = [x[blocks] for x in state]
-                near = [x.to(weights.device) for x in kept]  # the same ones, if they are not on the host
+            weights, gradients, block = own_part(parameter).view(-1), gradient.reshape(-1), state[0].shape[-1]
+            at_once = self.at_once // block * block
+            for start in range(0, len(weights), at_once):
+                part = slice(start, start + at_once)
+                kept = [x.flatten(0, 1)[start // block : (start + at_once) // block] for x in state]
+                near = [x.to(weights.device) for x in kept]  # no copies, unless they are on the host
                 self.step_slice(weights[part], gradients[part].to(weights.device).float(), near)
                 for own, new in zip(kept, near):
                     own.copy_(new)
 
     def step_slice(self, weights, gradients, state):
-        (beta1, beta2), count = self.betas, len(weights)
-        padded = torch.nn.functional.pad(gradients, (0, state[0].numel() - count)).view(-1, self.BLOCK)
+        (beta1, beta2), gradients = self.betas, gradients.view_as(state[0])
         m, root_v = self.decode(*state)
-        m.lerp_(padded, 1 - beta1)
-        root_v.square_().lerp_(padded.square(), 1 - beta2).sqrt_()
+        m.lerp_(gradients, 1 - beta1)
+        root_v.square_().lerp_(gradients.square(), 1 - beta2).sqrt_()
         self.encode(m, root_v, state)
         root_v.div_((1 - beta2**self.steps) ** 0.5).add_(self.eps)
-        update, lr = m.div_(root_v).view(-1)[:count], self.param_groups[0]["lr"]
+        update, lr = m.div_(root_v).view(-1), self.param_groups[0]["lr"]
         new = weights.float() * (1 - lr * self.weight_decay)
         new.sub_(update, alpha=lr / (1 - beta1**self.steps))
         weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
 
     def decode(self, m_codes, v_codes, m_max, v_max):
         m = torch.exp2((m_codes.float().abs_() - 127).div_(8)).mul_(m_max).mul_(m_codes.sign())
-        # √v's code 0 is the smallest value, not 0, or its weight's next step would be divided by nothing
+        # Code 0 of √v is the smallest value and not 0, or the weight's next step would be divided by nothing
         return m, torch.exp2((v_codes.float() - 255).div_(16)).mul_(v_max)
 
     def encode(self, m, root_v, state):
@@ -2177,29 +2285,19 @@ class AdamW8bit:
             codes.copy_(code.clamp_(0, top).mul_(x.sign()))
 
     def state_dict(self):
-        return {"steps": self.steps, "state": [self.moved(*pair, gathered) for pair in self.pairs()]}
+        pairs = zip(self.param_groups[0]["params"], self.state)
+        return {"steps": self.steps, "state": [[gathered(x, parameter) for x in own] for parameter, own in pairs]}
 
     def load_state_dict(self, saved):
         self.steps = saved["steps"]
-        for (parameter, own), kept in zip(self.pairs(), saved["state"]):
-            for mine, other in zip(own, self.moved(parameter, kept, scattered)):
-                mine.copy_(other)
-
-    def pairs(self):
-        return zip(self.param_groups[0]["params"], self.state)
-
-    def moved(self, parameter, state, move):
-        """A sharded parameter's state, of this process to that of all or back: its blocks are others then [G27]."""
-        if own_part(parameter) is parameter:
-            return state
-        shape = own_part(parameter).shape if move is gathered else parameter.shape
-        moments = [x.flatten()[: shape.numel()].view(shape).to(parameter.device) for x in self.decode(*state)]
-        moments = [move(x, parameter).flatten() for x in moments]
-        padding = -len(moments[0]) % self.BLOCK
-        moments = [torch.nn.functional.pad(x, (0, padding)).view(-1, self.BLOCK) for x in moments]
-        new = [torch.empty(len(moments[0]), x.shape[1], dtype=x.dtype, device=moments[0].device) for x in state]
-        self.encode(*moments, new)
-        return new
+        for parameter, own, kept in zip(self.param_groups[0]["params"], self.state, saved["state"]):
+            if [x.shape[1:] for x in own] != [x.shape[1:] for x in kept]:
+                raise InputError(
+                    "the checkpoint's 8-bit optimizer state has the blocks of an older version of this script and "
+                    "cannot be resumed: start the run again"
+                )
+            for mine, other in zip(own, kept):
+                mine.copy_(scattered(other, parameter))
 
 
 def new_optimizer(args, model):
@@ -2213,15 +2311,15 @@ def new_optimizer(args, model):
 
 
 def gradient_of(parameter):
-    """The parameter's gradient, on the device or on the host; None if there is none."""
+    """The parameter's gradient, on the device or on the host. None if there is none."""
     on_host = getattr(parameter, "host_gradient", None)
     return own_part(parameter.grad) if on_host is None else on_host
 
 
 def cut_gradients(parameters, max_norm, are_shards=False):
-    """Scale their gradients in place to a global norm of max_norm at most. Returns the norm that they had.
+    """Scale the gradients in place to a global norm of at most max_norm. Returns the norm that they had.
 
-    The list of gradients is this function's own: one that outlived the step would keep them beside the next ones.
+    The list of gradients ends with this function. A list that outlived the step would keep them beside the next ones.
     """
     gradients = [x for x in map(gradient_of, parameters) if x is not None]
     norm = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).cpu() for x in gradients]).norm()
@@ -2233,11 +2331,14 @@ def cut_gradients(parameters, max_norm, are_shards=False):
 
 
 # ---- What waits in host memory (--offload) ----
+#
+# The card holds the weights, one parameter's gradient and one module of the reference. Everything else waits in host
+# memory. It costs time, and must change no bit of the result.
 
 
 def zeros_on_host(shape, dtype, device):
-    """Zeros in host memory, page-locked where they are to meet a GPU: copies are faster then. Not by pin_memory=True,
-    which rounds each tensor up to a power of 2."""
+    """Zeros in host memory, page-locked if they are for a GPU, which makes copies faster. pin_memory=True is not used,
+    because it rounds each tensor up to a power of 2."""
     host = torch.zeros(shape, dtype=dtype)
     if torch.device(device).type == "cuda" and host.nbytes >= 1 << 20:
         cuda, pointer = torch.cuda.cudart(), host.data_ptr()
@@ -2247,10 +2348,10 @@ def zeros_on_host(shape, dtype, device):
 
 
 def keep_gradient_on_host(parameter):
-    """Its gradient leaves the device as soon as backward has made it, and micro-batches add up on the host [G24].
+    """Move the parameter's gradient to the host as soon as backward has made it; micro-batches add up there [G24].
 
-    The gradients are never on the device together. Steps taken inside backward would save as much, but they could
-    neither add up micro-batches nor know the global norm.
+    So the gradients are never on the device together. Taking the optimizer's steps inside backward would save as much,
+    but they could neither add up micro-batches nor know the global norm.
     """
     host = zeros_on_host(parameter.shape, parameter.dtype, parameter.device)
 
@@ -2266,7 +2367,7 @@ def keep_gradient_on_host(parameter):
 
 
 def stream_weights(model, device):
-    """A frozen model whose weights wait on the host: each module's visit the device for its forward pass [G25]."""
+    """A frozen model whose weights wait on the host and visit the device for each module's forward pass [G25]."""
     for parameter in model.parameters():
         host = zeros_on_host(parameter.shape, parameter.dtype, device)
         parameter.data = host.copy_(parameter.data)
@@ -2290,13 +2391,16 @@ def stream_weights(model, device):
 
 
 # ---- Weights in parts over the processes (--shard) ----
+#
+# Each process keeps a part of every weight, gradient and optimizer state (PyTorch's FSDP2), for models that fit several
+# cards but not one. The processes together must take the step that one process with the whole batch would take.
 
 
 def shard(args, model):
-    """FSDP2, in place [G27]: a process keeps its part of each parameter; a layer's are whole while it computes.
+    """Split the model over the processes by FSDP2, in place [G27]. A layer's parameters are whole while it computes.
 
-    completion_logprobs becomes the model's method packed_logprobs, because FSDP gathers around methods that it knows.
-    Gradients are summed over the processes, not averaged: the loss has the totals of all of them.
+    completion_logprobs becomes the model's method packed_logprobs, because FSDP gathers only around methods that it
+    knows. Gradients are summed over the processes and not averaged, because the loss has the totals of all of them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -2318,14 +2422,17 @@ def shard(args, model):
 
 
 def idle_pass(args, model):
-    """A pass over one token: where a process has fewer micro-batches, it must still join in the gathering."""
+    """A one-token dummy batch. FSDP's gathers are collective, so a process with fewer micro-batches must run this."""
     one = torch.ones(1, 1, dtype=torch.long)
     return policy_logprobs(args, model, [[0]], one, one)
 
 
 @contextmanager
 def whole(model):
-    """A sharded model gathered once for many passes without gradients: a token each would gather it each time."""
+    """A context in which a sharded model is gathered once for many passes without gradients.
+
+    Without it, sampling would gather the model for each token.
+    """
     parts = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in parts:
         module.set_reshard_after_forward(False, recurse=False)
@@ -2339,29 +2446,39 @@ def whole(model):
 
 
 def own_part(x):
-    """This process's part of a tensor that is sharded; any other as it is."""
+    """This process's part of a sharded tensor. A tensor that is not sharded is returned as it is."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def gathered(x, like=None):
-    """All of a tensor that is sharded, or whose parts are sharded like another, on the host; any other as it is."""
-    if like is not None:
+    """The whole of a sharded tensor on the host. like: x is this process's rows of a tensor sharded like another.
+
+    What is not sharded is returned as it is.
+    """
+    if hasattr(like, "placements"):
         from torch.distributed.tensor import DTensor
 
-        x = DTensor.from_local(x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+        shape = (len(like), *x.shape[1:])
+        stride = torch.empty(shape, device="meta").stride()
+        x = DTensor.from_local(x, like.device_mesh, like.placements, shape=shape, stride=stride)
     return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
 
 
 def scattered(x, like):
-    """This process's part of a tensor that every process has, sharded like another."""
+    """This process's rows of a tensor that every process has whole; all of it if `like` is not sharded."""
+    if not hasattr(like, "placements"):
+        return x
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(x, like.device_mesh, like.placements).to_local()
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 # ---- Files, logs, resuming ----
+#
+# A file is written aside and renamed, so that a run that is killed leaves the old file or the new one, never a half. A
+# resumed run must end with the bits of a run that was never stopped, on a CPU.
 
-# what a resumed run may do otherwise than before; everything else would make it another run
+# The settings that a resumed run may change. Any other would make it a different run
 CHANGEABLE = (
     "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
     "cuda_graph fast save_merged"
@@ -2417,7 +2534,7 @@ def save(path, content):
 
 
 def load(path, *keys):
-    """The dict that save() wrote, `keys` among its own; tensors and plain data only: a foreign file can run no code."""
+    """The dict that save() wrote, which must have `keys`. Only tensors and plain data, so that no file can run code."""
     if not path.is_file():
         raise InputError(f"{path} is not a file: --resume takes a run directory")
     try:
@@ -2427,7 +2544,7 @@ def load(path, *keys):
         missing = set(keys) - content.keys()
     except Exception as error:
         raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
-    if removed and keys:  # without keys only the settings are wanted, and train() will load it again
+    if removed and keys:  # without keys only the settings are read, and the file will be loaded again
         say(f"resume      settings that no longer exist are ignored: {', '.join(removed)}")
     if missing:
         raise InputError(f"{path} is no checkpoint of this script: it lacks {', '.join(sorted(missing))}")
@@ -2435,9 +2552,9 @@ def load(path, *keys):
 
 
 def save_model(directory, model, tokenizer, weights=None):
-    """A normal transformers directory, written aside and renamed. weights: in place of the model's own."""
+    """Write a normal transformers directory. weights: to be written instead of the model's own."""
     with written_aside(directory) as temporary:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(temporary, ignore_errors=True)  # what a run that was killed here left
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
 
@@ -2460,7 +2577,7 @@ def start_wandb(args, run_dir):
 
 
 def draw_curves(metrics, path):
-    """PNG of what was logged, a panel for each kind."""
+    """Draw a PNG of the metrics, with a panel for each kind."""
     from matplotlib.figure import Figure
 
     panels = Figure(figsize=(14, 10), layout="constrained").subplots(3, 3)
@@ -2480,7 +2597,7 @@ def draw_curves(metrics, path):
             points = [(row["step"], row[name]) for row in metrics if name in row]
             axes.plot(*zip(*points), label=name, marker="o" if len(points) < 12 else "")
         axes.set(xlabel="step")
-        if axes.lines:  # there is no ratio in a run that was never taught
+        if axes.lines:  # a run in which nothing was taught has no ratios
             axes.legend(fontsize="small")
     with written_aside(path) as temporary:
         axes.figure.savefig(temporary, dpi=100, format="png")
@@ -2493,7 +2610,7 @@ def print_samples(group, rating, count=4):
 
 
 def peak_memory(device):
-    """Bytes: of tensors on a GPU since the start, or of the whole process on a CPU; None on Windows, which hides it."""
+    """Peak in bytes: of the tensors on a GPU, or of the whole process on a CPU. None on Windows, which hides it."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -2505,6 +2622,8 @@ def peak_memory(device):
 
 
 # ---- Settings ----
+#
+# Settings that contradict each other, or that would do nothing, are refused before anything is loaded.
 
 
 def check_bounds(args):
@@ -2532,17 +2651,17 @@ def check_settings(args):
     if args.quantize != "none" and not args.lora_rank:
         raise ValueError(f"quantize {args.quantize} freezes the weights, and lora_rank 0 adds none that could learn")
     if args.save_merged and not args.lora_rank:
-        raise ValueError("save_merged merges the adapter of lora_rank, got 0")
+        raise ValueError("save_merged merges the adapter of lora_rank, got lora_rank 0")
     if args.offload and args.optimizer != "adamw8bit":
         raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {args.optimizer}")
     if args.shard and (args.optimizer != "adamw8bit" or args.offload or args.lora_rank):
-        raise ValueError("shard takes optimizer adamw8bit, and neither offload nor lora_rank")
+        raise ValueError("shard needs optimizer adamw8bit, and works with neither offload nor lora_rank")
     if args.task in ("gsm8k", "jsonl") and args.model is None:
-        raise ValueError(f"task {args.task} needs a model that can read, got none")
+        raise ValueError(f"task {args.task} needs a model that can read, got no model")
     if args.data and args.task not in ("gsm8k", "jsonl"):
         raise ValueError(f"data is read for task gsm8k and jsonl; task {args.task} writes its own problems")
     if args.instruction is not None and "{}" not in args.instruction:
-        raise ValueError(f"instruction needs {{}} where the problem is to stand, got {args.instruction!r}")
+        raise ValueError(f"instruction needs {{}} in the place of the problem, got {args.instruction!r}")
     if args.task == "jsonl" and args.data is None:
         raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
     if args.supervision == "process" and (args.algorithm != "grpo" or not args.scale_by_std):
@@ -2569,7 +2688,7 @@ def check_settings(args):
     if "" in (args.model, args.data, args.resume, args.run_dir, args.reward_model):
         raise ValueError("model, data, resume, run_dir and reward_model need a name or a path, got an empty one")
     if args.resume and args.run_dir:
-        raise ValueError(f"resume {args.resume} goes on in its own directory, not in run_dir {args.run_dir}")
+        raise ValueError(f"resume {args.resume} continues in its own directory, not in run_dir {args.run_dir}")
     try:
         re.compile(args.format_pattern)
     except re.error as error:
@@ -2577,6 +2696,9 @@ def check_settings(args):
 
 
 # ---- Several processes (torchrun) ----
+#
+# Each process samples and learns from its share of the prompts. Totals, gradients and metrics are summed, so that the
+# result does not depend on the number of processes.
 
 
 def process_rank():
@@ -2629,6 +2751,8 @@ def end_processes(args, policy):
 
 
 # ---- The beginning of a run ----
+#
+# What train() needs before its first step, each in one call: the checkpoint, the processes, the policy, the reference.
 
 
 def load_checkpoint(args):
@@ -2779,6 +2903,8 @@ def check_gradient(norm, run_dir, step):
 
 
 # ---- Metrics, checkpoints, results ----
+#
+# What train() shows and keeps: docs/metrics.md explains each name with its healthy range.
 
 
 def describe(args, seen):

@@ -24,16 +24,16 @@ COUNT, ROUNDS = 1 << 25, 5
 
 
 def adamw8bit(slice_bits):
-    parameter = torch.nn.Parameter(torch.randn(COUNT).bfloat16())
-    parameter.grad = torch.randn(COUNT).bfloat16()
+    parameter = torch.nn.Parameter(torch.randn(COUNT // 1024, 1024).bfloat16())
+    parameter.grad = torch.randn_like(parameter)
     optimizer = grpo_llm.AdamW8bit([parameter], lr=1e-5)
     optimizer.at_once = 1 << slice_bits
     return optimizer.step
 
 
 def adamw():
-    parameter = torch.nn.Parameter(torch.randn(COUNT))
-    parameter.grad = torch.randn(COUNT)
+    parameter = torch.nn.Parameter(torch.randn(COUNT // 1024, 1024))
+    parameter.grad = torch.randn_like(parameter)
     return torch.optim.AdamW([parameter], lr=1e-5, fused=True).step
 
 

@@ -1,14 +1,16 @@
-"""What 8 bits cost a frozen base under LoRA: accuracy, memory, time; and whether the adapters learn on it.
+"""What 8 and 4 bits cost a frozen base under LoRA: accuracy, memory, time; and whether the adapters learn on it.
 
-Run      python benchmarks/grpo_quantize.py --model DIR     (torchao's rows where torchao 0.18.0 is installed)
+Run      python benchmarks/grpo_quantize.py --model DIR     (needs bitsandbytes)
          python benchmarks/grpo_quantize.py --learn         (the default task with adapters, on both bases)
          python benchmarks/grpo_quantize.py --table         (prints the tables of the kept results again)
 Writes   benchmarks/results/grpo_quantize.jsonl, benchmarks/results/grpo_quantize_learn.jsonl
 
 Accuracy: log-probabilities of twelve sentences' tokens, against the same weights in float32, in nats. Memory: bytes of
 the weights; beyond them, what PyTorch's allocator hands out in one micro-batch forward and backward with adapters of
-rank 16, without gradient checkpointing. Time: a token of eight rows. Each way in a process of its own; a way or a run
-that the results have already is not measured again, so a series that was stopped goes on: --ways and --seeds choose.
+rank 16, without and with gradient checkpointing. Sampler against trainer: the same log-probabilities in evaluation and
+in training mode. Time: a token of eight rows. "bitsandbytes int8" is that library's own 8-bit layer, for comparison.
+Each way runs in a separate process. A way or a run that the results have already is not measured again, so a series
+that was stopped can be continued: --ways and --seeds choose.
 """
 
 import argparse
@@ -39,7 +41,7 @@ SENTENCES = (
     "He had promised to write every week, and for a month he did.",
     "Seven times eight is 56, and 56 minus 6 is 50.",
 )
-WAYS = ("bfloat16", "int8", "torchao int8", "torchao nf4")
+WAYS = ("bfloat16", "int8", "nf4", "bitsandbytes int8")
 
 
 def load(way, directory):
@@ -48,7 +50,7 @@ def load(way, directory):
 
     import grpo_llm
 
-    quantize = "int8" if way == "int8" else "none"
+    quantize = way if way in ("int8", "nf4") else "none"
     args = grpo_llm.Args(
         model=directory,
         dtype="bfloat16",
@@ -57,33 +59,20 @@ def load(way, directory):
         quantize=quantize,
         micro_batch_tokens=256,
     )
-    model, tokenizer, _ = grpo_llm.load_model(args, directory)
-    layers = [x for x in model.modules() if isinstance(x, torch.nn.Linear) and x is not model.get_output_embeddings()]
-    if way == "torchao int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    model, tokenizer, _ = grpo_llm.load_model(args, directory, is_compared=False)
+    if way == "bitsandbytes int8":
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        quantize_(model, Int8WeightOnlyConfig(), lambda module, name: any(module is x for x in layers))
-    if way == "torchao nf4":
-        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-
-        for layer in layers:
-            layer.weight = torch.nn.Parameter(to_nf4(layer.weight.data, 64, 64), requires_grad=False)
+        config = BitsAndBytesConfig(load_in_8bit=True)
+        options = {"dtype": torch.bfloat16, "quantization_config": config, "device_map": {"": "cpu"}}
+        model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
     return args, model, tokenizer
 
 
-def bytes_of(model):
-    """Of parameters and buffers; of a tensor subclass, of the tensors in it."""
-    tensors = [*model.parameters(), *model.buffers()]
-    parts = [
-        [getattr(x, name) for name in x.__tensor_flatten__()[0]] if hasattr(x, "__tensor_flatten__") else [x]
-        for x in tensors
-    ]
-    return sum(x.nbytes for own in parts for x in own)
-
-
 def run_way(way, directory):
-    """One row; torchao's own noise goes to stderr."""
+    """One row."""
     import torch
+    from memory_plan import bytes_of_weights
 
     import grpo_llm
 
@@ -91,19 +80,22 @@ def run_way(way, directory):
     start = time.perf_counter()
     args, model, tokenizer = load(way, directory)
     seconds, resident = time.perf_counter() - start, grpo_llm.peak_memory("cpu")
-    row = {"way": way, "weights": bytes_of(model), "load_seconds": seconds, "load_peak_resident": resident}
+    row = {"way": way, "weights": bytes_of_weights(model), "load_seconds": seconds, "load_peak_resident": resident}
 
     reference = grpo_llm.from_disk("AutoModelForCausalLM", directory, dtype=torch.float32).eval()
-    difference, divergence = [], []
+    difference, divergence, between_modes = [], [], []
     with torch.no_grad():
         for sentence in SENTENCES:
             tokens = tokenizer(sentence, return_tensors="pt")["input_ids"]
             right, found = (x(tokens).logits[0, :-1].float().log_softmax(-1) for x in (reference, model))
             divergence.append((right.exp() * (right - found)).sum(-1))
             difference.append((right - found).gather(-1, tokens[0, 1:, None]).abs()[:, 0])
+            training = model.train()(tokens).logits[0, :-1].float().log_softmax(-1)
+            model.eval()
+            between_modes.append((training - found).gather(-1, tokens[0, 1:, None]).abs()[:, 0])
     difference, divergence = torch.cat(difference), torch.cat(divergence)
     row |= {"tokens": len(difference), "difference": difference.mean().item(), "largest": difference.max().item()}
-    row["kl"] = divergence.mean().item()
+    row |= {"kl": divergence.mean().item(), "sampler_trainer": torch.cat(between_modes).mean().item()}
     del reference
 
     times = []
@@ -127,6 +119,9 @@ def run_way(way, directory):
     start = time.perf_counter()
     row["learning"] = allocated(learn)
     row["learning_seconds"] = time.perf_counter() - start
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    row["learning_checkpointed"] = allocated(learn)
     return row
 
 
@@ -139,8 +134,8 @@ def way_rows(kept, ways, directory):
         line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
         if line:
             yield json.loads(line.removeprefix("RESULT "))
-        elif "No module named 'torchao'" in run.stderr:
-            print(f"skipped     {way}: torchao is not installed")
+        elif "needs bitsandbytes" in run.stderr or "bitsandbytes" in run.stderr.strip().splitlines()[-1]:
+            print(f"skipped     {way}: bitsandbytes is not installed")
         else:
             raise RuntimeError(f"{way}:\n{run.stderr[-2000:]}")
 
@@ -150,7 +145,7 @@ def learn_rows(kept, seeds, steps=25):
     import grpo_llm
 
     for seed in seeds:
-        for quantize in ("none", "int8"):
+        for quantize in ("none", "int8", "nf4"):
             if any((row["seed"], row["quantize"]) == (seed, quantize) for row in kept):
                 continue
             with tempfile.TemporaryDirectory() as folder:
@@ -182,17 +177,20 @@ def print_tables():
     if (path := RESULTS / "grpo_quantize.jsonl").exists():
         head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         print(f"\n{head['model']}, {head['machine']['cpu']}; {rows[0]['tokens']} tokens; nats, MB, ms\n")
-        print("| base | weights | mean difference | largest | KL | learning, beyond the weights | a token of 8 rows |")
-        print("|---|---|---|---|---|---|---|")
+        names = "base | weights | mean difference | largest | KL | sampler against trainer"
+        print(f"| {names} | learning, beyond the weights | with checkpointing | a token of 8 rows |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for row in rows:
             nats = [f"{row[name]:.{digits}f}" for name, digits in (("difference", 3), ("largest", 2), ("kl", 4))]
-            cells = [row["way"], f"{row['weights'] / 1e6:.0f}", *nats, f"{row['learning'] / 1e6:.0f}"]
+            nats.append(f"{row['sampler_trainer']:.3f}")
+            cells = [row["way"], f"{row['weights'] / 1e6:.0f}", *nats]
+            cells += [f"{row[name] / 1e6:.0f}" for name in ("learning", "learning_checkpointed")]
             print(f"| {' | '.join([*cells, '{:.0f}'.format(1e3 * row['seconds_a_token'])])} |")
     if (path := RESULTS / "grpo_quantize_learn.jsonl").exists():
         print("\n| seed | base | pass@1 before | after | greedy before | after |\n|---|---|---|---|---|---|")
         for row in list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))[1:]:
             shares = [row[when][f"eval/{name}"] for name in ("pass@1", "greedy") for when in ("before", "after")]
-            base = {"none": "float32", "int8": "int8"}[row["quantize"]]
+            base = row["quantize"].replace("none", "float32")
             print(f"| {row['seed']} | {base} | {' | '.join(f'{x:.3f}' for x in shares)} |")
 
 

@@ -100,11 +100,33 @@ def model_without_content(args):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if args.quantize != "none":
-        grpo_llm.quantize(model, "meta")
+        grpo_llm.quantize(model, args.quantize, "meta")
     if args.lora_rank:
         with warnings.catch_warnings(action="ignore"):  # the weights of a saved adapter are not needed
             grpo_llm.add_adapter(replace(args, model=None) if shape_of(args.model) else args, model)
     return model
+
+
+def nf4_without_content(weight):
+    """A weight as bitsandbytes keeps it in NF4: 4-bit codes, an 8-bit scale for each 64, and scales of the scales."""
+    from bitsandbytes.functional import QuantState
+
+    num_scales = -(-weight.numel() // 64)
+    outer = torch.empty(-(-num_scales // 256))
+    outer = QuantState(outer, code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    inner = torch.empty(num_scales, dtype=torch.uint8)
+    packed = torch.nn.Parameter(torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = QuantState(
+        inner,
+        shape=weight.shape,
+        code=torch.empty(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=weight.dtype,
+        offset=torch.empty(()),
+        state2=outer,
+    )
+    return packed
 
 
 def fill_with_fake_tensors(model):
@@ -116,7 +138,17 @@ def fill_with_fake_tensors(model):
                 if x is not None and x not in made:
                     new = torch.empty(x.shape, dtype=x.dtype)
                     made[x] = torch.nn.Parameter(new, x.requires_grad) if own is module._parameters else new
+                    if hasattr(x, "quant_state"):  # bitsandbytes does not pack weights on the meta device
+                        made[x] = nf4_without_content(new)
                 own[name] = None if x is None else made[x]  # a tied weight stays one
+
+
+def bytes_of_weights(model):
+    """Of parameters and buffers, and of the scales that bitsandbytes keeps beside its 4-bit codes."""
+    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    states = [x.quant_state for x in model.parameters() if hasattr(x, "quant_state")]
+    own = [x for state in states for x in (state.absmax, state.code, state.offset, state.state2.absmax)]
+    return weights + sum(x.nbytes for x in own)
 
 
 @torch.no_grad()
@@ -155,7 +187,7 @@ def memory_plan(args, prompt_tokens, gpu_memory=0.0):
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         optimizer = grpo_llm.new_optimizer(replace(args, offload=False), model)
-    weights = sum(x.nbytes for x in (*parameters, *model.buffers()))
+    weights = bytes_of_weights(model)
     is_adapter = args.model and not shape_of(args.model) and grpo_llm.base_of_adapter(args.model)
     if args.beta and args.lora_rank and is_adapter:
         weights += sum(x.nbytes for x in trained)  # the adapter as it began, which is the reference
@@ -192,8 +224,8 @@ def memory_plan(args, prompt_tokens, gpu_memory=0.0):
 
     # The update of a large parameter. torch's AdamW needs nothing beside its state
     with fake:
-        size = min(1 << 25, largest // trained[0].itemsize)
-        parameter = torch.nn.Parameter(torch.zeros(size, dtype=trained[0].dtype))
+        rows = max(min(1 << 25, largest // trained[0].itemsize) // 256, 1)
+        parameter = torch.nn.Parameter(torch.zeros(rows, 256, dtype=trained[0].dtype))
         parameter.grad = torch.zeros_like(parameter)
         update = grpo_llm.new_optimizer(replace(args, offload=False), torch.nn.ParameterList([parameter]))
         if args.optimizer == "adamw8bit":

@@ -608,7 +608,7 @@ GRPO = [
         "masks = attention_masks(model, torch.ones_like(seen[rows, None, None, : Q + t + 1]),",
     ),
     ("windows of attention ignored", 'if kind == "sliding_attention" and window:', "if False:"),
-    ("rows that leave mix up the cache", "room[holes, :, :used] = room[movers, :, :used]", "pass"),
+    ("rows that leave mix up the cache", "room[finished, :, :used] = room[moved, :, :used]", "pass"),
     (
         "positions go on through the row",
         "len(prompt) + torch.arange(lengths[i] - 1)\n",
@@ -616,10 +616,10 @@ GRPO = [
     ),
     (
         "completions see each other",
-        "visible = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))",
-        "visible = same_prompt.clone()",
+        "attention_mask = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))",
+        "attention_mask = same_prompt.clone()",
     ),
-    ("prompts see each other", "visible = same_prompt & (", "visible = ("),
+    ("prompts see each other", "attention_mask = same_prompt & (", "attention_mask = ("),
     ("the prompt's last state missed", "                last = end - 1\n", "                last = end - 2\n"),
     ("rows above their capacity", "            if needed > room or", "            if needed > room + 5 or"),
     (
@@ -638,7 +638,7 @@ GRPO = [
         "(v_codes.float() - 255).div_(16)).mul_(v_max)",
         "(v_codes.float() - 255).div_(16)).mul_(v_max).mul_(v_codes.sign())",
     ),
-    ("8-bit state not loaded", "                mine.copy_(other)\n", "                pass\n"),
+    ("8-bit state not loaded", "                mine.copy_(scattered(other, parameter))\n", "                pass\n"),
     ("dropout left on", "                setattr(owner, name, 0.0)\n", "                pass\n"),
     (
         "reference never refreshed",
@@ -812,7 +812,7 @@ GRPO = [
         "weight.abs().amax(-1).float()",
         "weight.abs().amax().float().expand(len(weight))",
     ),
-    ("the head in 8 bits too", " and x is not model.get_output_embeddings()]", "]"),
+    ("the head in 8 bits too", "isinstance(x, torch.nn.Linear) and x is not head}", "isinstance(x, torch.nn.Linear)}"),
     (
         "gradients kept until the next ones have come",
         "            norms.append(cut_gradients(",

@@ -229,7 +229,7 @@ def test_a_hub_id_stays_a_hub_id(grpo, tiny_grpo, tiny_lm):
 
 
 def test_save_merged_needs_an_adapter(grpo):
-    with pytest.raises(ValueError, match="save_merged merges the adapter of lora_rank, got 0"):
+    with pytest.raises(ValueError, match="save_merged merges the adapter of lora_rank, got lora_rank 0"):
         grpo.Args(save_merged=True)
 
 

@@ -219,9 +219,9 @@ def test_a_window_that_the_fast_path_ignores_is_found(grpo, tiny_grpo, window, m
     assert grpo.load_model(tiny_grpo(), window)[0].plain_because == ""
     masks = grpo.attention_masks
 
-    def ignored(model, visible, *positions):
+    def ignored(model, attention_mask, *positions):
         here = torch.zeros(1, 1, dtype=torch.long)
-        return masks(model, visible, here, here)
+        return masks(model, attention_mask, here, here)
 
     monkeypatch.setattr(grpo, "attention_masks", ignored)
     model = grpo.load_model(tiny_grpo(), window)[0]
@@ -240,7 +240,7 @@ def test_a_fault_of_the_fast_path_is_found(grpo, tiny_grpo, tiny_lm, monkeypatch
         def mixed_up(*arguments):
             cache = new_cache(*arguments)
             for layer in cache.layers:
-                layer.fill = lambda holes, movers, live, used, layer=layer: setattr(layer, "live", live)
+                layer.fill = lambda finished, moved, live, used, layer=layer: setattr(layer, "live", live)
             return cache
 
         monkeypatch.setattr(grpo, "new_cache", mixed_up)

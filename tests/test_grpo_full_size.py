@@ -168,6 +168,7 @@ INT8 = {"lora_rank": 4, "quantize": "int8"}
 
 
 def quantized_layers(model):
+    """{name: layer} of those in 8 bits."""
     return {name: x for name, x in model.named_modules() if isinstance(x, torch.nn.Linear) and hasattr(x, "scale")}
 
 
@@ -178,7 +179,67 @@ def unpacked_twin(grpo, args, model):
     for name, layer in quantized_layers(model).items():
         weight = layer.weight.double() * layer.scale.double()[:, None]
         modules[name].weight.data = weight.to(twin.dtype)
+    for name, layer in four_bit_layers(model).items():
+        from bitsandbytes.functional import dequantize_4bit
+
+        modules[name].weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(twin.dtype)
     return twin
+
+
+def four_bit_layers(model):
+    return {name: x for name, x in model.named_modules() if hasattr(getattr(x, "weight", None), "quant_state")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_four_bits_are_half_a_byte(grpo, tiny_grpo, tiny_lm, capsys, dtype):
+    """[G29] NF4 in every linear layer but the head: 0.5 bytes a weight and scales, near the plain weights, frozen."""
+    pytest.importorskip("bitsandbytes")
+    options = {"lora_rank": 4, "dtype": dtype}
+    model = grpo.load_model(tiny_grpo(**options, quantize="nf4"), tiny_lm)[0]
+    assert "quantized   14 of 14 weights\n" in capsys.readouterr().out
+    plain = grpo.load_model(tiny_grpo(**options), tiny_lm)[0]
+    layers, twin = four_bit_layers(model), unpacked_twin(grpo, tiny_grpo(**options), model)
+    assert len(layers) == 2 * 7 and "lm_head" not in layers
+    for name, layer in layers.items():
+        weight, unpacked = (x.get_submodule(name).weight.detach() for x in (plain, twin))
+        assert 2 * layer.weight.nbytes == weight.numel() and not layer.weight.requires_grad
+        assert 0.02 < float((unpacked - weight).norm() / weight.norm()) < 0.15
+
+
+def test_four_bits_need_bitsandbytes(grpo, tiny_grpo, tiny_lm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(grpo.InputError, match=r"^--quantize nf4 needs bitsandbytes: pip install bitsandbytes$"):
+        grpo.load_model(tiny_grpo(lora_rank=4, quantize="nf4"), tiny_lm)
+
+
+def test_what_is_not_reached_is_said(grpo, tiny_grpo, tmp_path, capsys):
+    """Experts that are one 3-D tensor are no linear layers and are not packed. PEFT adapts them, unless what it is to
+    adapt is named. The load-balancing loss of the model's config is not added."""
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 16}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=27, num_experts_per_tok=2, **sizes))
+    model.save_pretrained(tmp_path / "experts")
+    grpo.new_tokenizer().save_pretrained(tmp_path / "experts")
+    args = tiny_grpo(model=str(tmp_path / "experts"), **INT8)
+    model = grpo.load_model(args, args.model)[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert "quantized   8 of 14 weights; not experts.down_proj, experts.gate_up_proj, mlp.gate" in lines
+    assert "experts     the load-balancing loss of the model's config is not added to GRPO's" in lines
+    grpo.add_adapter(args, model)
+    assert "adapter" not in capsys.readouterr().out
+    model = grpo.load_model(args, args.model, is_compared=False)[0]
+    brought = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    brought.save_pretrained(tmp_path / "adapter")
+    grpo.new_tokenizer().save_pretrained(tmp_path / "adapter")
+    args = grpo.replace(args, model=str(tmp_path / "adapter"))
+    capsys.readouterr()
+    grpo.add_adapter(args, grpo.load_model(args, args.model, is_compared=False)[0])
+    left_out = "experts.down_proj, experts.gate_up_proj, mlp.gate, self_attn.k_proj, self_attn.o_proj"
+    assert f"adapter     for 4 of 14 weights; not {left_out}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -204,7 +265,8 @@ def test_a_row_of_zeros_stays_one(grpo):
     model.get_output_embeddings = lambda: None
     model[0].weight.data = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 4.0]])
     bias = model[0].bias.detach().clone()
-    grpo.quantize(model, "cpu")
+    model.get_input_embeddings = lambda: None
+    grpo.quantize(model, "int8", "cpu")
     assert torch.equal(model(torch.zeros(1, 3)), bias[None])
     torch.testing.assert_close(model(torch.eye(3))[:, 1] - bias[1], torch.tensor([1.0, -2.0, 4.0]), rtol=0, atol=0.02)
     assert model(torch.eye(3))[:, 0].tolist() == [bias[0].item()] * 3
@@ -227,14 +289,18 @@ def adapter_gradients(grpo, args, model):
     return logprobs.detach(), {name: x.grad for name, x in adapters.items()}
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
 @pytest.mark.parametrize(
     ("dtype", "gradient_checkpointing"), [("float32", False), ("float32", True), ("bfloat16", True)]
 )
-def test_gradients_through_quantized_weights(grpo, tiny_grpo, tiny_lm, dtype, gradient_checkpointing):
-    """[G29] The adapters' gradients are those of the model whose weights are the codes times their scales: to 1e-4 of
+def test_gradients_through_quantized_weights(grpo, tiny_grpo, tiny_lm, dtype, gradient_checkpointing, quantize):
+    """[G29] The adapters' gradients are those of the model whose weights are what the codes stand for: to 1e-4 of
     the gradient's norm in float32, to 10% in bfloat16, in which those weights themselves are rounded."""
     pytest.importorskip("peft")
-    args = tiny_grpo(**INT8, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    options = {"lora_rank": 4, "quantize": quantize, "dtype": dtype}
+    args = tiny_grpo(**options, gradient_checkpointing=gradient_checkpointing)
     model = grpo.load_model(args, tiny_lm)[0]
     twin = unpacked_twin(grpo, args, model)
     (logprobs, found), (twins, expected) = (adapter_gradients(grpo, args, x) for x in (model, twin))
@@ -249,8 +315,9 @@ def test_gradients_through_quantized_weights(grpo, tiny_grpo, tiny_lm, dtype, gr
 def test_no_unpacked_weight_is_kept(grpo, tiny_grpo, tiny_lm):
     """[G29] What autograd keeps of a quantized model's forward pass, weights aside, is what it keeps of a plain one."""
     pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
     kept = []
-    for quantize in ("none", "int8"):
+    for quantize in ("none", "int8", "nf4"):
         args = tiny_grpo(lora_rank=4, quantize=quantize)
         model = grpo.load_model(args, tiny_lm)[0]
         grpo.add_adapter(args, model)
@@ -267,7 +334,7 @@ def test_no_unpacked_weight_is_kept(grpo, tiny_grpo, tiny_lm):
             loss = model(torch.arange(3, 13).view(1, -1)).logits.square().sum()
         kept.append(sum(storages.values()))
         loss.backward()
-    assert kept[0] > 10_000 and kept[1] <= 1.01 * kept[0]
+    assert kept[0] > 10_000 and max(kept) <= 1.01 * kept[0]
 
 
 def test_a_quantized_run(grpo, tiny_grpo, tiny_lm, monkeypatch):
@@ -314,7 +381,8 @@ def test_quantize_needs_an_adapter_and_linear_layers(grpo, tiny_grpo, tiny_gpt2)
 
 
 def two_processes(grpo, args):
-    """The run as torchrun would start it, twice; each process leaves its weights beside the run directory."""
+    """The run as torchrun would start it, twice. Each process returns its part of the weights and of the optimizer's
+    state, and the whole state that it gathered from what it had loaded of a checkpoint."""
     words = []
     for name, value in vars(args).items():
         if value is not None and value != getattr(grpo.Args(), name):
@@ -328,13 +396,26 @@ spec = importlib.util.spec_from_file_location("script", {str(grpo.__file__)!r})
 script = importlib.util.module_from_spec(spec)
 sys.modules["script"] = script
 spec.loader.exec_module(script)
-models, new_optimizer = [], script.new_optimizer
-script.new_optimizer = lambda args, model: models.append(model) or new_optimizer(args, model)
+models, optimizers, new_optimizer = [], [], script.new_optimizer
+loaded, load = [], script.AdamW8bit.load_state_dict
+
+def keep(args, model):
+    models.append(model)
+    optimizers.append(new_optimizer(args, model))
+    return optimizers[0]
+
+def load_and_gather(optimizer, saved):
+    load(optimizer, saved)
+    loaded.extend(optimizer.state_dict()["state"])
+
+script.new_optimizer, script.AdamW8bit.load_state_dict = keep, load_and_gather
 script.main()
-torch.save(
-    {{name: script.own_part(x.detach()) for name, x in models[0].named_parameters()}},
-    {(args.resume or args.run_dir)!r} + f".{{os.environ['RANK']}}.pt",
-)
+content = {{
+    "weights": {{name: script.own_part(x.detach()) for name, x in models[0].named_parameters()}},
+    "state": optimizers[0].state,
+    "loaded": loaded,
+}}
+torch.save(content, {(args.resume or args.run_dir)!r} + f".{{os.environ['RANK']}}.pt")
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -359,7 +440,7 @@ torch.save(
 def test_replicas_stay_equal(grpo, tiny_grpo):
     """[G18] Two processes with all of the weights each: rounded stochastically, in bfloat16, to the same bits."""
     args = tiny_grpo(**BF16, prompts_per_step=4, beta=0.1)
-    one, two = two_processes(grpo, args)
+    one, two = (part["weights"] for part in two_processes(grpo, args))
     before = weights_of(grpo, args)
     assert sum(not torch.equal(x, before[name]) for name, x in one.items()) > len(before) / 2
     assert all(torch.equal(x, two[name]) for name, x in one.items())
@@ -378,7 +459,8 @@ def test_two_shards_train_as_one_process(grpo, tiny_grpo, gradient_checkpointing
     alone = tiny_grpo("alone", **options)
     metrics, weights, state = run(grpo, alone)
     args = tiny_grpo("both", **options, shard=True)
-    parts = two_processes(grpo, args)
+    processes = two_processes(grpo, args)
+    parts = [process["weights"] for process in processes]
     before = weights_of(grpo, alone)
     for name, x in weights.items():
         assert sum(len(part[name]) for part in parts) == len(x) and len(parts[1][name]) <= len(parts[0][name]) < len(x)
@@ -392,9 +474,12 @@ def test_two_shards_train_as_one_process(grpo, tiny_grpo, gradient_checkpointing
     for name, x in weights.items():
         torch.testing.assert_close(saved["policy"][name], x, rtol=0, atol=2e-5)
         assert torch.equal(saved["policy"][name], torch.cat([part[name] for part in parts]))
-    own, kept = state["state"][0], saved["optimizer"]["state"][0]
-    assert [x.shape for x in own] == [x.shape for x in kept]
-    assert (own[1].float() - kept[1].float()).abs().mean() < 2
+    for i, (own, kept) in enumerate(zip(state["state"], saved["optimizer"]["state"], strict=True)):
+        assert [x.shape for x in own] == [x.shape for x in kept]
+        codes = own[1].float() - kept[1].float()
+        assert codes.abs().mean() < 0.1
+        halves = zip(*(process["state"][i] for process in processes), strict=True)
+        assert all(torch.equal(x, torch.cat(half)) for x, half in zip(kept, halves, strict=True))
     exported = AutoModelForCausalLM.from_pretrained(Path(args.run_dir) / "policy")
     assert type(exported).__name__ == "Qwen3ForCausalLM" == exported.config.architectures[0]
     assert all(torch.equal(x, saved["policy"][name]) for name, x in exported.named_parameters())
@@ -410,8 +495,8 @@ def prolong(args):
 
 @pytest.mark.processes
 def test_a_checkpoint_fits_any_number_of_processes(grpo, tiny_grpo):
-    """[G27] Two steps by two processes and a third by one, or the other way round: near three by one, for the moments
-    are rounded anew in other blocks."""
+    """[G27] Two steps by two processes and a third by one, or the other way round: near three by one. The state that
+    moves from one number to the other keeps its bits."""
     options = {**SHARDED, "anneal_lr": False}
     straight = run(grpo, tiny_grpo("straight", **options, steps=3))[1]
     began_as_two, began_as_one = tiny_grpo("two", **options, steps=2, shard=True), tiny_grpo("one", **options, steps=2)
@@ -420,20 +505,25 @@ def test_a_checkpoint_fits_any_number_of_processes(grpo, tiny_grpo):
     prolong(began_as_two)
     prolong(began_as_one)
     grpo.train(grpo.replace(grpo.resumed_args(began_as_two.run_dir), shard=False))
-    two_processes(grpo, grpo.replace(grpo.resumed_args(began_as_one.run_dir), shard=True))
+    kept = torch.load(Path(began_as_one.run_dir) / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    for process in two_processes(grpo, grpo.replace(grpo.resumed_args(began_as_one.run_dir), shard=True)):
+        for own, other in zip(kept, process["loaded"], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(own, other, strict=True))
     before = weights_of(grpo, began_as_one)
     for args in (began_as_two, began_as_one):
         saved = torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)
         assert saved["step"] == 3
         moved = torch.cat([(x - before[name]).flatten() for name, x in straight.items()])
         apart = torch.cat([(x - saved["policy"][name]).flatten() for name, x in straight.items()])
-        assert moved.norm() > 0.05 and apart.norm() < 0.1 * moved.norm()
+        assert moved.norm() > 0.05 and apart.norm() < 0.01 * moved.norm()
 
 
 def test_shard_needs_processes(grpo, tiny_grpo):
     with pytest.raises(grpo.InputError, match="--shard needs several processes"):
         grpo.train(tiny_grpo(optimizer="adamw8bit", shard=True))
-    with pytest.raises(ValueError, match="shard takes optimizer adamw8bit, and neither offload nor lora_rank"):
+    with pytest.raises(
+        ValueError, match="shard needs optimizer adamw8bit, and works with neither offload nor lora_rank"
+    ):
         grpo.Args(shard=True)
 
 

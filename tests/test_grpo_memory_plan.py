@@ -47,6 +47,7 @@ PLANNED = [
     {"max_tokens": 100, "micro_batch_tokens": 500, "logprob_tokens": 32},
     {"dtype": "bfloat16", "optimizer": "adamw8bit", "lora_rank": 4, "quantize": "int8"},
     {"lora_rank": 4, "quantize": "int8", "gradient_checkpointing": True},
+    {"dtype": "bfloat16", "optimizer": "adamw8bit", "lora_rank": 4, "quantize": "nf4", "gradient_checkpointing": True},
 ]
 
 
@@ -58,8 +59,10 @@ def test_plan_is_what_the_allocator_counts(grpo, planner, tiny_grpo, options):
     model = grpo.load_model(args, args.model)[0]
     if args.lora_rank:
         grpo.add_adapter(args, model)
-    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    weights = planner.bytes_of_weights(model)
     assert plan["weights"] == (weights, 0)
+    if args.quantize == "nf4":
+        assert weights > sum(x.nbytes for x in (*model.parameters(), *model.buffers()))  # the scales' too
     state = plan["optimizer state"]
     optimizer = grpo.new_optimizer(args, model)
     if args.optimizer == "adamw8bit":

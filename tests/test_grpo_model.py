@@ -307,7 +307,7 @@ def test_a_wrong_position_or_mask_shows(grpo, lm, fault):
         size = batch.ids.shape[1]
         wrong = {
             "positions": batch._replace(positions=torch.arange(size).expand_as(batch.positions)),
-            "mask": batch._replace(visible=torch.ones_like(batch.visible).tril()),
+            "mask": batch._replace(attention_mask=torch.ones_like(batch.attention_mask).tril()),
             "state": batch._replace(sources=(batch.sources - 1).clamp(min=0)),
         }[fault]
         found = grpo.completion_logprobs(model, wrong, 12, 0.7, 1024)
@@ -460,16 +460,16 @@ def test_small_steps_are_not_lost(grpo):
     assert weights.dtype == torch.bfloat16
 
 
-def compared(grpo, steps, size=3000, lr=1e-2, **options):
+def compared(grpo, steps, shape=(12, 250), lr=1e-2, **options):
     """The same gradients, of different sizes, through AdamW8bit and torch.optim.AdamW: weights of both."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, generator=generator)
-    scale = torch.logspace(-3, 1, size)
+    start = torch.randn(shape, generator=generator)
+    scale = torch.logspace(-3, 1, start.numel()).view(shape)
     mine, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     own = grpo.AdamW8bit([mine], lr=lr, **options)
     reference = torch.optim.AdamW([theirs], lr=lr, betas=(0.9, 0.95), **{"weight_decay": 0.0, **options})
     for _ in range(steps):
-        mine.grad = scale * (1 + 0.5 * torch.randn(size, generator=generator))
+        mine.grad = scale * (1 + 0.5 * torch.randn(shape, generator=generator))
         theirs.grad = mine.grad.clone()
         own.step()
         reference.step()
@@ -489,18 +489,18 @@ def test_adamw8bit_follows_adamw(grpo):
 
 def test_adamw8bit_weight_decay(grpo):
     """Decoupled: weights shrink by lr · decay, whatever the gradient; without it they do not."""
-    weights = torch.nn.Parameter(torch.full((300,), 2.0))
+    weights = torch.nn.Parameter(torch.full((3, 100), 2.0))
     optimizer = grpo.AdamW8bit([weights], lr=0.1, weight_decay=0.5)
-    weights.grad = torch.zeros(300)
+    weights.grad = torch.zeros(3, 100)
     optimizer.step()
-    torch.testing.assert_close(weights.detach(), torch.full((300,), 1.9))
+    torch.testing.assert_close(weights.detach(), torch.full((3, 100), 1.9))
     _, mine, theirs = compared(grpo, 5, weight_decay=0.1)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=4e-3)
 
 
 def test_adamw8bit_state(grpo):
     """[G19] 2 bytes a parameter and a little for each block; parameters of any shape; those without gradient rest."""
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((1000, 100), (256,), (7,), (3, 5))]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((1000, 100), (2, 3, 7), (7,), (3, 5))]
     optimizer = grpo.AdamW8bit(parameters, lr=1e-2)
     state = sum(x.numel() * x.element_size() for x in optimizer.state[0])
     assert state / parameters[0].numel() <= 2.1
@@ -513,12 +513,42 @@ def test_adamw8bit_state(grpo):
     assert all(parameter.grad is None for parameter in parameters)
 
 
+def test_blocks_are_never_split_by_rows(grpo):
+    """[G27] Every block lies in one row, so the rows of a parameter, updated as two parameters, keep the same state."""
+    start = [torch.randn(shape) for shape in ((9, 300), (9, 16), (9, 2, 300), (9,))]
+    whole = [torch.nn.Parameter(x.clone()) for x in start]
+    parts = [torch.nn.Parameter(part.clone()) for x in start for part in x.split([5, 4])]
+    together, apart = grpo.AdamW8bit(whole, lr=1e-2), grpo.AdamW8bit(parts, lr=1e-2)
+    assert [x[0].shape for x in together.state] == [(9, 2, 150), (9, 1, 16), (9, 3, 200), (9, 1, 1)]
+    for _ in range(3):
+        for i, parameter in enumerate(whole):
+            parameter.grad = torch.randn_like(parameter)
+            for part, gradient in zip(parts[2 * i : 2 * i + 2], parameter.grad.split([5, 4])):
+                part.grad = gradient.clone()
+        together.step()
+        apart.step()
+    for i, state in enumerate(together.state):
+        for x, one, two in zip(state, *apart.state[2 * i : 2 * i + 2], strict=True):
+            assert torch.equal(x, torch.cat([one, two]))
+    vector, moments = whole[3], together.decode(*together.state[3])
+    assert vector.shape == moments[0].flatten().shape and moments[0].abs().min() > 0
+
+
+def test_state_in_the_blocks_of_an_older_version_is_refused(grpo):
+    optimizer = grpo.AdamW8bit([torch.nn.Parameter(torch.ones(3, 100))], lr=1e-2)
+    older = [torch.zeros(2, n) for n in (256, 256, 1, 1)]
+    with pytest.raises(
+        grpo.InputError, match="has the blocks of an older version of this script and cannot be resumed"
+    ):
+        optimizer.load_state_dict({"steps": 1, "state": [older]})
+
+
 def test_adamw8bit_in_slices(grpo):
     """A parameter larger than a slice: the same bits as its two parts have as parameters of their own."""
-    size = (1 << 18) + 300
-    start, gradients = torch.randn(size), torch.randn(3, size)
+    rows = (1 << 9) + 3
+    start, gradients = torch.randn(rows, 900), torch.randn(3, rows, 900)
     ends = []
-    for parts in ([size], [1 << 18, 300]):
+    for parts in ([rows], [rows // 2, rows - rows // 2]):
         parameters = [torch.nn.Parameter(part.clone()) for part in start.split(parts)]
         optimizer = grpo.AdamW8bit(parameters, lr=1e-2)
         for gradient in gradients:
@@ -531,10 +561,10 @@ def test_adamw8bit_in_slices(grpo):
 
 def test_adamw8bit_saved_and_loaded(grpo, tmp_path):
     """Through a file, in the middle: the same bits as without the pause."""
-    gradients = torch.randn(6, 700, generator=torch.Generator().manual_seed(1))
+    gradients = torch.randn(6, 7, 100, generator=torch.Generator().manual_seed(1))
     ends = []
     for pause in (False, True):
-        weights = torch.nn.Parameter(torch.ones(700))
+        weights = torch.nn.Parameter(torch.ones(7, 100))
         optimizer = grpo.AdamW8bit([weights], lr=1e-2)
         for step, gradient in enumerate(gradients):
             if pause and step == 3:
@@ -551,23 +581,23 @@ def test_adamw8bit_beside_a_large_gradient(grpo):
     """Small gradients in the block of a large one that changes its sign, so that √v has a large maximum and m has not.
     They take steps that are too small, never huge ones, after they have ended either: √v is rounded up, not to 0."""
     small = torch.logspace(-9, -3, 255)
-    weights = torch.nn.Parameter(torch.zeros(256))
+    weights = torch.nn.Parameter(torch.zeros(1, 256))
     optimizer = grpo.AdamW8bit([weights], lr=1e-2)
     for step in range(30):
         before = weights.detach().clone()
-        weights.grad = torch.cat([torch.tensor([(-1.0) ** step]), small if step < 20 else 0 * small])
+        weights.grad = torch.cat([torch.tensor([(-1.0) ** step]), small if step < 20 else 0 * small])[None]
         optimizer.step()
-        moved = weights.detach()[1:] - before[1:]
+        moved = (weights.detach() - before)[0, 1:]
         assert (moved <= 0).all() and moved.abs().max() < 0.02
-    assert weights.detach()[-1] < -0.1
+    assert weights.detach()[0, -1] < -0.1
 
 
 def test_adamw8bit_converges(grpo):
     """A quadratic whose curvatures lie four orders of magnitude apart, in bfloat16 weights too: to its minimum."""
-    curvature, target = torch.logspace(-2, 2, 1000), torch.linspace(-1, 1, 1000)
+    curvature, target = torch.logspace(-2, 2, 1000).view(4, 250), torch.linspace(-1, 1, 1000).view(4, 250)
     for dtype, nearest in ((torch.float32, 1e-3), (torch.bfloat16, 5e-3)):
         torch.manual_seed(0)
-        weights = torch.nn.Parameter(torch.zeros(1000, dtype=dtype))
+        weights = torch.nn.Parameter(torch.zeros(4, 250, dtype=dtype))
         optimizer = grpo.AdamW8bit([weights], lr=0.0)
         for step in range(400):
             optimizer.param_groups[0]["lr"] = 2e-2 * (1 - step / 400)

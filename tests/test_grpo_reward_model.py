@@ -145,7 +145,7 @@ def test_beyond_its_context_the_end_is_read(grpo, tiny_grpo, stage_3):
     assert len(whole) > 100 and model.config.max_position_embeddings == 64
     with torch.no_grad():
         own = float(model(torch.tensor([whole[-64:]])).logits)
-    with pytest.warns(UserWarning, match="the reward model reads the last 64 tokens"):
+    with pytest.warns(UserWarning, match="exceeds the reward model's context: its last 64 tokens are read"):
         score = float(grpo.raw_scores(model, tokenizer, [(prompt, text, True)]).detach())
     assert score == pytest.approx(own, rel=1e-4, abs=1e-4)
 

@@ -754,7 +754,7 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--supervision", "process", "--length-weight", "1"], "which judge a whole completion, would do nothing"),
         (["--supervision", "process", "--task", "countdown"], "which task countdown does not have"),
         (["--data", "d.jsonl"], "data is read for task gsm8k and jsonl; task arithmetic writes its own problems"),
-        (["--instruction", "Add."], "instruction needs {} where the problem is to stand, got 'Add.'"),
+        (["--instruction", "Add."], "instruction needs {} in the place of the problem, got 'Add.'"),
         (["--model", ""], "need a name or a path, got an empty one"),
         (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
         (["--reduction", "mean"], "invalid choice"),
@@ -773,7 +773,7 @@ def test_bad_flags(command, tmp_path, words, message):
 
 
 def test_resume_and_run_dir_exclude_each_other(grpo):
-    with pytest.raises(ValueError, match="resume a goes on in its own directory, not in run_dir b"):
+    with pytest.raises(ValueError, match="resume a continues in its own directory, not in run_dir b"):
         grpo.Args(resume="a", run_dir="b")
 
 

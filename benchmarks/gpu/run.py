@@ -50,7 +50,7 @@ def random_model(script, shape, args):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     if args.quantize != "none":
-        script.quantize(model, "meta")  # without content: the card never holds more
+        script.quantize(model, args.quantize, "meta")  # without content: the card never holds more
     model = model.to_empty(device=args.device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(args.device)
     model.tie_weights()
