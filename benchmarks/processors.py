@@ -60,7 +60,7 @@ def breakout(args, run_dir):
     import ppo_atari
 
     settings = {"env_id": "ALE/Breakout-v5", "total_timesteps": 120_000, "learning_rate": 5e-4, "anneal_lr": False}
-    settings |= {"torch_threads": 1, "eval_episodes": 40, "bf16": args.one == "own"}  # emulated bfloat16 crawls
+    settings |= {"torch_threads": 1, "eval_episodes": 40}
     metrics = ppo_atari.train(ppo_atari.Args(seed=args.seed, run_dir=run_dir, **settings))
     return {"return, 40 games": metrics[-1]["charts/eval_return"]}
 

@@ -295,6 +295,7 @@ ATARI = [
         "envs.reset(seed=env_seed(args.seed, global_step) + rank * N)",
         "envs.reset(seed=env_seed(args.seed, global_step))",
     ),
+    ("bfloat16 on a CPU that is slow in it", "    if times_slower <= 1:", "    if times_slower <= 1e9:"),
 ]
 
 # (script, what is wrong, the right text, the wrong text)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -266,6 +267,29 @@ def test_transitions_rewards_and_scores(watch, small):
     for index, row in enumerate(seen.metrics):
         here = [score for when, score in scores if when == index]
         assert row.get("charts/episodic_return") == (pytest.approx(np.mean(here)) if here else None)
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_bfloat16_where_it_is_faster(atari, small, slow, monkeypatch, capsys):
+    """A CPU that has no instructions for one of the two types is slow in it: the other one is taken, and it is said."""
+    real = torch.nn.Conv2d.forward
+
+    def forward(layer, x):
+        result = real(layer, x)
+        if result.dtype is slow:
+            time.sleep(0.5)  # far more than the other type takes, whatever this machine is
+        return result
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    torch.manual_seed(1)
+    chosen = atari.without_slow_bf16(small(), "cpu")
+    assert chosen.bf16 is (slow is torch.float32)
+    assert chosen == small(bf16=chosen.bf16)
+    assert ("bf16        off: float32 is" in capsys.readouterr().out) is (slow is torch.bfloat16)
+    number = torch.rand(())
+    torch.manual_seed(1)
+    assert number == torch.rand(())  # the run's random numbers are not used up
+    assert atari.without_slow_bf16(small(bf16=False), "cpu").bf16 is False
 
 
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.02)])

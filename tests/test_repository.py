@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -296,3 +297,15 @@ def test_signatures_of_the_exercises_are_those_of_the_script(page):
     script = ROOT / PAGES[page]
     module = load_script(script)
     assert on_page == {name: str(inspect.signature(getattr(module, name))) for name in SCRIPTS[script]}
+
+
+def test_the_experiments_that_break_grpo_can_be_made(monkeypatch):
+    """The lines that benchmarks/break_grpo.py changes stand in the script, and what it leaves compiles."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "break_grpo.py"))
+    changes = [change for _, change in benchmark["EXPERIMENTS"].values() if change]
+    assert len(changes) == 2
+    for right, wrong in changes:
+        source = read(ROOT / "grpo_llm.py")
+        assert source.count(right) == 1
+        compile(source.replace(right, wrong), "grpo_llm.py", "exec")
