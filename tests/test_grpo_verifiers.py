@@ -373,8 +373,8 @@ def rate(grpo, problems, text):
 def test_hostile_completions(grpo, sum_problem, countdown, name):
     """No exception, a few milliseconds, and never right."""
     text, word = HOSTILE[name], grpo.Problem("?", "Paris")
-    assert rate(grpo, [sum_problem, countdown], text) < 0.02
-    assert rate(grpo, [word], text) < 0.02
+    assert rate(grpo, [sum_problem, countdown], text) < 0.1
+    assert rate(grpo, [word], text) < 0.1
     for problem in (sum_problem, countdown, word):
         assert not grpo.is_right(problem, text)
         assert not any(grpo.step_rewards_of(problem, text)[0])
