@@ -51,6 +51,7 @@ def load(way, directory):
     quantize = "int8" if way == "int8" else "none"
     args = grpo_llm.Args(
         model=directory,
+        device="cpu",
         dtype="bfloat16",
         optimizer="adamw8bit",
         lora_rank=16,
