@@ -83,6 +83,8 @@ PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
 PositiveFloat = Annotated[float, "must be above 0", lambda x: x > 0]
 NonNegativeInt = Annotated[int, "must not be negative", lambda x: x >= 0]
 NonNegativeFloat = Annotated[float, "must not be negative", lambda x: x >= 0]
+ChosenInt = Annotated[int | None, "must be above 0", lambda x: x is None or x > 0]  # None: chosen() chooses it
+ChosenFloat = Annotated[float | None, "must be above 0", lambda x: x is None or x > 0]
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ class Args:
     seed: NonNegativeInt = 1  # seed of weights, problems and samples
     # the algorithm
     steps: PositiveInt = 100  # rollouts: each samples answers, then learns from them
-    prompts_per_step: PositiveInt = 32  # P, prompts in a rollout, over all processes
-    group_size: int = 8  # G, completions of each prompt
-    max_tokens: PositiveInt = 40  # T, the most tokens of a completion
+    prompts_per_step: ChosenInt = None  # P, prompts in a rollout, over all processes; chosen for you
+    group_size: ChosenInt = None  # G, completions of each prompt; chosen for you
+    max_tokens: ChosenInt = None  # T, the most tokens of a completion; chosen for you
     temperature: PositiveFloat = 1.0  # temperature of the sampling, and of every log-probability in training
     num_epochs: PositiveInt = 1  # μ, passes over each rollout
     num_minibatches: PositiveInt = 1  # gradient steps in each pass
@@ -108,7 +110,7 @@ class Args:
     scale_by_std: bool = True  # divide advantages by the standard deviation of the group
     reduction: Literal["sequence", "token", "constant"] = "sequence"  # what the token losses are averaged over
     # the update
-    learning_rate: PositiveFloat = 3e-4  # AdamW's; about 1e-6 to 1e-5 for a model that is already trained
+    learning_rate: ChosenFloat = None  # AdamW's; chosen for you: the larger the model, the smaller
     warmup_steps: NonNegativeInt = 0  # rollouts over which the learning rate rises to its value
     anneal_lr: bool = True  # after the warm-up, let the learning rate fall to 0 until the end of the run
     weight_decay: NonNegativeFloat = 0.0  # AdamW's
@@ -121,11 +123,11 @@ class Args:
     # evaluation
     eval_every: NonNegativeInt = 25  # steps between two evaluations on held-out problems; 0: before and after only
     eval_problems: PositiveInt = 256  # held-out problems
-    eval_samples: PositiveInt = 16  # n, samples of each held-out problem
+    eval_samples: ChosenInt = None  # n, samples of each held-out problem; chosen for you
     eval_k: PositiveInt = 8  # k of pass@k and maj@k
     # the run
-    device: str = "cpu"  # cpu, cuda, cuda:1 …
-    torch_threads: PositiveInt = 1  # CPU threads of torch
+    device: str | None = None  # cpu, cuda, cuda:1 …; chosen for you
+    torch_threads: ChosenInt = None  # CPU threads of torch; chosen for you
     run_dir: str | None = None  # where everything is written; default runs/<task>__<script>__<seed>__<time>
     checkpoint_every: NonNegativeInt = 25  # steps between two checkpoints; 0: at the end only
     resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
@@ -135,7 +137,7 @@ class Args:
     model: str | None = None  # Hub id or directory of a causal language model; default a small one, trained here
     data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
-    dtype: Literal["float32", "bfloat16"] = "float32"  # type of the weights; bfloat16 needs --optimizer adamw8bit
+    dtype: Literal["float32", "bfloat16"] | None = None  # type of the weights; chosen for you
     lora_rank: NonNegativeInt = 0  # train LoRA adapters of this rank; the reference then costs no memory
     quantize: Literal["none", "int8", "nf4"] = "none"  # with --lora-rank: keep the frozen weights in 8 or 4 bits
     save_merged: bool = False  # with --lora-rank: also write the model with the adapter merged into it, as merged
@@ -158,12 +160,12 @@ class Args:
     reward_model_learning_rate: NonNegativeFloat = 1e-5  # AdamW's in these steps
     # speed and memory
     fast: bool = True  # shared-prompt cache and packed rows, if they are right for the model; else the plain path
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # torch's, or one with 2 bytes of state a parameter
+    optimizer: Literal["adamw", "adamw8bit"] | None = None  # torch's, or 2 bytes of state a parameter; chosen for you
     micro_batch_tokens: NonNegativeInt = 0  # tokens in one training pass, same gradient; 0: 2048, on a GPU 8192
     logprob_tokens: PositiveInt = 1024  # tokens whose logits exist at the same time
     generate_rows: PositiveInt = 2048  # sequences that are sampled at the same time
     cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
-    gradient_checkpointing: bool = False  # keep only the input of each layer and compute the rest again
+    gradient_checkpointing: bool | None = None  # keep each layer's input, compute the rest again; chosen for you
     offload: bool = False  # gradients, 8-bit state and reference in host memory; only the weights stay on the device
     shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
 
@@ -684,6 +686,7 @@ def train(args: Args) -> list[dict]:
     # 1. Problems, processes, run directory
     saved = load_checkpoint(args)  # of the run that --resume names, else None
     problems, held_out = load_problems(args)
+    args = choose_settings(args, saved, problems)  # what was not given: learning rate, group size, device, …
     args, run_dir = start_run(args, held_out)
     P = len(own_share(range(args.prompts_per_step)))  # prompts of this process
     G, T = args.group_size, args.max_tokens
@@ -966,9 +969,10 @@ def load_other_task(args):
 
 def check_problems(args, found, drawn, problems, held_out):
     """Refuse a task that is too small, and say what of the problems found is left out: not drawn, or drawn twice."""
-    if len(problems) - held_out < args.prompts_per_step or not held_out:
+    prompts_per_step = args.prompts_per_step or 1  # None: chosen later, at most as many as there are
+    if len(problems) - held_out < prompts_per_step or not held_out:
         raise InputError(
-            f"{len(problems)} different problems are too few for steps of {args.prompts_per_step} beside the "
+            f"{len(problems)} different problems are too few for steps of {prompts_per_step} beside the "
             f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
         )
     left_out = {
@@ -2637,13 +2641,13 @@ def check_bounds(args):
 
 def check_settings(args):
     """Raise ValueError where settings do not fit each other."""
-    if args.group_size < 2:
+    if args.group_size == 1:
         raise ValueError(f"group_size must be 2 or more, or every advantage is 0, got {args.group_size}")
-    if args.prompts_per_step < args.num_minibatches:
+    if args.prompts_per_step and args.prompts_per_step < args.num_minibatches:
         raise ValueError(
             f"num_minibatches {args.num_minibatches} must not exceed prompts_per_step {args.prompts_per_step}"
         )
-    if args.eval_k > args.eval_samples:
+    if args.eval_samples and args.eval_k > args.eval_samples:
         raise ValueError(f"eval_k {args.eval_k} must not exceed eval_samples {args.eval_samples}")
     if args.operators not in ("+", "+-"):
         raise ValueError(f"operators must be + or +-, got {args.operators!r}")
@@ -2653,9 +2657,9 @@ def check_settings(args):
         raise ValueError(f"quantize {args.quantize} freezes the weights, and lora_rank 0 adds none that could learn")
     if args.save_merged and not args.lora_rank:
         raise ValueError("save_merged merges the adapter of lora_rank, got lora_rank 0")
-    if args.offload and args.optimizer != "adamw8bit":
+    if args.offload and args.optimizer == "adamw":
         raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {args.optimizer}")
-    if args.shard and (args.optimizer != "adamw8bit" or args.offload or args.lora_rank):
+    if args.shard and (args.optimizer == "adamw" or args.offload or args.lora_rank):
         raise ValueError("shard needs optimizer adamw8bit, and works with neither offload nor lora_rank")
     if args.task in ("gsm8k", "jsonl") and args.model is None:
         raise ValueError(f"task {args.task} needs a model that can read, got no model")
@@ -2694,6 +2698,135 @@ def check_settings(args):
         re.compile(args.format_pattern)
     except re.error as error:
         raise ValueError(f"format_pattern {args.format_pattern!r} is no regular expression: {error}") from None
+
+
+# ---- Settings that are chosen for you ----
+
+CHOSEN = [
+    *("device", "torch_threads", "dtype", "optimizer", "learning_rate", "gradient_checkpointing"),
+    *("prompts_per_step", "group_size", "max_tokens", "eval_samples"),
+]
+
+# With --model: prompts in a step, completions of each, the most tokens of a completion. Short answers need few tokens
+TASK_SIZES = {"arithmetic": (8, 8, 64), "countdown": (8, 8, 256), "gsm8k": (16, 8, 320), "jsonl": (8, 8, 32)}
+
+
+def chosen(args, problems=(), size=None):
+    """(Args in which every field of CHOSEN is set, {field: why it was chosen so}). The first choice of a field stands,
+    and what is given by hand stands before all of them.
+
+    problems: those to learn from. size: the number of parameters of --model; None counts it, if a choice needs it.
+    """
+    why, has_gpu = {}, torch.cuda.is_available()
+    if args.model is None:
+        reason, plain = "enough for the small model", {"dtype": "float32", "gradient_checkpointing": False}
+        args = choose(args, why, reason, device="cpu", torch_threads=1, **plain)
+        reason, P, samples = "found for the small model", prompts_for(args, 32, problems), max(16, args.eval_k)
+        args = choose(args, why, reason, learning_rate=3e-4, prompts_per_step=P, group_size=8, max_tokens=40)
+        args = choose(args, why, reason, eval_samples=samples)
+
+    # The machine
+    args = choose(args, why, "a GPU was found" if has_gpu else "no GPU was found", device="cuda" if has_gpu else "cpu")
+    on_gpu = args.device.startswith("cuda")
+    threads = (1, "the GPU does the work") if on_gpu else (torch.get_num_threads(), "as many as torch finds")
+    args = choose(args, why, threads[1], torch_threads=threads[0])
+    if args.optimizer == "adamw" and not args.lora_rank:
+        args = choose(args, why, "adamw would lose its small steps in bfloat16", dtype="float32")
+    elif on_gpu or (args.device == "cpu" and multiplies_bfloat16()):
+        args = choose(args, why, "half the memory of float32, and quick on this processor", dtype="bfloat16")
+    else:
+        args = choose(args, why, "bfloat16 is slow on this processor", dtype="float32")
+    if args.dtype == "bfloat16" or args.offload or args.shard:
+        args = choose(args, why, "bfloat16, --offload and --shard need it", optimizer="adamw8bit")
+    args = choose(args, why, "the usual one for float32", optimizer="adamw")
+
+    # The model
+    if size is None and (args.learning_rate is None or (args.gradient_checkpointing is None and on_gpu)):
+        size = num_parameters(args.model)
+    if args.learning_rate is None:
+        reason = f"for {size / 1e9:.2g}B parameters" + ", ten times as much for LoRA" * bool(args.lora_rank)
+        args = choose(args, why, reason, learning_rate=learning_rate_for(size, args.lora_rank > 0))
+    reason, is_large = "saves memory, takes time: for 1B parameters and more on a GPU", on_gpu and (size or 0) > 1e9
+    args = choose(args, why, reason, gradient_checkpointing=is_large)
+
+    # The task
+    P, G, T = TASK_SIZES[args.task]
+    if args.task == "jsonl":
+        longest = max((len(problem.answer) for problem in problems), default=0)
+        reason = f"{T} and the longest answer's {longest} characters; raise it if the model is to reason first"
+        args = choose(args, why, reason, max_tokens=T + longest)
+    reason = f"usual for task {args.task}"
+    args = choose(args, why, reason, prompts_per_step=prompts_for(args, P, problems), group_size=G, max_tokens=T)
+    return choose(args, why, "as many as pass@k needs, 8 or more", eval_samples=max(8, args.eval_k)), why
+
+
+def choose(args, why, reason, **values):
+    """Args with those of the values whose field is still None. Notes the reason for them in `why`."""
+    values = {name: x for name, x in values.items() if getattr(args, name) is None}
+    why |= dict.fromkeys(values, reason)
+    return replace(args, **values)
+
+
+def multiplies_bfloat16():
+    """Whether this CPU has instructions that multiply bfloat16. On one without them a product of 512 x 512 weights took
+    322 ms, and 2.2 ms in float32 (an AMD EPYC with AVX2, one thread)."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def learning_rate_for(size, is_lora):
+    """AdamW's learning rate for a model of `size` parameters, to two digits: 2e-5 for 135M, with which SmolLM2 learns
+    (benchmarks/RESULTS.md), 1e-6 for 7B as in DeepSeekMath and DAPO, a power of the size between the two. LoRA takes
+    ten times as much (Schulman et al. 2025, "LoRA Without Regret")."""
+    rate = min(max(2e-5 * (135e6 / size) ** 0.75, 1e-6), 3e-4)
+    return float(f"{rate * (10 if is_lora else 1):.2g}")
+
+
+def prompts_for(args, usual, problems):
+    """Prompts in a step: a prompt or more for each minibatch, not more than there are, as many in each process."""
+    count = num_processes()
+    wanted = -(-max(usual, args.num_minibatches) // count) * count
+    return min(wanted, max(len(problems) // count, 1) * count) if problems else wanted
+
+
+def num_parameters(name):
+    """The number of parameters of a Hub id or a directory, counted from its config.json, without its weights."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    base = base_of_adapter(name)
+    try:
+        config = from_disk("AutoConfig", base or name)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    except (InputError, ValueError) as error:
+        reason = f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error
+        raise InputError(str(reason)) from error
+
+
+def choose_settings(args, saved, problems):
+    """The settings of a run, all of them: as --resume's run had them, or chosen, and then printed."""
+    if saved:
+        return replace(args, **{name: getattr(saved["args"], name) for name in CHOSEN if getattr(args, name) is None})
+    try:
+        args, why = chosen(args, problems)
+    except InputError:
+        raise
+    except ValueError as error:  # of check_settings(): what was given does not fit what is left to choose from
+        raise InputError(str(error)) from error
+    print_choices(args, why)
+    return args
+
+
+def print_choices(args, why):
+    """The flags that were chosen, as one would give them by hand, a line for each reason."""
+    lines = {}
+    for name, reason in why.items():
+        value, flag = getattr(args, name), name.replace("_", "-")
+        word = f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
+        lines.setdefault(reason, []).append(word)
+    width = max((len(" ".join(words)) for words in lines.values()), default=0)
+    for i, (reason, words) in enumerate(lines.items()):
+        say(f"{'' if i else 'chosen':12}{' '.join(words):{width}}  {reason}")
 
 
 # ---- Several processes (torchrun) ----
@@ -2764,7 +2897,7 @@ def load_checkpoint(args):
     settings = replace(saved["args"], run_dir=None)
     for name in {field.name for field in fields(Args)} - set(CHANGEABLE.split()):
         given, before = getattr(args, name), getattr(settings, name)
-        if given != before:
+        if given != before and not (given is None and name in CHOSEN):
             raise InputError(f"--resume keeps the run's own {name} {before}; {given} needs a separate run")
     return saved
 
@@ -3058,9 +3191,10 @@ def parse_args():
         flag = word.partition("=")[0]
         if flag.startswith("--") and (instead := REMOVED.get(flag[2:].replace("-", "_"))):
             raise InputError(f"{flag} was removed: {instead}")
-    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    config = (tyro.conf.DisallowNone,)  # then --help shows no None, and bool | None has a flag for each of the two
+    args = tyro.cli(Args, description=__doc__.splitlines()[0], config=config)
     if args.resume:
-        return tyro.cli(Args, default=resumed_args(args.resume))
+        return tyro.cli(Args, default=resumed_args(args.resume), config=config)
     return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
 
 

@@ -2,13 +2,15 @@
 
 Run      python benchmarks/grpo.py seeds                     (outcome and process supervision, five seeds each)
          python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds)
+         python benchmarks/grpo.py short --model DIR         (the same model, every setting chosen by the script)
          python benchmarks/grpo.py seeds --plot              (redraws the figure from the kept results)
 Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
-         docs/figures/grpo_seeds.png, grpo_real.png; models go to --work
+         docs/figures/grpo_seeds.png, grpo_real.png, grpo_short.png; models go to --work
 
 Each run is a process of its own, `python grpo_llm.py …`; its seconds are those of the whole process, start to end,
 both evaluations included. The real model's problems are those of grpo_peers.py: the 155 sums and differences of two
-one-digit numbers that are not negative.
+one-digit numbers that are not negative. Those of `short` are the 100 sums of two one-digit numbers, half of them held
+out. Its commands name the steps, --lora-rank and the seed; the script chooses all other settings.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from statistics import median
 
@@ -70,6 +72,21 @@ def real(args):
         yield run(f"seed-{seed}", [*task, "--seed", seed, *REAL.split()], args.work)
 
 
+def short(args):
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = args.work / "sums.jsonl"
+    with data.open("w", encoding="utf-8") as file:
+        for a, b in product(range(10), range(10)):
+            row = {"prompt": f"What is {a} + {b}? Answer with the number alone.", "answer": str(a + b)}
+            file.write(json.dumps(row) + "\n")
+    task = ["--model", args.model, "--task", "jsonl", "--data", data]
+    for seed in range(1, args.seeds + 1):
+        for steps in (16, 2):
+            for name, lora in (("LoRA", ["--lora-rank", 16]), ("all weights", [])):
+                flags = [*task, "--steps", steps, *lora, "--seed", seed]
+                yield run(f"{name}, {steps} steps-{seed}", flags, args.work)
+
+
 def draw(rows, figure):
     """Reward and pass@1 of each run, a colour for each kind."""
     panels = Figure(figsize=(10, 4), layout="constrained").subplots(1, 3)
@@ -107,26 +124,27 @@ def print_table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["seeds", "real"])
-    parser.add_argument("--seeds", type=int, help="default 5, real: 3")
-    parser.add_argument("--model", help="for real: directory or Hub id of an instruct model")
+    parser.add_argument("name", choices=["seeds", "real", "short"])
+    parser.add_argument("--seeds", type=int, help="default 5, real: 3, short: 1")
+    parser.add_argument("--model", help="for real and short: directory or Hub id of an instruct model")
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_grpo_NAME")
     parser.add_argument("--plot", action="store_true", help="only print the table and redraw the figure")
     args = parser.parse_args()
-    args.seeds = args.seeds or {"seeds": 5, "real": 3}[args.name]
+    args.seeds = args.seeds or {"seeds": 5, "real": 3, "short": 1}[args.name]
     args.work = args.work or ROOT / "runs" / f"benchmark_grpo_{args.name}"
     path = RESULTS / f"grpo_{args.name}.jsonl"
     if not args.plot:
         head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")}
         head["transformers"] = version("transformers")
         with path.open("w", encoding="utf-8") as file:
-            for rows in chain([[head]], {"seeds": seeds, "real": real}[args.name](args)):
+            for rows in chain([[head]], {"seeds": seeds, "real": real, "short": short}[args.name](args)):
                 lines = (json.dumps(row, ensure_ascii=False).replace(str(args.model), "DIR") for row in rows)
                 file.writelines(f"{line.replace(str(args.work), 'WORK')}\n" for line in lines)
                 file.flush()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][1:]
     print_table(rows)
-    draw(rows, ROOT / "docs" / "figures" / f"grpo_{args.name}.png")
+    if args.name != "short":
+        draw(rows, ROOT / "docs" / "figures" / f"grpo_{args.name}.png")
 
 
 if __name__ == "__main__":

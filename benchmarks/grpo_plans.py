@@ -63,7 +63,7 @@ def plan_rows():
 
     for model, card, what, flags in PLANS:
         flags = f"--model Qwen/{model}-Instruct --device cuda {FLAGS} {flags} --plan 256 --gpu-memory {card}"
-        args = tyro.cli(PlanArgs, args=flags.split())
+        args = tyro.cli(PlanArgs, args=flags.split(), config=(tyro.conf.DisallowNone,))
         plan = memory_plan(args, args.plan, args.gpu_memory)
         yield {
             "model": model,
@@ -99,6 +99,7 @@ def measured_rows(model_name, dtype="bfloat16", T=48, Q=48, P=2, G=4):
     for name, options in MEASURED.items():
         args = grpo_llm.Args(
             model=model_name,
+            device="cpu",
             dtype=dtype,
             optimizer="adamw8bit",
             group_size=G,

@@ -53,6 +53,7 @@ def load(way, directory):
     quantize = way if way in ("int8", "nf4") else "none"
     args = grpo_llm.Args(
         model=directory,
+        device="cpu",
         dtype="bfloat16",
         optimizer="adamw8bit",
         lora_rank=16,

@@ -168,14 +168,27 @@ def sample_both_ends(args, model, num_prompts, prompt_tokens, group_size):
     return sum(room.nbytes for layer in cache.layers for room in layer.room)
 
 
+def chosen(args, gpu_memory=0.0):
+    """(args, {field: why}) with the settings that a run would choose. A card that is planned for counts as found."""
+    args = replace(args, device=args.device or ("cuda" if gpu_memory else None))
+    size = None
+    if args.model and None in (args.learning_rate, args.gradient_checkpointing):
+        plain = replace(args, dtype="float32", optimizer=None, lora_rank=0, quantize="none", save_merged=False)
+        with torch.device("meta"):
+            size = sum(x.numel() for x in model_without_content(plain).parameters())
+    return grpo_llm.chosen(args, size=size)
+
+
 def memory_plan(args, prompt_tokens, gpu_memory=0.0):
     """{what: (bytes on the device, bytes on the host)}, the peaks of a step's phases last [G26].
 
-    args: an Args of grpo_llm. gpu_memory above 0, or a device cuda, adds what a GPU takes beside the tensors.
+    args: an Args of grpo_llm. gpu_memory above 0, or a device cuda, adds what a GPU takes beside the tensors. What the
+    Args leave open is chosen as a run chooses it.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map
 
+    args, _ = chosen(args, gpu_memory)
     Q, T, G = prompt_tokens, args.max_tokens, args.group_size
     P = max(args.prompts_per_step // int(os.environ.get("WORLD_SIZE", 1)), 1)
     for_gpu = bool(gpu_memory) or args.device.startswith("cuda")
@@ -275,8 +288,10 @@ def main():
     import tyro
 
     grpo_llm.guard_output()
-    args = tyro.cli(PlanArgs, description=__doc__.splitlines()[0])
+    args = tyro.cli(PlanArgs, description=__doc__.splitlines()[0], config=(tyro.conf.DisallowNone,))
     try:
+        args, why = chosen(args, args.gpu_memory)
+        grpo_llm.print_choices(args, why)
         print_plan(memory_plan(args, args.plan, args.gpu_memory), args.gpu_memory)
     except (grpo_llm.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

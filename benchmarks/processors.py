@@ -109,7 +109,7 @@ def smollm2(args, run_dir):
 
     flags = REAL.replace("--dtype bfloat16 --optimizer adamw8bit", "--dtype float32 --optimizer adamw8bit").split()
     flags += ["--model", args.model, "--task", "jsonl", "--data", str(data)]
-    settings = tyro.cli(grpo_llm.Args, args=flags)
+    settings = tyro.cli(grpo_llm.Args, args=flags, config=(tyro.conf.DisallowNone,))
     return grpo(args, run_dir, **{k: v for k, v in vars(settings).items() if k not in ("seed", "run_dir")})
 
 

@@ -228,6 +228,10 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
     def make(name="run", **changes):
         defaults = {
             "model": tiny_lm,
+            "device": "cpu",
+            "torch_threads": 1,
+            "dtype": "float32",
+            "optimizer": "adamw",
             "instruction": "{}",
             "terms": 2,
             "max_term": 9,

@@ -159,7 +159,7 @@ def test_no_gradient_outlives_its_step(grpo, tiny_grpo, monkeypatch, options):
 
 def test_offload_needs_the_8_bit_optimizer(grpo):
     with pytest.raises(ValueError, match="offload keeps the state of optimizer adamw8bit on the host, got adamw"):
-        grpo.Args(offload=True)
+        grpo.Args(offload=True, optimizer="adamw")
 
 
 # ---- --quantize ----
@@ -524,7 +524,7 @@ def test_shard_needs_processes(grpo, tiny_grpo):
     with pytest.raises(
         ValueError, match="shard needs optimizer adamw8bit, and works with neither offload nor lora_rank"
     ):
-        grpo.Args(shard=True)
+        grpo.Args(shard=True, optimizer="adamw")
 
 
 # ---- The step of a token as a GPU replays it ----

@@ -79,7 +79,7 @@ def test_samples_that_are_shown(grpo, capsys):
 def test_warm_start_ends_with_the_share_that_was_asked_for(grpo, bars, monkeypatch):
     """Looked at every 25 steps: 0 of 4 right, then half of them, which is enough for 0.5."""
     sizes = {"num_problems": 60, "eval_problems": 4, "warm_start_batch_size": 8}
-    args = grpo.Args(terms=2, warm_start=0.5, warm_start_steps=100, **sizes)
+    args, _ = grpo.chosen(grpo.Args(terms=2, warm_start=0.5, warm_start_steps=100, **sizes))
     problems, held_out = grpo.load_problems(args)
     right = iter([False] * 4 + [True, False, True, False])
     monkeypatch.setattr(grpo, "is_right", lambda problem, text: next(right))

@@ -114,7 +114,7 @@ def test_help(command):
 
 def test_warm_start_lowers_the_loss(grpo, tmp_path):
     """Supervised on worked solutions up to their EOS; some steps make them likelier."""
-    args = grpo.Args(terms=2, max_term=9, num_problems=80, eval_problems=8, warm_start_steps=25)
+    args, _ = grpo.chosen(grpo.Args(terms=2, max_term=9, num_problems=80, eval_problems=8, warm_start_steps=25))
     problems, held_out = grpo.load_problems(args)
     tokenizer = grpo.new_tokenizer()
     torch.manual_seed(0)
@@ -739,10 +739,10 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--beta", "-1"], "beta must not be negative, got -1.0"),
         (["--beta", "nan"], "beta must not be negative, got nan"),
         (["--group-size", "1"], "group_size must be 2 or more, or every advantage is 0, got 1"),
-        (["--num-minibatches", "40"], "num_minibatches 40 must not exceed prompts_per_step 32"),
-        (["--eval-k", "17"], "eval_k 17 must not exceed eval_samples 16"),
+        (["--num-minibatches", "4", "--prompts-per-step", "3"], "num_minibatches 4 must not exceed prompts_per_step 3"),
+        (["--eval-k", "17", "--eval-samples", "16"], "eval_k 17 must not exceed eval_samples 16"),
         (["--operators", "*"], "operators must be + or +-, got '*'"),
-        (["--dtype", "bfloat16"], "dtype bfloat16 needs optimizer adamw8bit"),
+        (["--dtype", "bfloat16", "--optimizer", "adamw"], "dtype bfloat16 needs optimizer adamw8bit"),
         (["--task", "gsm8k"], "task gsm8k needs a model that can read"),
         (["--task", "jsonl", "--model", "m"], "task jsonl needs data"),
         (["--reference-every", "3"], "reference_every 3 refreshes nothing"),
@@ -759,10 +759,10 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
         (["--reduction", "mean"], "invalid choice"),
         (["--no-such-flag"], "no-such-flag"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoModelForCausalLM"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoConfig"),
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--resume", "/nowhere"], "/nowhere/checkpoint.pt is not a file"),
-        (["--num-problems", "20"], "different problems are too few for steps of 32"),
+        (["--num-problems", "20", "--prompts-per-step", "32"], "different problems are too few for steps of 32"),
     ],
 )
 def test_bad_flags(command, tmp_path, words, message):

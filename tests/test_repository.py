@@ -70,7 +70,8 @@ def test_documented_commands_parse():
             script = ROOT / names[0]
             assert script.exists(), f"{where}: {part.strip()} names no file of this repository"
             if script in SCRIPTS and "--help" not in words:
-                tyro.cli(load_script(script).Args, args=words[words.index(names[0]) + 1 :])
+                config = (tyro.conf.DisallowNone,)  # as parse_args() of grpo_llm.py has it
+                tyro.cli(load_script(script).Args, args=words[words.index(names[0]) + 1 :], config=config)
                 parsed += 1
     assert parsed >= 5
 
