@@ -163,7 +163,7 @@ class Args:
     optimizer: Literal["adamw", "adamw8bit"] | None = None  # torch's, or 2 bytes of state a parameter; chosen for you
     micro_batch_tokens: NonNegativeInt = 0  # tokens in one training pass, same gradient; 0: 2048, on a GPU 8192
     logprob_tokens: PositiveInt = 1024  # tokens whose logits exist at the same time
-    generate_rows: PositiveInt = 2048  # sequences that are sampled at the same time
+    generate_rows: ChosenInt = None  # sequences that are sampled at the same time; chosen for you
     cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
     gradient_checkpointing: bool | None = None  # keep each layer's input, compute the rest again; chosen for you
     offload: bool = False  # gradients, 8-bit state and reference in host memory; only the weights stay on the device
@@ -2704,7 +2704,7 @@ def check_settings(args):
 
 CHOSEN = [
     *("device", "torch_threads", "dtype", "optimizer", "learning_rate", "gradient_checkpointing"),
-    *("prompts_per_step", "group_size", "max_tokens", "eval_samples"),
+    *("prompts_per_step", "group_size", "max_tokens", "generate_rows", "eval_samples"),
 ]
 
 # With --model: prompts in a step, completions of each, the most tokens of a completion. Short answers need few tokens
@@ -2723,7 +2723,7 @@ def chosen(args, problems=(), size=None):
         args = choose(args, why, reason, device="cpu", torch_threads=1, **plain)
         reason, P, samples = "found for the small model", prompts_for(args, 32, problems), max(16, args.eval_k)
         args = choose(args, why, reason, learning_rate=3e-4, prompts_per_step=P, group_size=8, max_tokens=40)
-        args = choose(args, why, reason, eval_samples=samples)
+        args = choose(args, why, reason, generate_rows=2048, eval_samples=samples)
 
     # The machine
     args = choose(args, why, "a GPU was found" if has_gpu else "no GPU was found", device="cuda" if has_gpu else "cpu")
@@ -2753,10 +2753,11 @@ def chosen(args, problems=(), size=None):
     P, G, T = TASK_SIZES[args.task]
     if args.task == "jsonl":
         longest = max((len(problem.answer) for problem in problems), default=0)
-        reason = f"{T} and the longest answer's {longest} characters; raise it if the model is to reason first"
+        reason = f"{T}, and {longest} for the longest answer; raise it if the model should reason first"
         args = choose(args, why, reason, max_tokens=T + longest)
     reason = f"usual for task {args.task}"
     args = choose(args, why, reason, prompts_per_step=prompts_for(args, P, problems), group_size=G, max_tokens=T)
+    args = choose(args, why, "their keys and values take memory", generate_rows=128)
     return choose(args, why, "as many as pass@k needs, 8 or more", eval_samples=max(8, args.eval_k)), why
 
 

@@ -103,7 +103,8 @@ def model_without_content(args):
         grpo_llm.quantize(model, args.quantize, "meta")
     if args.lora_rank:
         with warnings.catch_warnings(action="ignore"):  # the weights of a saved adapter are not needed
-            grpo_llm.add_adapter(replace(args, model=None) if shape_of(args.model) else args, model)
+            known = replace(args, model=None, task="arithmetic", data=None) if shape_of(args.model) else args
+            grpo_llm.add_adapter(known, model)
     return model
 
 

@@ -240,6 +240,7 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
             "prompts_per_step": 3,
             "group_size": 4,
             "max_tokens": 10,
+            "generate_rows": 2048,
             "length_weight": 0.5,
             "learning_rate": 1e-2,
             "eval_every": 0,

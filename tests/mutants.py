@@ -38,7 +38,7 @@ SUITES = {
     ],
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
-        *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families")),
+        *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
         "tests/test_track.py",
     ],
 }
@@ -750,6 +750,22 @@ GRPO = [
         "    room = context - args.max_tokens\n",
         "    room = context\n",
     ),
+    (
+        "a trained model gets the small model's learning rate",
+        "    rate = min(max(2e-5 * (135e6 / size) ** 0.75, 1e-6), 3e-4)\n",
+        "    rate = 3e-4\n",
+    ),
+    (
+        "choices overrule what is given by hand",
+        "for name, x in values.items() if getattr(args, name) is None}\n    why",
+        "for name, x in values.items()}\n    why",
+    ),
+    (
+        "a resumed run chooses again",
+        "    if saved:\n        return replace(args, **{name",
+        "    if False:\n        return replace(args, **{name",
+    ),
+    ("bfloat16 with torch's AdamW", 'if args.dtype == "bfloat16" or args.offload or', "if args.offload or"),
     ("a reward of None or NaN let pass", "            if not is_finite_number(reward):", "            if False:"),
     (
         "offloaded gradients stay on the device",

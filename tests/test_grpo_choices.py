@@ -16,6 +16,7 @@ DEFAULTS = {
     "prompts_per_step": 32,
     "group_size": 8,
     "max_tokens": 40,
+    "generate_rows": 2048,
     "eval_samples": 16,
     "gradient_checkpointing": False,
 }
@@ -29,6 +30,7 @@ BY_HAND = {
     "prompts_per_step": 5,
     "group_size": 3,
     "max_tokens": 7,
+    "generate_rows": 6,
     "eval_samples": 9,
     "gradient_checkpointing": False,
 }

@@ -118,6 +118,7 @@ def test_plan_of_a_shape_in_the_repository_needs_no_download(planner, monkeypatc
     monkeypatch.setattr(planner.grpo_llm, "from_disk", lambda *_, **__: pytest.fail("something is downloaded"))
     monkeypatch.setattr(planner.grpo_llm, "base_of_adapter", lambda name: pytest.fail("something is downloaded"))
     options = {**BF16, "model": "Qwen/Qwen2.5-7B-Instruct", "beta": 0.1, "lora_rank": 2, "prompts_per_step": 1}
+    options |= {"task": "gsm8k", "max_tokens": 40}
     plan = planner.memory_plan(planner.grpo_llm.Args(**options, gradient_checkpointing=True), 20)
     assert plan["weights"][0] == pytest.approx(2 * 7_615_616_512, rel=0.002)
 
