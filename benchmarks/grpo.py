@@ -2,7 +2,7 @@
 
 Run      python benchmarks/grpo.py seeds                     (outcome and process supervision, five seeds each)
          python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds)
-         python benchmarks/grpo.py short --model DIR         (the same model, every setting chosen by the script)
+         python benchmarks/grpo.py short --model DIR         (settings chosen by the script; adds the runs that lack)
          python benchmarks/grpo.py seeds --plot              (redraws the figure from the kept results)
 Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
          docs/figures/grpo_seeds.png, grpo_real.png, grpo_short.png; models go to --work
@@ -82,9 +82,9 @@ def short(args):
     task = ["--model", args.model, "--task", "jsonl", "--data", data]
     for seed in range(1, args.seeds + 1):
         for steps in (16, 2):
-            for name, lora in (("LoRA", ["--lora-rank", 16]), ("all weights", [])):
-                flags = [*task, "--steps", steps, *lora, "--seed", seed]
-                yield run(f"{name}, {steps} steps-{seed}", flags, args.work)
+            for name, lora in (("all weights", []), ("LoRA", ["--lora-rank", 16])):
+                if (name := f"{name}, {steps} steps-{seed}") not in args.kept:
+                    yield run(name, [*task, "--steps", steps, *lora, "--seed", seed], args.work)
 
 
 def draw(rows, figure):
@@ -136,8 +136,11 @@ def main():
     if not args.plot:
         head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")}
         head["transformers"] = version("transformers")
-        with path.open("w", encoding="utf-8") as file:
-            for rows in chain([[head]], {"seeds": seeds, "real": real, "short": short}[args.name](args)):
+        kept = path.read_text(encoding="utf-8").splitlines() if args.name == "short" and path.exists() else []
+        args.kept = {json.loads(line).get("run") for line in kept}
+        program = {"seeds": seeds, "real": real, "short": short}[args.name]
+        with path.open("a" if kept else "w", encoding="utf-8") as file:
+            for rows in chain([] if kept else [[head]], program(args)):
                 lines = (json.dumps(row, ensure_ascii=False).replace(str(args.model), "DIR") for row in rows)
                 file.writelines(f"{line.replace(str(args.work), 'WORK')}\n" for line in lines)
                 file.flush()
