@@ -132,7 +132,7 @@ def test_another_rank_is_refused(tiny_grpo, adapter, command):
         ),
         ({"base_model_name_or_path": None}, "does not say of which model"),
         ({"target_modules": ["query_key_value"]}, "does not fit"),
-        ({"peft_type": "IA3", "feedforward_modules": []}, "its kind is IA3, and only LoRA can be trained further"),
+        ({"peft_type": "IA3", "feedforward_modules": []}, "of the kind IA3, and only LoRA can be trained further"),
     ],
 )
 def test_adapters_that_cannot_be_used(tiny_grpo, adapter, command, tmp_path, config, message):
