@@ -18,6 +18,7 @@
 
 Teaches  group relative policy optimisation. Its details are tagged [G1]..[G30] where each happens (docs/details.md)
 Run      python grpo_llm.py
+         python grpo_llm.py --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k   (it chooses what you do not give)
 Read     from here to the heading "Machinery": that is all of GRPO, in its plainest form, and right for any causal
          language model of transformers. Begin with "Equations" and train(), then read what train() calls. Below the
          heading is what makes it fast, large, distributed and restartable: you can stop there (docs/4_grpo.md)
