@@ -81,13 +81,17 @@ def test_the_gpu_tests():
 
 @pytest.mark.parametrize("script", QUICK)
 def test_a_run_and_its_resumption(script, tmp_path):
-    """Every tensor where it must be, in training, evaluation, checkpoint and resumption."""
+    """Every tensor where it must be, in training, evaluation, checkpoint and resumption. CartPole's run saves its
+    weights and has no resumption: they are played again."""
+    saved, again = "checkpoint.pt", ("--resume", "run")
+    if script == "ppo_cartpole.py":
+        saved, again = "model.pt", ("--evaluate", "run/model.pt", "--eval-episodes", "2")
     arguments = (str(ROOT / script), "--device", "cuda")
     run = on_mock_cuda(*arguments, *QUICK[script].split(), "--run-dir", "run", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     places = set()
-    path = tmp_path / "run" / "checkpoint.pt"
+    path = tmp_path / "run" / saved
     torch.load(path, map_location=lambda storage, place: places.add(place) or storage, weights_only=True)
     assert "cuda:0" in places  # what was trained was there
-    resumed = on_mock_cuda(*arguments, "--resume", "run", cwd=tmp_path)
+    resumed = on_mock_cuda(*arguments, *again, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
