@@ -185,3 +185,8 @@ torch.cuda.Stream, torch.cuda.device = Stream, Device
 torch.cuda.current_stream, torch.cuda.stream = (lambda *_: Stream()), contextlib.nullcontext
 torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
 torch.nn.functional.scaled_dot_product_attention = attention
+
+# bitsandbytes would look for the kernels of a real GPU; PEFT imports it wherever it is installed
+import sys  # noqa: E402
+
+sys.modules["bitsandbytes"] = None
