@@ -187,6 +187,4 @@ torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
 torch.nn.functional.scaled_dot_product_attention = attention
 
 # bitsandbytes would look for the kernels of a real GPU; PEFT imports it wherever it is installed
-import sys  # noqa: E402
-
 sys.modules["bitsandbytes"] = None
