@@ -421,11 +421,13 @@ def env_seed(seed, evaluation=False):
 def check_finite(args, steps, **returned):
     """Refuse NaN and infinity in what the environments returned. steps (N,) counts the steps of their episodes."""
     for what, numbers in returned.items():
-        for i, step in enumerate(steps):
-            if not np.isfinite(numbers[i]).all():
-                bad = np.extract(~np.isfinite(numbers[i]), numbers[i])[0]
-                where = f"environment {i} returned {bad} in its {what}, in step {step} of its episode"
-                raise InputError(f"--env-id {args.env_id}: {where}")
+        finite = np.isfinite(numbers)
+        if finite.all():
+            continue
+        i = int(np.argwhere(~finite)[0, 0])  # the first environment that returned one
+        bad = np.extract(~finite[i], numbers[i])[0]
+        where = f"environment {i} returned {bad} in its {what}, in step {steps[i]} of its episode"
+        raise InputError(f"--env-id {args.env_id}: {where}")
 
 
 def check_video(args):

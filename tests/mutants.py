@@ -178,7 +178,7 @@ CARTPOLE = [
     ("evaluation counts later episodes", "returns += rewards * running", "returns += rewards"),
     ("W&B not told of TensorBoard", "sync_tensorboard=True)", "sync_tensorboard=False)"),
     ("dones of 0 and 1 not taken", "    terminated, done = terminated.bool(), done.bool()\n", ""),
-    ("NaN of an environment is not noticed", "if not np.isfinite(numbers[i]).all():", "if False:"),
+    ("NaN of an environment is not noticed", "        if finite.all():", "        if True:"),
     ("the first environment is blamed", 'f"environment {i} returned', 'f"environment 0 returned'),
     ("a target KL of 0 is accepted", "lambda x: x is None or x > 0]", "lambda x: x is None or x >= 0]"),
     (
