@@ -14,7 +14,7 @@
 #     "matplotlib==3.11.2",
 # ]
 # ///
-"""GRPO for language models: groups of answers in place of a critic, from a toy on a laptop to full size on one GPU.
+"""GRPO for language models: groups of answers instead of a critic, from a toy on a laptop to full size on one GPU.
 
 Teaches  group relative policy optimisation. Its details are tagged [G1]..[G30] where each happens (docs/details.md)
 Run      python grpo_llm.py
@@ -3152,7 +3152,7 @@ def save_checkpoint(args, run_dir, writer, progress, policy, optimizer, referenc
 
 
 def save_results(args, run_dir, model, tokenizer, weights, metrics):
-    """The policy as a transformers directory, metrics.jsonl and curves.png. weights: in place of the model's own."""
+    """The policy as a transformers directory, metrics.jsonl and curves.png. weights: instead of the model's own."""
     save_model(run_dir / "policy", model, tokenizer, weights)
     if args.save_merged:
         plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
