@@ -18,6 +18,7 @@ Teaches  the 13 core details of PPO, tagged [D1]..[D13] on the line where each h
 Run      python ppo_cartpole.py
 Expect   All of 10 seeds solve it (the last 100 episodes average 475) in 1.1 to 1.6 s and 79k to 104k steps. The whole
          run of 200k steps takes 3 to 4 s, and greedy play then scores 500 (one thread of an AMD EPYC; RESULTS.md).
+         An older AMD EPYC, without AVX-512, takes 10 to 15 s.
 Departs  from the paper by what its authors' code added: [D2] to [D4], [D7], [D9], [D11] and the ½ in the value loss;
          from the textbook's settings, for speed: 64 environments of 32 steps, not 4 of 128; learning rate 8e-3, not
          2.5e-4; γ 0.98, not 0.99; λ 0.9, not 0.95; the clip range is annealed; no value clipping, no entropy bonus.
