@@ -104,7 +104,7 @@ def test_default_command_line(command, grpo, tmp_path, monkeypatch, task, proces
 
 def test_help(command):
     status, out, _ = command("--help")
-    assert status == 0 and "groups of answers in place of a critic" in out
+    assert status == 0 and "groups of answers instead of a critic" in out
     for flag in ("--group-size", "--clip-high", "--no-scale-by-std", "--reduction", "--resume"):
         assert flag in out
     text = re.sub(r"[\s│]+", " ", out)
