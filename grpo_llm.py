@@ -50,13 +50,16 @@ Shapes   P prompts, G completions of each, B = P·G sequences, at most T tokens 
 """
 
 import ast
+import gc
 import importlib.util
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -102,6 +105,7 @@ class Args:
     prompts_per_step: ChosenInt = None  # P, prompts in a rollout, over all processes; chosen for you
     group_size: ChosenInt = None  # G, completions of each prompt; chosen for you
     max_tokens: ChosenInt = None  # T, the most tokens of a completion; chosen for you
+    max_hours: ChosenFloat = None  # finish the step that is running after so many hours, evaluate and save; no limit
     temperature: PositiveFloat = 1.0  # temperature of the sampling, and of every log-probability in training
     num_epochs: PositiveInt = 1  # μ, passes over each rollout
     num_minibatches: PositiveInt = 1  # gradient steps in each pass
@@ -162,12 +166,12 @@ class Args:
     # speed and memory
     fast: bool = True  # shared-prompt cache and packed rows, if they are right for the model; else the plain path
     optimizer: Literal["adamw", "adamw8bit"] | None = None  # torch's, or 2 bytes of state a parameter; chosen for you
-    micro_batch_tokens: NonNegativeInt = 0  # tokens in one training pass, same gradient; 0: 2048, on a GPU 8192
+    micro_batch_tokens: NonNegativeInt = 0  # tokens in a training pass, halved if memory runs out; 0: 2048, GPU 8192
     logprob_tokens: PositiveInt = 1024  # tokens whose logits exist at the same time
-    generate_rows: ChosenInt = None  # sequences that are sampled at the same time; chosen for you
+    generate_rows: ChosenInt = None  # sequences sampled at once, halved if memory runs out; chosen for you
     cuda_graph: bool = True  # on a GPU, replay the sampling of a token as one CUDA graph
     gradient_checkpointing: bool | None = None  # keep each layer's input, compute the rest again; chosen for you
-    offload: bool = False  # gradients, 8-bit state and reference in host memory; only the weights stay on the device
+    offload: bool | None = None  # gradients, 8-bit state and reference in host memory, not on the GPU; chosen for you
     shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
 
     def __post_init__(self):
@@ -524,14 +528,17 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
     """Sample a group for each problem, generate_rows sequences at a time. names: the seed of each problem's noise."""
     prompts = [encode_prompt(args, tokenizer, problem) for problem in problems]
     noise = torch.stack([torch.rand(group_size, args.max_tokens, generator=seeded(args.seed, *name)) for name in names])
-    at_once, groups = max(args.generate_rows // group_size, 1), []
+    width = min(args.generate_rows, group_size)  # completions of one prompt that are sampled at the same time
+    at_once, groups = args.generate_rows // width, []
     pad_id = 0  # it is never read, and the tokenizer's own may lie outside the embedding
     with whole(model):  # under --shard the weights are gathered once
         for start in range(0, len(prompts), at_once):
             part = slice(start, start + at_once)
-            rows = noise[part].flatten(0, 1)
-            output = sample(args, model, prompts[part], rows, temperature, eos_ids, pad_id)
-            columns = (x.cpu().split(group_size) for x in output)
+            pieces = []
+            for rows in noise[part].split(width, 1):  # (prompts, width, T)
+                output = sample(args, model, prompts[part], rows.flatten(0, 1), temperature, eos_ids, pad_id)
+                pieces.append([x.cpu().view(rows.shape) for x in output])
+            columns = (torch.cat(own, 1) for own in zip(*pieces))
             for problem, prompt, tokens, logprobs, mask in zip(problems[part], prompts[part], *columns):
                 completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
                 texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -637,14 +644,15 @@ def lengths_of(mask):
 
 
 @torch.no_grad()
-def score(args, model, sequences, micro_batches):
-    """(B, T) log-probabilities of the sequences under a model, without gradient, 0 for those in no micro-batch."""
+def score(args, model, sequences, minibatches):
+    """(B, T) log-probabilities of the sequences under a model, without gradient, 0 for those that are not taught."""
     prompts, tokens, mask = sequences
     logprobs = torch.zeros(mask.shape)
     with whole(model):  # under --shard the weights are gathered once
-        for rows in micro_batches:
-            order = [i for row in rows for i in row]
-            logprobs[order] = micro_batch_logprobs(args, model, prompts, tokens, mask, rows).cpu()
+        for _, lengths in minibatches:
+            for rows in plan_for(args, model, list(map(len, prompts)), lengths, len(tokens) // len(prompts)):
+                order = [i for row in rows for i in row]
+                logprobs[order] = micro_batch_logprobs(args, model, prompts, tokens, mask, rows).cpu()
     return logprobs
 
 
@@ -652,22 +660,27 @@ def score(args, model, sequences, micro_batches):
 
 
 def evaluate(args, model, tokenizer, eos_ids, problems):
-    """Accuracy on held-out problems: greedy, and pass@1, pass@k and maj@k of eval_samples samples [G21]. The noise is
-    always the same, so two policies differ only in what they have learned."""
-    n, k, count = args.eval_samples, args.eval_k, len(problems)
-    names = [("eval", i) for i in own_share(range(count))]
+    """Accuracy on each of this process's held-out problems: greedy, and pass@1, pass@k and maj@k of eval_samples
+    samples [G21]. The noise is always the same, so two policies differ only in what they have learned."""
+    n, k = args.eval_samples, args.eval_k
+    names = [("eval", i) for i in own_share(range(len(problems)))]
     problems = own_share(problems)
     greedy = sample_groups(args, model, tokenizer, eos_ids, problems, 1, 0.0, names)
     sampled = sample_groups(args, model, tokenizer, eos_ids, problems, n, args.temperature, names)
-    row = Counter()
+    rows = []
     for problem, one, group in zip(problems, greedy, sampled):
         right = [is_right(problem, text) for text in group.texts]
-        row["greedy"] += is_right(problem, one.texts[0])
-        row["pass@1"] += sum(right) / n
-        row[f"pass@{k}"] += pass_at_k(n, sum(right), k)
-        row[f"maj@{k}"] += majority_at_k([final_answer(problem, text) for text in group.texts], right, k)
-    means = over_ranks(torch.tensor(list(row.values()), dtype=torch.float64)) / count
-    return {f"eval/{name}": mean for name, mean in zip(row, means.tolist())}
+        answers = [final_answer(problem, text) for text in group.texts]
+        row = {"eval/greedy": float(is_right(problem, one.texts[0])), "eval/pass@1": sum(right) / n}
+        row |= {f"eval/pass@{k}": pass_at_k(n, sum(right), k), f"eval/maj@{k}": majority_at_k(answers, right, k)}
+        rows.append(row)
+    return rows
+
+
+def mean_over_ranks(rows):
+    """The mean of each value over the rows of all processes."""
+    *sums, count = over_ranks(torch.tensor([[*row.values(), 1.0] for row in rows], dtype=torch.float64).sum(0))
+    return {name: float(total / count) for name, total in zip(rows[0], sums)}
 
 
 def learning_rate_of(args, step):
@@ -676,6 +689,45 @@ def learning_rate_of(args, step):
         return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
     remaining = (args.steps - step) / (args.steps - args.warmup_steps)
     return args.learning_rate * (remaining if args.anneal_lr else 1.0)
+
+
+class Rollout(NamedTuple):
+    sequences: tuple  # prompts (P token lists), tokens (B, T), mask (B, T)
+    advantages: torch.Tensor  # (B, T)
+    sampler_logprobs: torch.Tensor  # (B, T) computed by the sampler
+    old_logprobs: torch.Tensor  # (B, T) ln π_old
+    ref_logprobs: torch.Tensor | None  # (B, T) ln π_ref, with β above 0
+
+
+def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, is_first):
+    """The gradient of one minibatch, added up over micro-batches that fit into memory. Returns the statistics with
+    those of its tokens added, and how many micro-batches this process has fewer than the one that has most."""
+    (prompts, tokens, mask), (answers, lengths) = rollout.sequences, minibatch
+    # [G8] Totals of the whole step and of all processes: a mean of means would weigh small micro-batches more
+    total_tokens, total_sequences = over_ranks(torch.tensor([mask[answers].sum(), len(answers)]))
+    micro_batches = plan_for(args, policy, list(map(len, prompts)), lengths, args.group_size)
+    num_idle = idle_passes(micro_batches)
+    statistics = {name: x.clone() for name, x in statistics.items()}
+    optimizer.zero_grad()
+    for micro_batch in micro_batches:
+        logprob = micro_batch_logprobs(args, policy, prompts, tokens, mask, micro_batch)
+        mb = [i for row in micro_batch for i in row]  # its answers
+        columns = mask, rollout.advantages, rollout.old_logprobs
+        mb_mask, advantage, old_logprob = (x[mb].to(args.device) for x in columns)
+        if args.old_logprobs == "recomputed" and args.updates == 1:
+            old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
+        is_gspo = args.importance == "sequence"
+        ratio_logprob = sequence_logprob(logprob, old_logprob, mb_mask) if is_gspo else logprob
+        clip_range = args.clip_low, args.clip_high
+        token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0)
+        kl = kl_k3(logprob, rollout.ref_logprobs[mb].to(args.device)) if args.beta else None
+        if args.beta:
+            token_loss = token_loss + args.beta * kl
+        loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, args.max_tokens)
+        loss.backward()
+        gap = logprob.cpu() - rollout.sampler_logprobs[mb] if is_first else None  # later the weights differ too
+        add_statistics(args, statistics, mb_mask, ratio_logprob - old_logprob, advantage, kl, loss, gap)
+    return statistics, num_idle
 
 
 def train(args: Args) -> list[dict]:
@@ -710,9 +762,10 @@ def train(args: Args) -> list[dict]:
     first, cursor, metrics = restore(saved, optimizer, reward_model)
     writer = open_log(args, run_dir, first)
     if not metrics:
-        log(writer, metrics, 0, evaluate(args, policy, tokenizer, eos_ids, held_out))
+        args, rows = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+        log(writer, metrics, 0, mean_over_ranks(rows))
 
-    seen = []
+    seen, ending = [], Ending(args, started)  # --max-hours, Ctrl-C
     bar = trange(first, args.steps, desc="grpo", initial=first, total=args.steps, disable=process_rank() > 0)
     for step in bar:
         seed_torch(args.seed, step, process_rank())
@@ -726,7 +779,9 @@ def train(args: Args) -> list[dict]:
             positions = own_share(range(cursor, cursor + args.prompts_per_step))
             names = [("train", position) for position in positions]
             asked = problems_from(problems, positions, args.seed)
-            for group in sample_groups(args, policy, tokenizer, eos_ids, asked, G, args.temperature, names):
+            given = policy, tokenizer, eos_ids, asked, G, args.temperature, names
+            args, sampled = fitting(args, "generate_rows", sample_groups, *given)
+            for group in sampled:
                 rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
                 seen.append((group, rating))
                 if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
@@ -756,53 +811,33 @@ def train(args: Args) -> list[dict]:
         if args.truncated == "mask":
             mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]
 
-        # 7. Each epoch splits the groups into minibatches, and each of these into micro-batches that fit into memory.
-        # An answer whose advantage is 0 has no gradient and is left out, unless the KL gives it one [G10]
+        # 7. Each epoch splits the groups into minibatches. An answer whose advantage is 0 has no gradient and is left
+        # out, unless the KL gives it one [G10]
         teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0))
-        lengths, prompt_lengths = lengths_of(mask), [len(prompt) for prompt in prompts]
-        minibatches = []
+        lengths, minibatches = lengths_of(mask), []
         for _ in range(args.num_epochs):
             for chosen in torch.randperm(len(groups)).tensor_split(args.num_minibatches):
                 answers = (chosen[:, None] * G + torch.arange(G)).flatten()
-                taught = {i: lengths[i] for i in answers[teaches[answers]].tolist()}
-                minibatches.append((answers, plan_for(args, policy, prompt_lengths, taught, G)))
+                minibatches.append((answers, {i: lengths[i] for i in answers[teaches[answers]].tolist()}))
 
         # 8. ln π_old and ln π_ref, before the policy moves
-        first_epoch = [micro_batch for _, batches in minibatches[: args.num_minibatches] for micro_batch in batches]
-        old_logprobs, sequences = sampler_logprobs, (prompts, tokens, mask)
+        first_epoch, sequences = minibatches[: args.num_minibatches], (prompts, tokens, mask)
+        old_logprobs, ref_logprobs = sampler_logprobs, None
         if args.old_logprobs == "recomputed" and args.updates > 1:
-            old_logprobs = score(args, policy, sequences, first_epoch)
+            args, old_logprobs = fitting(args, "micro_batch_tokens", score, policy, sequences, first_epoch)
         if args.beta:
-            ref_logprobs = score_reference(args, reference, adapter, sequences, first_epoch)
+            given = reference, adapter, sequences, first_epoch
+            args, ref_logprobs = fitting(args, "micro_batch_tokens", score_reference, *given)
+        rollout = Rollout(sequences, advantages, sampler_logprobs, old_logprobs, ref_logprobs)
 
         # 9. Update: one optimizer step for each minibatch
         policy.train()
         statistics, norms = new_statistics(), []
-        for update, (answers, micro_batches) in enumerate(minibatches):
-            # [G8] Totals of the whole step and of all processes: a mean of means would weigh small micro-batches more
-            counts = torch.tensor([mask[answers].sum(), len(answers), len(micro_batches)])
-            total_tokens, total_sequences, total_micro_batches = over_ranks(counts)
-            if not total_micro_batches:
+        for update, minibatch in enumerate(minibatches):
+            if not over_ranks(torch.tensor(len(minibatch[1]))):
                 continue  # no process has anything to learn from
-            num_idle = idle_passes(micro_batches)
-            optimizer.zero_grad()
-            for micro_batch in micro_batches:
-                logprob = micro_batch_logprobs(args, policy, *sequences, micro_batch)
-                mb = [i for row in micro_batch for i in row]  # its answers
-                mb_mask, advantage, old_logprob = (x[mb].to(args.device) for x in (mask, advantages, old_logprobs))
-                if args.old_logprobs == "recomputed" and args.updates == 1:
-                    old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
-                is_gspo = args.importance == "sequence"
-                ratio_logprob = sequence_logprob(logprob, old_logprob, mb_mask) if is_gspo else logprob
-                clip_range = args.clip_low, args.clip_high
-                token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0)
-                kl = kl_k3(logprob, ref_logprobs[mb].to(args.device)) if args.beta else None
-                if args.beta:
-                    token_loss = token_loss + args.beta * kl
-                loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, T)
-                loss.backward()
-                gap = logprob.cpu() - sampler_logprobs[mb] if update == 0 else None  # later the weights differ too
-                add_statistics(args, statistics, mb_mask, ratio_logprob - old_logprob, advantage, kl, loss, gap)
+            given = policy, optimizer, rollout, minibatch, statistics, update == 0
+            args, (statistics, num_idle) = fitting(args, "micro_batch_tokens", minibatch_gradient, *given)
             sum_gradients(args, policy, parameters, num_idle)  # over all processes
             norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))
             check_gradient(norms[-1], run_dir, step)
@@ -823,14 +858,20 @@ def train(args: Args) -> list[dict]:
         row |= update_metrics(args, statistics, norms) | {"policy/learning_rate": optimizer.param_groups[0]["lr"]}
         row |= speed_metrics(args, clock, [group for group, _ in seen], mask)
         done = step + 1
-        if is_due(args, args.eval_every, done):
-            row |= evaluate(args, policy, tokenizer, eos_ids, held_out)
+        is_last = done == args.steps or ending.is_due()
+        if is_last or is_due(args.eval_every, done):
+            args, rows = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+            row |= mean_over_ranks(rows)
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
         log(writer, metrics, done, row)
-        if is_due(args, args.checkpoint_every, done):
+        if is_last or is_due(args.checkpoint_every, done):
             progress = {"step": done, "cursor": cursor, "metrics": metrics}
             save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model)
+        if is_last:
+            break
+    bar.close()
+    ending.restore()
 
     # 12. The trained policy, the curves, a summary
     weights = end_processes(args, policy)
@@ -2103,6 +2144,11 @@ def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_token
     return micro_batches
 
 
+def most_tokens(args, model):
+    """The most tokens of a micro-batch."""
+    return args.micro_batch_tokens or (8192 if args.device.startswith("cuda") and is_fast(args, model) else 2048)
+
+
 def plan_for(args, model, prompt_lengths, lengths, group_size):
     """plan_rows() with the quickest length of a row. On the plain path each sequence has its own row.
 
@@ -2110,8 +2156,7 @@ def plan_for(args, model, prompt_lengths, lengths, group_size):
     token costs 1 + L/c, where c is about 1,500: the length at which attention costs as much as the rest. The product
     is least at L = p + √(p (p + c)).
     """
-    on_gpu, row_tokens = args.device.startswith("cuda"), 0
-    micro_batch_tokens = args.micro_batch_tokens or (8192 if on_gpu and is_fast(args, model) else 2048)
+    row_tokens, micro_batch_tokens = 0, most_tokens(args, model)
     if is_fast(args, model) and lengths:
         p = sum(prompt_lengths[i // group_size] for i in lengths) / len(lengths)
         row_tokens = min(int(p + (p * (p + 1500)) ** 0.5), micro_batch_tokens)
@@ -2396,6 +2441,118 @@ def stream_weights(model, device):
     return model
 
 
+# ---- When memory runs out ----
+#
+# Neither the samples nor the gradient depend on how many are computed at the same time, so what did not fit is computed
+# again in halves. All processes decide together: one that repeats alone would leave the others waiting for ever.
+
+
+def fitting(args, limit, function, model, *rest):
+    """(args, function(args, model, *rest)). As often as memory runs out, the limit is halved in the args that are
+    returned, and the function is called again. limit: generate_rows or micro_batch_tokens.
+
+    The function must be free of effects that a second call would not undo, and between its first use of memory and its
+    end it must not wait for other processes.
+    """
+    while True:
+        error_line, result = "", None
+        try:
+            result = function(args, model, *rest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or (args.shard and function is minibatch_gradient):
+                raise  # in FSDP's backward pass the other processes wait for this one
+            error_line = one_line(error)
+        if not over_ranks(torch.tensor(len(error_line)), "MAX"):
+            return args, result
+        result = None
+        gc.collect()  # what the failed call has left on the device
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        args = halved(args, limit, model, error_line)
+
+
+def is_out_of_memory(error):
+    """Does this RuntimeError say that memory ran out? CUDA has a class for it, cuBLAS and a CPU only words."""
+    signs = "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator", "MPS backend out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def halved(args, limit, model, error_line):
+    """Args with half the limit, which is said. Where less would change nothing the run ends in one sentence."""
+    now, least = (args.generate_rows, 1) if limit == "generate_rows" else (most_tokens(args, model), args.max_tokens)
+    flag = f"--{limit.replace('_', '-')}"
+    if now <= least:
+        raise InputError(
+            f"out of memory, even with {flag} {now}: lower --max-tokens, add --gradient-checkpointing, --offload, "
+            f"--lora-rank 16 or --quantize nf4, or take a smaller model ({error_line})"
+        )
+    say(f"\nmemory      it ran out: {flag} {now // 2} from here on. The step is repeated, and its result is the same")
+    return replace(args, **{limit: now // 2})
+
+
+def free_memory(device):
+    """Bytes that are free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def bytes_needed(args, size):
+    """About how many bytes of a GPU a run takes for a model of `size` parameters. For each parameter: its weight and,
+    if they lie there, its gradient, the optimizer's state and the reference. 2 GB are for all else, of which fitting()
+    takes less if it must. benchmarks/memory_plan.py counts exactly."""
+    width = 4 if args.dtype == "float32" else 2
+    each = {"none": width, "int8": 1, "nf4": 0.6}[args.quantize]
+    if not args.lora_rank and not args.offload:
+        each += width + (2 if args.optimizer == "adamw8bit" else 8) + width * (args.beta > 0)
+    return size * each / (num_processes() if args.shard else 1) + 2e9
+
+
+def offload_for(args, size):
+    """(the reason, --offload or not): everything on the GPU if it fits, else --offload. Where neither fits, the run
+    ends in one sentence that says what would."""
+    free = free_memory(args.device)
+    can_offload = args.optimizer == "adamw8bit" and not args.lora_rank and not args.shard
+    for offload in (False, True)[: 1 + can_offload]:
+        needed = bytes_needed(replace(args, offload=offload), size)
+        if needed <= free:
+            return f"about {needed / 1e9:.1f} GB on the GPU, where {free / 1e9:.1f} are free", offload
+    small = replace(args, offload=False, lora_rank=args.lora_rank or 16, quantize="nf4", shard=False)
+    raise InputError(
+        f"{args.model} needs about {needed / 1e9:.1f} GB of the GPU, and {free / 1e9:.1f} are free: "
+        f"--lora-rank {small.lora_rank} --quantize nf4 needs about {bytes_needed(small, size) / 1e9:.1f}, or take a "
+        "smaller model. --no-offload tries it all the same"
+    )
+
+
+# ---- When a run ends early ----
+
+
+class Ending:
+    """Whether a run is to end after the step that is running: --max-hours are over, or Ctrl-C was pressed once."""
+
+    def __init__(self, args, started):
+        self.end = started + 3600 * args.max_hours if args.max_hours else math.inf
+        self.was_interrupted = False
+        self.handler = None
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
+            self.handler = signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *_):
+        """The first Ctrl-C is noted. The second one stops the run at once."""
+        self.was_interrupted = True
+        self.restore()
+        say("\nending      after this step: then evaluate, save. Ctrl-C again stops at once")
+
+    def is_due(self):
+        """All processes end after the same step."""
+        now = self.was_interrupted or time.perf_counter() > self.end
+        return bool(over_ranks(torch.tensor(int(now)), "MAX"))
+
+    def restore(self):
+        if self.handler is not None:
+            signal.signal(signal.SIGINT, self.handler)
+            self.handler = None
+
+
 # ---- Weights in parts over the processes (--shard) ----
 #
 # Each process keeps a part of every weight, gradient and optimizer state (PyTorch's FSDP2), for models that fit several
@@ -2487,7 +2644,7 @@ def scattered(x, like):
 # The settings that a resumed run may change. Any other would make it a different run
 CHANGEABLE = (
     "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
-    "cuda_graph fast save_merged"
+    "cuda_graph fast save_merged max_hours"
 )
 # Flags that were removed, and what took their place. A run that was saved with them is resumed without them
 REMOVED = {
@@ -2704,7 +2861,7 @@ def check_settings(args):
 # ---- Settings that are chosen for you ----
 
 CHOSEN = [
-    *("device", "torch_threads", "dtype", "optimizer", "learning_rate", "gradient_checkpointing"),
+    *("device", "torch_threads", "dtype", "optimizer", "learning_rate", "gradient_checkpointing", "offload"),
     *("prompts_per_step", "group_size", "max_tokens", "generate_rows", "eval_samples"),
 ]
 
@@ -2720,8 +2877,8 @@ def chosen(args, problems=(), size=None):
     """
     why, has_gpu = {}, torch.cuda.is_available()
     if args.model is None:
-        reason, plain = "enough for the small model", {"dtype": "float32", "gradient_checkpointing": False}
-        args = choose(args, why, reason, device="cpu", torch_threads=1, **plain)
+        reason, off = "enough for the small model", {"gradient_checkpointing": False, "offload": False}
+        args = choose(args, why, reason, device="cpu", torch_threads=1, dtype="float32", **off)
         reason, P, samples = "found for the small model", prompts_for(args, 32, problems), max(16, args.eval_k)
         args = choose(args, why, reason, learning_rate=3e-4, prompts_per_step=P, group_size=8, max_tokens=40)
         args = choose(args, why, reason, generate_rows=2048, eval_samples=samples)
@@ -2742,13 +2899,18 @@ def chosen(args, problems=(), size=None):
     args = choose(args, why, "the usual one for float32", optimizer="adamw")
 
     # The model
-    if size is None and (args.learning_rate is None or (args.gradient_checkpointing is None and on_gpu)):
+    if not on_gpu:
+        args = choose(args, why, "they save the memory of a GPU", gradient_checkpointing=False, offload=False)
+    if size is None and None in (args.learning_rate, args.gradient_checkpointing, args.offload):
         size = num_parameters(args.model)
     if args.learning_rate is None:
         reason = f"for {size / 1e9:.2g}B parameters" + ", ten times as much for LoRA" * bool(args.lora_rank)
         args = choose(args, why, reason, learning_rate=learning_rate_for(size, args.lora_rank > 0))
-    reason, is_large = "saves memory, takes time: for 1B parameters and more on a GPU", on_gpu and (size or 0) > 1e9
-    args = choose(args, why, reason, gradient_checkpointing=is_large)
+    reason = "saves memory, takes time: for 1B parameters and more"
+    args = choose(args, why, reason, gradient_checkpointing=(size or 0) > 1e9)
+    if args.offload is None:
+        reason, is_needed = offload_for(args, size)
+        args = choose(args, why, reason, offload=is_needed)
 
     # The task
     P, G, T = TASK_SIZES[args.task]
@@ -3122,9 +3284,9 @@ def speed_metrics(args, clock, groups, mask):
     return row if peak is None else row | {"memory/peak_gb": peak / 1e9}
 
 
-def is_due(args, every, done):
-    """Is it time for what happens every so many steps, or never for 0, and after the last step in any case?"""
-    return done == args.steps or bool(every and done % every == 0)
+def is_due(every, done):
+    """Is it time for what happens every so many steps, or never for 0?"""
+    return bool(every and done % every == 0)
 
 
 def log(writer, metrics, step, row):
@@ -3175,7 +3337,11 @@ def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
     if args.save_merged:
         print(f"merged      {run_dir / 'merged'}, the same without PEFT")
     spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
-    print(f"seconds     {seconds:.1f} in all, {spent:.1f} of them in {args.steps} steps of GRPO")
+    done = metrics[-1]["step"]
+    print(f"seconds     {seconds:.1f} in all, {spent:.1f} of them in {done} steps of GRPO")
+    if done < args.steps:
+        again = shlex.join(["python", Path(__file__).name, "--resume", str(run_dir)])
+        print(f"ended       early, after {done} of {args.steps} steps: {again} continues")
     print(f"logs        tensorboard --logdir {run_dir}")
     if args.model is None:
         other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"

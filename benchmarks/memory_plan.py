@@ -171,7 +171,8 @@ def sample_both_ends(args, model, num_prompts, prompt_tokens, group_size):
 
 def chosen(args, gpu_memory=0.0):
     """(args, {field: why}) with the settings that a run would choose. A card that is planned for counts as found."""
-    args = replace(args, device=args.device or ("cuda" if gpu_memory else None))
+    device, offload = args.device or ("cuda" if gpu_memory else None), bool(args.offload)
+    args = replace(args, device=device, offload=offload)  # the plan tells what fits, so nothing is refused
     size = None
     if args.model and None in (args.learning_rate, args.gradient_checkpointing):
         plain = replace(args, dtype="float32", optimizer=None, lora_rank=0, quantize="none", save_merged=False)

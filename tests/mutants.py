@@ -690,8 +690,8 @@ GRPO = [
     ),
     (
         "gradients of micro-batches forgotten",
-        "            for micro_batch in micro_batches:\n",
-        "            for micro_batch in micro_batches:\n                optimizer.zero_grad()\n",
+        "    for micro_batch in micro_batches:\n",
+        "    for micro_batch in micro_batches:\n        optimizer.zero_grad()\n",
     ),
     ("learning rate not annealed", "(remaining if args.anneal_lr else 1.0)", "1.0"),
     (
@@ -706,8 +706,8 @@ GRPO = [
     ),
     (
         "totals of one process",
-        "total_micro_batches = over_ranks(counts)",
-        "total_micro_batches = counts",
+        "total_tokens, total_sequences = over_ranks(torch.tensor([mask[answers].sum(), len(answers)]))",
+        "total_tokens, total_sequences = torch.tensor([mask[answers].sum(), len(answers)])",
     ),
     ("optimizer not restored on resume", '    optimizer.load_state_dict(saved["optimizer"])\n', ""),
     (
@@ -885,6 +885,23 @@ GRPO = [
         "    loss = torch.where(mask",
     ),
     ("the first evaluation for the last", "for rows in (metrics, metrics[::-1]))", "for rows in (metrics, metrics))"),
+    (
+        "what a failed attempt left stays in the gradient",
+        "    optimizer.zero_grad()\n    for micro_batch in micro_batches:\n",
+        "    for micro_batch in micro_batches:\n",
+    ),
+    (
+        "what a failed attempt left stays in the statistics",
+        "    statistics = {name: x.clone() for name, x in statistics.items()}\n",
+        "",
+    ),
+    (
+        "a process repeats alone when its memory runs out",
+        'if not over_ranks(torch.tensor(len(error_line)), "MAX"):',
+        "if not error_line:",
+    ),
+    ("reference not counted in what fits", "+ width * (args.beta > 0)", ""),
+    ("the second Ctrl-C does not stop the run", "        self.restore()\n        say(", "        say("),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

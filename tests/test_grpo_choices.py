@@ -19,6 +19,7 @@ DEFAULTS = {
     "generate_rows": 2048,
     "eval_samples": 16,
     "gradient_checkpointing": False,
+    "offload": False,
 }
 # other values than those that are chosen, for a model of 2B parameters on a GPU
 BY_HAND = {
@@ -33,14 +34,17 @@ BY_HAND = {
     "generate_rows": 6,
     "eval_samples": 9,
     "gradient_checkpointing": False,
+    "offload": True,
 }
 
 
 @pytest.fixture
 def machine(grpo, monkeypatch):
-    """machine(gpu, bfloat16): a machine with or without a GPU, whose CPU multiplies bfloat16 or does not."""
+    """machine(gpu, bfloat16, free): a machine with or without a GPU, which has so many bytes free, and whose CPU
+    multiplies bfloat16 or does not."""
 
-    def make(gpu=False, bfloat16=False):
+    def make(gpu=False, bfloat16=False, free=80e9):
+        monkeypatch.setattr(grpo, "free_memory", lambda device: free)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": bfloat16})
 
@@ -109,6 +113,45 @@ def test_learning_rates(grpo, machine):
 def test_gradient_checkpointing_is_for_large_models_on_a_gpu(grpo, machine, gpu, size, expected):
     machine(gpu)
     assert grpo.chosen(grpo.Args(**MODEL), size=size)[0].gradient_checkpointing is expected
+
+
+# Bytes a parameter on the card: weight 2, gradient 2, 8-bit state 2, reference 2 with β; and 2 GB for all else
+FITS = [
+    (11.3e9, {}, False),
+    (11.1e9, {}, True),
+    (11.3e9, {"beta": 0.1}, True),
+    (14.5e9, {"beta": 0.1}, False),
+    (5.2e9, {}, True),
+    (5.2e9, {"lora_rank": 8}, False),
+    (3.0e9, {"lora_rank": 8, "quantize": "nf4"}, False),
+    (3.6e9, {"lora_rank": 8, "quantize": "int8"}, False),
+    (26.7e9, {"dtype": "float32", "optimizer": "adamw"}, False),
+    (1e9, {"device": "cpu"}, False),
+    (1e9, {"offload": False}, False),
+    (1e9, {"offload": True}, True),
+]
+
+
+@pytest.mark.parametrize(("free", "given", "offload"), FITS)
+def test_what_does_not_fit_on_the_card_lies_on_the_host(grpo, machine, free, given, offload):
+    machine(gpu=True, free=free)
+    args, why = grpo.chosen(grpo.Args(**MODEL, **given), size=1.54e9)
+    assert args.offload is offload
+    assert ("offload" in given) or ("offload" in why)
+
+
+def test_what_does_not_fit_at_all_is_refused_with_what_would(grpo, machine):
+    for given, free, needed in (
+        ({}, 5e9, "5.1"),
+        ({"lora_rank": 8}, 5e9, "5.1"),
+        ({"optimizer": "adamw"}, 26e9, "26.6"),
+    ):
+        machine(gpu=True, free=free)
+        with pytest.raises(grpo.InputError) as error:
+            grpo.chosen(grpo.Args(**MODEL, **given), size=1.54e9)
+        rank = given.get("lora_rank", 16)
+        assert f"m needs about {needed} GB of the GPU, and {free / 1e9} are free" in str(error.value)
+        assert f"--lora-rank {rank} --quantize nf4 needs about 2.9" in str(error.value)
 
 
 def sizes_of(args):

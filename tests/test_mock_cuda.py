@@ -95,3 +95,30 @@ def test_a_run_and_its_resumption(script, tmp_path):
     assert "cuda:0" in places  # what was trained was there
     resumed = on_mock_cuda(*arguments, *again, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_run_that_does_not_fit_at_first(tmp_path):
+    """Under a cap of 60% of what it took: sampling, then learning is halved until it fits, and the run ends well."""
+    code = """
+import runpy, sys, torch
+limit = float(sys.argv.pop(1))
+if limit:
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("peak", torch.cuda.max_memory_allocated())
+"""
+    words = f"--device cuda {QUICK['grpo_llm.py']} --group-size 24 --warm-start-batch-size 4".split()
+    words += ["--micro-batch-tokens", "8192"]
+
+    def run(limit, name):
+        script = ["-c", f"import sys; sys.argv.pop(0)\n{code}", str(ROOT / "grpo_llm.py"), str(limit)]
+        done = on_mock_cuda(*script, *words, "--run-dir", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, int(done.stdout.split("peak ")[1])
+
+    out, peak = run(0, "whole")
+    assert "ran out" not in out
+    out, less = run(0.6 * peak, "halves")
+    assert "memory      it ran out: --" in out and less <= 0.6 * peak
+    saved = torch.load(tmp_path / "halves" / "checkpoint.pt", map_location="cpu", weights_only=True)
+    assert saved["step"] == 2
