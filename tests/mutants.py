@@ -895,11 +895,6 @@ GRPO = [
         "    statistics = {name: x.clone() for name, x in statistics.items()}\n",
         "",
     ),
-    (
-        "a process repeats alone when its memory runs out",
-        'if not over_ranks(torch.tensor(len(error_line)), "MAX"):',
-        "if not error_line:",
-    ),
     ("reference not counted in what fits", "+ width * (args.beta > 0)", ""),
     ("the second Ctrl-C does not stop the run", "        self.restore()\n        say(", "        say("),
 ]
