@@ -606,7 +606,8 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
         )
         token, logprob = sample_token(output.logits[:, -1], noise[:, t], temperature)
         tokens[going, t], logprobs[going, t], mask[going, t] = token[going], logprob[going], 1
-        going = without_stopped(model, going & ~torch.isin(token, eos), tokens, t)
+        going &= ~torch.isin(token, eos)
+        going = without_stopped(model, going, tokens, t)  # --stop
         if not going.any():
             break
         ids, cache = token[:, None], output.past_key_values
@@ -988,8 +989,7 @@ def load_other_task(args):
     for where, row in read_rows(args):
         try:
             problems.append(read_problem(args, row))
-            if problems[-1].answer is not None:
-                check_answer(problems[-1])
+            check_answer(problems[-1])
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
     names = dict.fromkeys(name for problem in problems for name, _ in problem.columns)  # None where a row lacks one
@@ -1222,6 +1222,8 @@ def final_answer(problem, completion):
 
 def check_answer(problem):
     """Refuse a right answer that no completion could match, or that needs math-verify when that is not installed."""
+    if problem.answer is None:
+        return
     if not is_right(problem, problem.answer):
         shown = repr(problem.answer[:60])
         raise InputError(f"nothing could match the answer {shown}: empty but for punctuation, or too long")
@@ -2308,7 +2310,8 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
         token, logprob = sample_token(logits, noise[rows, t], temperature)
         on = rows[going]
         tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1
-        going = without_stopped(model, going & ~torch.isin(token, eos), tokens, t, rows)
+        going &= ~torch.isin(token, eos)
+        going = without_stopped(model, going, tokens, t, rows)
         live = int(going.sum())
         if live == 0 or t + 1 == T:
             break
@@ -3476,8 +3479,8 @@ def save_results(args, run_dir, model, tokenizer, weights, metrics):
 
 def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
     """One screen: before and after, some answers of the last step, where everything is, what to try next."""
-    evaluated = [row for row in metrics if any(name.startswith("eval/") for name in row)]
-    before, after = evaluated[0], evaluated[-1]
+    names = {"eval/greedy", "eval/reward"}  # --reward may have no accuracies
+    before, after = (next(row for row in rows if names & row.keys()) for rows in (metrics, metrics[::-1]))
     print(f"\n{num_held_out} held-out problems   before    after")
     for name in [name for name in before if name.startswith("eval/")]:
         print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")

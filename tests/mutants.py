@@ -39,6 +39,7 @@ SUITES = {
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
+        *(f"tests/test_grpo_{name}.py" for name in ("own_reward", "stop")),
         "tests/test_track.py",
     ],
 }
@@ -584,18 +585,18 @@ GRPO = [
     ),
     (
         "tokens after EOS go on",
-        "going &= ~torch.isin(token, eos)\n        live",
-        "live",
+        "going &= ~torch.isin(token, eos)\n        going = without_stopped(model, going, tokens, t, rows)",
+        "going = without_stopped(model, going, tokens, t, rows)",
     ),
     (
         "one EOS of several",
-        "going &= ~torch.isin(token, eos)\n        live",
-        "going &= token != eos[0]\n        live",
+        "going &= ~torch.isin(token, eos)\n        going = without_stopped(model, going, tokens, t, rows)",
+        "going &= token != eos[0]\n        going = without_stopped(model, going, tokens, t, rows)",
     ),
     (
         "tokens after EOS go on, plainly",
-        "going &= ~torch.isin(token, eos)\n        if",
-        "if",
+        "going &= ~torch.isin(token, eos)\n        going = without_stopped(model, going, tokens, t)",
+        "going = without_stopped(model, going, tokens, t)",
     ),
     (
         "positions of the sampler count padding",
@@ -737,8 +738,8 @@ GRPO = [
     ("a byte-order mark refused", 'encoding="utf-8-sig") as file', 'encoding="utf-8") as file'),
     (
         "messages shown as their repr",
-        'messages = list(problem.messages) or [{"role"',
-        'messages = [{"role"',
+        'system + (list(problem.messages) or [{"role"',
+        'system + ([{"role"',
     ),
     (
         "prompts beyond the context kept",
