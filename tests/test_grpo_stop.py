@@ -119,7 +119,14 @@ def test_a_run_with_stop_texts(grpo, tiny_grpo, no_picture, monkeypatch):
     """In train and evaluation: rewards read the stop text, the completion is not truncated, and the loss is over the
     tokens up to it."""
     rated, learned, rate_group, reduce_loss = [], [], grpo.rate_group, grpo.reduce_loss
-    given = {"stop": ("4", "7", "1="), "max_tokens": 12, "steps": 1, "truncated": "penalise", "temperature": 1.5}
+    given = {
+        "stop": ("4", "7", "1", "+"),
+        "max_tokens": 12,
+        "steps": 2,
+        "prompts_per_step": 6,
+        "truncated": "penalise",
+        "temperature": 1.5,
+    }
 
     def watched(args, group, *others):
         rated.append((group, rate_group(args, group, *others)))
@@ -130,7 +137,7 @@ def test_a_run_with_stop_texts(grpo, tiny_grpo, no_picture, monkeypatch):
         grpo, "reduce_loss", lambda loss, mask, *more: learned.append(mask) or reduce_loss(loss, mask, *more)
     )
     args = tiny_grpo(**given)
-    (_, row) = grpo.train(args)
+    row = grpo.train(args)[-1]
     tokenizer, ended = AutoTokenizer.from_pretrained(args.model), []
     for group, rating in rated:
         for tokens, mask, text, cut in zip(group.tokens.tolist(), group.mask, group.texts, rating.is_truncated):
