@@ -886,6 +886,58 @@ GRPO = [
         "    loss = torch.where(mask",
     ),
     ("the first evaluation for the last", "for rows in (metrics, metrics[::-1]))", "for rows in (metrics, metrics))"),
+    (
+        "the verifier is paid beside an own reward",
+        "parts = {} if args.reward else {",
+        "parts = {",
+    ),
+    ("a reward that does not apply makes NaN", "torch.stack(list(parts.values())).nansum(0)", "sum(parts.values())"),
+    ("None counts as 0 in its curve", "rewards_of_part[~rewards_of_part.isnan()]", "rewards_of_part.nan_to_num()"),
+    (
+        "NaN taken for a reward",
+        "if reward is not None and not is_finite_number(reward):",
+        "if isinstance(reward, str):",
+    ),
+    ("too few rewards", "len(rewards) != len(about):", "len(rewards) > len(about):"),
+    (
+        "a judge is called for each group",
+        "for group in with_own_rewards(args, sampled, step):",
+        "for group in (with_own_rewards(args, [group], step)[0] for group in sampled):",
+    ),
+    (
+        "completions of messages as texts",
+        '"completion": [{"role": "assistant", "content": text}] if messages else text,',
+        '"completion": text,',
+    ),
+    ("a relative path of the reward", "Path(found[1]).expanduser().absolute()", "Path(found[1])"),
+    (
+        "no system turn before messages",
+        "return system + (list(problem.messages) or",
+        "return (list(problem.messages) or system +",
+    ),
+    (
+        "a second system turn",
+        'args.system is not None and messages[0]["role"] in',
+        'args.system is None and messages[0]["role"] in',
+    ),
+    ("a stop text in the last token only", "tokens[looked_at, : t + 1]", "tokens[looked_at, t : t + 1]"),
+    (
+        "a stop text must end its token",
+        "return any(text in completion for text in texts)",
+        "return any(completion.endswith(text) for text in texts)",
+    ),
+    (
+        "stop texts not found by the fast sampler",
+        "        going = without_stopped(model, going, tokens, t, rows)\n",
+        "",
+    ),
+    (
+        "stop texts not found by the plain sampler",
+        "        going = without_stopped(model, going, tokens, t)  # --stop\n",
+        "",
+    ),
+    ("stopped taken for truncated", "~(has_ended | torch.tensor([has_stop", "~(has_ended & torch.tensor([has_stop"),
+    ("parts of a letter end nothing", ' or "\\ufffd" in piece', ""),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 
