@@ -50,8 +50,10 @@ Shapes   P prompts, G completions of each, B = P·G sequences, at most T tokens 
 """
 
 import ast
+import asyncio
 import gc
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -65,6 +67,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 import weakref
@@ -77,6 +80,7 @@ from fractions import Fraction
 from functools import cache, lru_cache, partial
 from io import TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
@@ -142,6 +146,9 @@ class Args:
     model: str | None = None  # Hub id or directory of a causal language model; default a small one, trained here
     data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
+    system: str | None = None  # a system turn before every prompt, which must not have one already; for chat models
+    stop: tuple[str, ...] = ()  # texts such as "</answer>" that end a completion, as EOS does; they stay in it
+    reward: str | None = None  # rewards.py or rewards.py:name,name: its functions are the reward, not the verifier
     dtype: Literal["float32", "bfloat16"] | None = None  # type of the weights; chosen for you
     lora_rank: NonNegativeInt = 0  # train LoRA adapters of this rank; the reference then costs no memory
     quantize: Literal["none", "int8", "nf4"] = "none"  # with --lora-rank: keep the frozen weights in 8 or 4 bits
@@ -177,6 +184,7 @@ class Args:
     def __post_init__(self):
         check_bounds(self)
         check_settings(self)
+        object.__setattr__(self, "reward", with_absolute_path(self.reward))  # a run is resumed from any directory
 
     @property
     def updates(self):
@@ -298,11 +306,12 @@ def majority_at_k(answers, right, k):
 
 class Problem(NamedTuple):
     prompt: str  # the question; the messages of a chat as one text
-    answer: str  # a number, a text or a formula; the target of a countdown
+    answer: str | None  # a number, a text or a formula; the target of a countdown; None with --reward only
     values: tuple = ()  # the result of each step of a right solution, for process supervision
     solution: str = ""  # a worked solution, for the warm start
     numbers: tuple = ()  # the numbers of a countdown
     messages: tuple = ()  # the messages of a chat, {"role", "content"} each
+    columns: tuple = ()  # (name, value) of the other columns of its row, for --reward
 
 
 def write_sum(rng, args):
@@ -376,7 +385,7 @@ def step_rewards_of(problem, completion):
 
 def reward_parts(args, problem, completion, num_tokens, is_truncated):
     """The rewards of a completion, by name. They are added up. YOUR OWN TASK: add a line with its reward here."""
-    parts = {"verifier": float(is_right(problem, completion))}
+    parts = {} if args.reward else {"verifier": float(is_right(problem, completion))}
     if args.format_weight:
         parts["format"] = args.format_weight * bool(re.fullmatch(args.format_pattern, completion))
     if args.length_weight:
@@ -388,15 +397,16 @@ def reward_parts(args, problem, completion, num_tokens, is_truncated):
 
 class Rating(NamedTuple):
     rewards: torch.Tensor  # (G,)
-    parts: dict  # name → (G,); their sum is rewards
-    is_truncated: torch.Tensor  # (G,) whether there is no EOS within max_tokens
+    parts: dict  # name → (G,); their sum is rewards, in which NaN, "does not apply", counts 0
+    is_truncated: torch.Tensor  # (G,) whether there is no EOS, and no --stop, within max_tokens
     step_rewards: list  # G lists of floats
     step_ids: torch.Tensor  # (G, T) step of each token, −1 for none
 
 
 def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
     """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
-    is_truncated = ~torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
+    has_ended = torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
+    is_truncated = ~(has_ended | torch.tensor([has_stop(args.stop, text) for text in group.texts]))
     columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
     parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
     if reward_model:
@@ -404,9 +414,10 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
         parts["model"] = (args.reward_model_weight * scores).tolist()
     check_rewards(parts, group, step)
     parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
+    parts |= group.own_rewards
     step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
     step_ids = step_ids_of(tokenizer, group, step_of_line)
-    return Rating(torch.stack(list(parts.values())).sum(0), parts, is_truncated, list(step_rewards), step_ids)
+    return Rating(torch.stack(list(parts.values())).nansum(0), parts, is_truncated, list(step_rewards), step_ids)
 
 
 def has_variance(args, rating):
@@ -489,13 +500,14 @@ def load_model(args, name, is_compared=True):
     eos_ids = model.generation_config.eos_token_id  # [G9] one, several or none; chat models often have two
     eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
     if tokenizer.eos_token_id is not None:
-        eos_ids = sorted({*eos_ids, tokenizer.eos_token_id})
+        eos_ids = sorted({*eos_ids, tokenizer.eos_token_id, *special_stops(args.stop, tokenizer)})
     eos_ids = [token for token in eos_ids if token < model.get_input_embeddings().num_embeddings]
     if not eos_ids:
         raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
     if args.quantize != "none":
         quantize(model, args.quantize, args.device)
     model = without_dropout(model).to(args.device).eval()
+    model.stops = find_stops(args, model, tokenizer)  # None without --stop
     model.plain_because = why_plain(args, model, tokenizer, name) if is_compared else ""
     return model, tokenizer, eos_ids
 
@@ -522,6 +534,7 @@ class Group(NamedTuple):
     logprobs: torch.Tensor  # (G, T) computed by the sampler
     mask: torch.Tensor  # (G, T) 1 up to the first EOS, which is included
     texts: list  # G completions
+    own_rewards: tuple = ()  # (name, (G,)) of each function of --reward, NaN where it does not apply
 
 
 def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, temperature, names):
@@ -585,7 +598,7 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
     ids = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (Q - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     eos, cache = torch.tensor(eos_ids, device=device), None
-    going = torch.ones_like(ids[:, 0]).bool()  # (B,) which sequences have no EOS yet
+    going = torch.ones_like(ids[:, 0]).bool()  # (B,) which sequences have not ended yet
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros_like(tokens)
     for t in range(T):
@@ -601,6 +614,7 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
         token, logprob = sample_token(output.logits[:, -1], noise[:, t], temperature)
         tokens[going, t], logprobs[going, t], mask[going, t] = token[going], logprob[going], 1
         going &= ~torch.isin(token, eos)
+        going = without_stopped(model, going, tokens, t)  # --stop
         if not going.any():
             break
         ids, cache = token[:, None], output.past_key_values
@@ -659,28 +673,32 @@ def score(args, model, sequences, minibatches):
 # ---- Training ----
 
 
-def evaluate(args, model, tokenizer, eos_ids, problems):
-    """Accuracy on each of this process's held-out problems: greedy, and pass@1, pass@k and maj@k of eval_samples
-    samples [G21]. The noise is always the same, so two policies differ only in what they have learned."""
+def scores_of(args, model, tokenizer, eos_ids, problems, numbers):
+    """For each problem: is the greedy answer right, and pass@1, pass@k and maj@k of eval_samples samples [G21], NaN if
+    it has no answer; the samples' mean reward, NaN without --reward. numbers: the problems' places among all. They set
+    the noise, so two policies differ only in what they have learned."""
     n, k = args.eval_samples, args.eval_k
-    names = [("eval", i) for i in own_share(range(len(problems)))]
-    problems = own_share(problems)
+    names = [("eval", number) for number in numbers]
     greedy = sample_groups(args, model, tokenizer, eos_ids, problems, 1, 0.0, names)
     sampled = sample_groups(args, model, tokenizer, eos_ids, problems, n, args.temperature, names)
-    rows = []
-    for problem, one, group in zip(problems, greedy, sampled):
-        right = [is_right(problem, text) for text in group.texts]
-        answers = [final_answer(problem, text) for text in group.texts]
-        row = {"eval/greedy": float(is_right(problem, one.texts[0])), "eval/pass@1": sum(right) / n}
-        row |= {f"eval/pass@{k}": pass_at_k(n, sum(right), k), f"eval/maj@{k}": majority_at_k(answers, right, k)}
-        rows.append(row)
-    return rows
+    scores = []
+    for problem, one, group, reward in zip(problems, greedy, sampled, own_rewards_of(args, sampled)):
+        row = [math.nan] * 4
+        if problem.answer is not None:
+            right = [is_right(problem, text) for text in group.texts]
+            answers = [final_answer(problem, text) for text in group.texts]
+            row = [is_right(problem, one.texts[0]), sum(right) / n]
+            row += [pass_at_k(n, sum(right), k), majority_at_k(answers, right, k)]
+        columns = "reward", "greedy", "pass@1", f"pass@{k}", f"maj@{k}"
+        scores.append(dict(zip(columns, map(float, (reward, *row)))))
+    return scores
 
 
-def mean_over_ranks(rows):
-    """The mean of each value over the rows of all processes."""
-    *sums, count = over_ranks(torch.tensor([[*row.values(), 1.0] for row in rows], dtype=torch.float64).sum(0))
-    return {name: float(total / count) for name, total in zip(rows[0], sums)}
+def evaluate(args, model, tokenizer, eos_ids, problems):
+    """{name: a number for each of this process's share of the held-out problems}."""
+    numbers = own_share(range(len(problems)))
+    scores = scores_of(args, model, tokenizer, eos_ids, own_share(problems), numbers)
+    return {f"eval/{name}": [row[name] for row in scores] for name in scores[0]}
 
 
 def learning_rate_of(args, step):
@@ -762,8 +780,8 @@ def train(args: Args) -> list[dict]:
     first, cursor, metrics = restore(saved, optimizer, reward_model)
     writer = open_log(args, run_dir, first)
     if not metrics:
-        args, rows = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
-        log(writer, metrics, 0, mean_over_ranks(rows))
+        args, scores = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+        log(writer, metrics, 0, mean_over_ranks(scores))
 
     seen, ending = [], Ending(args, started)  # --max-hours, Ctrl-C
     bar = trange(first, args.steps, desc="grpo", initial=first, total=args.steps, disable=process_rank() > 0)
@@ -781,7 +799,7 @@ def train(args: Args) -> list[dict]:
             asked = problems_from(problems, positions, args.seed)
             given = policy, tokenizer, eos_ids, asked, G, args.temperature, names
             args, sampled = fitting(args, "generate_rows", sample_groups, *given)
-            for group in sampled:
+            for group in with_own_rewards(args, sampled, step):
                 rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
                 seen.append((group, rating))
                 if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
@@ -860,8 +878,8 @@ def train(args: Args) -> list[dict]:
         done = step + 1
         is_last = done == args.steps or ending.is_due()
         if is_last or is_due(args.eval_every, done):
-            args, rows = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
-            row |= mean_over_ranks(rows)
+            args, scores = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+            row |= mean_over_ranks(scores)
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
         log(writer, metrics, done, row)
@@ -946,12 +964,16 @@ def read_rows(args):
 
 
 def read_problem(args, row):
-    """A row {"question", "answer"} in gsm8k's form, "… <<48/2=24>>24 … #### 72"; or {"prompt", "answer"}."""
+    """A row {"question", "answer"} in gsm8k's form, "… <<48/2=24>>24 … #### 72"; or {"prompt", "answer"}. With --reward
+    a prompt needs no answer, and the row's other columns are kept."""
     names = ("question", "answer") if args.task == "gsm8k" else ("prompt", "answer")
+    if args.reward and args.task == "jsonl":
+        names = ("prompt",)
     if not isinstance(row, dict) or not set(names) <= row.keys():
         found = ", ".join(row) if isinstance(row, dict) else shortened(row)
         raise InputError(f"task {args.task} needs rows with {' and '.join(names)}, found {found}")
-    prompt, answer = (row[name] for name in names)
+    prompt, answer = row[names[0]], row.get("answer")
+    columns = tuple((name, x) for name, x in row.items() if name != names[0]) if args.reward else ()
     messages = ()
     if args.task == "jsonl" and isinstance(prompt, list):
         messages = tuple(prompt)
@@ -962,10 +984,14 @@ def read_problem(args, row):
             raise InputError("the last message must not be the assistant's, which the model is to write")
         if args.instruction is not None:
             raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
+        if args.system is not None and messages[0]["role"] in ("system", "developer"):
+            raise InputError(f"--system adds a system turn, and this prompt has one: {shortened(messages[0])}")
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
     if not isinstance(prompt, str) or not prompt.strip():
         kinds = "a text" if args.task == "gsm8k" else "a text or a list of messages"
         raise InputError(f"{names[0]} must be {kinds}, found {shortened(prompt)}")
+    if args.reward and args.task == "jsonl":
+        return with_answer(Problem(prompt.strip(), None, messages=messages, columns=columns), answer)
     if not (isinstance(answer, (str, int)) or is_finite_number(answer)) or not str(answer).strip():
         raise InputError(f"answer must be a text or a number, found {shortened(answer)}")
     prompt, answer = prompt.strip(), str(answer).strip()
@@ -976,7 +1002,9 @@ def read_problem(args, row):
     if not final:
         raise InputError(f"task gsm8k needs #### before the answer, found {answer[-60:]!r}")
     values = (*re.findall(r"=([^=<>]*)>>", worked), final)
-    return Problem(prompt, final, values, re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}")
+    solution = re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}"
+    columns = tuple((name, x) for name, x in columns if name != "answer")  # functions get the number after ####
+    return Problem(prompt, final, values, solution, columns=columns)
 
 
 def shortened(value, length=60):
@@ -1005,6 +1033,8 @@ def load_other_task(args):
             check_answer(problems[-1])
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
+    names = dict.fromkeys(name for problem in problems for name, _ in problem.columns)  # None where a row lacks one
+    problems = [problem._replace(columns=(*(names | dict(problem.columns)).items(),)) for problem in problems]
     random.Random(args.seed).shuffle(problems)
     return problems
 
@@ -1026,6 +1056,8 @@ def check_problems(args, found, drawn, problems, held_out):
     for why, count in left_out.items():
         if count:
             say(f"            {count:,} {why}")
+    if args.reward:
+        check_own_reward(args, problems)
 
 
 # ---- Verifiers: is an answer right? ----
@@ -1231,6 +1263,8 @@ def final_answer(problem, completion):
 
 def check_answer(problem):
     """Refuse a right answer that no completion could match, or that needs math-verify when that is not installed."""
+    if problem.answer is None:
+        return
     if not is_right(problem, problem.answer):
         shown = repr(problem.answer[:60])
         raise InputError(f"nothing could match the answer {shown}: empty but for punctuation, or too long")
@@ -1391,6 +1425,206 @@ def check_rewards(parts, group, step):
                 )
 
 
+# ---- Your own reward (--reward) ----
+#
+# Needed where no verifier can say what is right. A function gets by name what it has parameters for. One that names
+# prompts, completions or completion_ids gets lists, as TRL's GRPOTrainer gives them, in one call for all completions of
+# a rollout: so a slow judge can read them at the same time. Any other is called for each completion.
+
+FOR_LISTS = ("prompts", "completions", "completion_ids")
+TRAINER = ("trainer_state", "log_metric", "log_extra")  # what TRL gives besides
+CURVES = ("mean", "std", "verifier", "format", "length", "truncation", "model", "steps")  # reward/… of other rewards
+LOGGED = {}  # name → the numbers that functions gave to log_metric in this rollout
+STATE = SimpleNamespace(global_step=0, max_steps=0)  # trainer_state
+
+
+def with_absolute_path(reward):
+    """FILE.py or FILE.py:name,name with the absolute path of the file. None stays None."""
+    if reward is None:
+        return None
+    found = re.fullmatch(r"(.+\.py)(:\w+(?:,\w+)*)?", reward)
+    if not found:
+        raise ValueError(f"reward must be a file such as rewards.py, or rewards.py:name,name, got {reward!r}")
+    return f"{Path(found[1]).expanduser().absolute()}{found[2] or ''}"
+
+
+def file_of(reward):
+    return f"{reward.rpartition('.py')[0]}.py"
+
+
+@cache
+def own_functions(reward):
+    """{name: function}: those that --reward names, or those of its file whose names begin or end with `reward`."""
+    file, names = file_of(reward), reward.rpartition(".py")[2].removeprefix(":")
+    if not Path(file).is_file():
+        raise InputError(f"--reward {file}: there is no such file")
+    if str(Path(file).parent) not in sys.path:
+        sys.path.append(str(Path(file).parent))  # for what the file imports
+    spec = importlib.util.spec_from_file_location("own_reward", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"--reward {file}{line_in(file, error)} cannot be imported: {one_line(error)}") from error
+    found = {name: getattr(module, name, None) for name in names.split(",") if name}
+    for name, x in {} if names else vars(module).items():
+        is_defined_here = callable(x) and not isinstance(x, type) and getattr(x, "__module__", None) == spec.name
+        if is_defined_here and re.fullmatch(r"reward.*|[^_].*reward", name):
+            found[name] = x
+    if not found:
+        raise InputError(f"--reward {file} defines no function whose name begins or ends with reward")
+    for name, function in found.items():
+        if not callable(function):
+            raise InputError(f"--reward {file} has no function {name}")
+        if name in CURVES:
+            raise InputError(f"--reward {file}: rename {name}, because reward/{name} is another curve")
+    return found
+
+
+def line_in(file, error):
+    """The words ", line 12" if that is where in this file an exception was raised, else no words."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def is_for_lists(function):
+    return any(name in inspect.signature(function).parameters for name in FOR_LISTS)
+
+
+def check_own_reward(args, problems):
+    """Load the functions, print their names, and refuse one that has a parameter which cannot be given."""
+    own_functions.cache_clear()  # the file may have changed since the last run of this process
+    LOGGED.clear()
+    functions, columns = own_functions(args.reward), {"answer", *dict(problems[0].columns)}
+    for name, function in functions.items():
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--reward {file_of(args.reward)}: the parameters of {name} are unknown") from error
+        offered = {*columns, *(FOR_LISTS + TRAINER if is_for_lists(function) else ("prompt", "completion"))}
+        for x in parameters:
+            is_needed = x.default is x.empty and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+            if is_needed and (x.name not in offered or x.kind == x.POSITIONAL_ONLY):
+                raise InputError(
+                    f"--reward {file_of(args.reward)}: {name} needs {x.name}, and what can be given by name is "
+                    f"{', '.join(sorted(offered))}"
+                )
+    names = [f"{name} (lists)" if is_for_lists(function) else name for name, function in functions.items()]
+    say(f"reward      {', '.join(names)} of {file_of(args.reward)}")
+    num_unknown = sum(problem.answer is None for problem in problems)
+    if num_unknown:
+        say(f"            {num_unknown:,} problems have no answer that can be compared, so accuracies leave them out")
+
+
+def with_answer(problem, answer):
+    """The problem with its answer. Without one if the verifier could not compare it; the functions still get it."""
+    if not isinstance(answer, (str, int)) and not is_finite_number(answer):
+        return problem
+    try:
+        check_answer(problem._replace(answer=str(answer).strip()))
+    except InputError:
+        return problem
+    return problem._replace(answer=str(answer).strip())
+
+
+def with_own_rewards(args, groups, step=None):
+    """The groups with the rewards of --reward's functions, if there are any. step: None in an evaluation."""
+    if not args.reward:
+        return groups
+    columns, rewards = columns_of(groups), {}
+    if step is not None:
+        STATE.global_step, STATE.max_steps = step, args.steps
+    for name, function in own_functions(args.reward).items():
+        rewards[name] = torch.tensor(rewards_by(args, name, function, columns, step)).view(len(groups), -1)
+    return [group._replace(own_rewards=(*zip(rewards, own),)) for group, own in zip(groups, zip(*rewards.values()))]
+
+
+def own_rewards_of(args, groups):
+    """The mean reward of each group of an evaluation, all functions added up; NaN without --reward."""
+    if not args.reward:
+        return [math.nan] * len(groups)
+    return [sum(own.nan_to_num().mean() for _, own in group.own_rewards) for group in with_own_rewards(args, groups)]
+
+
+def columns_of(groups):
+    """{name: a list over all completions} of what functions can be given. Prompts are texts or lists of messages, as
+    the data has them, and the completion of messages is a list of one message."""
+    rows = []
+    for group in groups:
+        problem, messages = group.problem, group.problem.messages
+        for text, tokens, mask in zip(group.texts, group.tokens.tolist(), group.mask.tolist()):
+            sampled = {
+                "prompt": [dict(message) for message in messages] if messages else problem.prompt,
+                "completion": [{"role": "assistant", "content": text}] if messages else text,
+                "completion_ids": tokens[: sum(mask)],
+            }
+            rows.append({"answer": problem.answer} | dict(problem.columns) | sampled)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def rewards_by(args, name, function, columns, step):
+    """The rewards of a function for all completions: a list of floats, NaN where it gave None."""
+    pairs = list(zip(columns["prompt"], columns["completion"]))
+    about = [f"problem {shortened(prompt)}, completion {shortened(completion)}" for prompt, completion in pairs]
+    if is_for_lists(function):
+        given = {f"{x}s" if x in ("prompt", "completion") else x: list(column) for x, column in columns.items()}
+        given |= zip(TRAINER, (STATE, ignore if step is None else log_metric, ignore))
+        found = result_of(args, name, function, given, f"{about[0]}, the first of {len(about)}")
+        rewards = found.tolist() if hasattr(found, "tolist") else found  # of numpy or torch
+        if not isinstance(rewards, (list, tuple)) or len(rewards) != len(about):
+            size = f"a list of {len(rewards)}" if isinstance(rewards, (list, tuple)) else shortened(found)
+            raise InputError(
+                f"--reward {file_of(args.reward)}: {name} gave {size}, and a list of {len(about)} rewards is needed: "
+                f"one for each completion, of which the first is {about[0]}"
+            )
+    else:
+        single = {x: column for x, column in columns.items() if x != "completion_ids"}
+        rows = [dict(zip(single, row)) for row in zip(*single.values())]
+        rewards = [result_of(args, name, function, row, own) for row, own in zip(rows, about)]
+    for reward, own in zip(rewards, about):
+        if reward is not None and not is_finite_number(reward):
+            raise InputError(
+                f"--reward {file_of(args.reward)}: {name} gave {shortened(reward)}, and a finite number or None is "
+                f"needed: {own}"
+            )
+    return [math.nan if reward is None else float(reward) for reward in rewards]
+
+
+def result_of(args, name, function, given, about):
+    """What a function returns, called with those of the arguments that it has parameters for. Coroutines are run."""
+    parameters = inspect.signature(function).parameters
+    if not any(x.kind == x.VAR_KEYWORD for x in parameters.values()):
+        given = {x: value for x, value in given.items() if x in parameters}
+    try:
+        result = function(**given)
+        return event_loop().run_until_complete(result) if inspect.isawaitable(result) else result
+    except (Exception, SystemExit) as error:
+        file = file_of(args.reward)
+        raise InputError(f"--reward {file}{line_in(file, error)}: {name} raised {one_line(error)}: {about}") from error
+
+
+@cache
+def event_loop():
+    return asyncio.new_event_loop()
+
+
+def log_metric(name, value):
+    LOGGED.setdefault(name, []).append(float(value))
+
+
+def ignore(*arguments):
+    """For log_extra, TRL's table of completions, and for log_metric in an evaluation."""
+
+
+def logged_metrics():
+    """The means of what functions gave to log_metric in this process since the last call."""
+    row = {f"logged/{name}": sum(values) / len(values) for name, values in LOGGED.items()}
+    LOGGED.clear()
+    return row
+
+
 # ---- A learned reward model, R_φ ----
 #
 # Needed with --reward-model: any classifier with one output. It must read an answer in the form that it was trained on,
@@ -1410,7 +1644,8 @@ def load_reward_model(args):
 
 def answers_of(args, group, is_truncated):
     """What a reward model reads of a group: G times (prompt, completion, has it ended). Prompts: texts or messages."""
-    prompt = list(group.problem.messages) or told(args, group.problem)
+    is_chat = group.problem.messages or args.system is not None
+    prompt = messages_of(args, group.problem) if is_chat else told(args, group.problem)
     return [(prompt, text, not cut) for text, cut in zip(group.texts, is_truncated.tolist())]
 
 
@@ -1535,9 +1770,17 @@ def told(args, problem):
     return (args.instruction or INSTRUCTIONS[args.task]).replace("{}", problem.prompt)
 
 
+def messages_of(args, problem):
+    """The messages of a chat that the model answers: --system's turn, if there is one, and the problem's own."""
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    return system + (list(problem.messages) or [{"role": "user", "content": told(args, problem)}])
+
+
 def encode_prompt(args, tokenizer, problem):
     """The tokens that the model reads: the problem alone, or the instruction in the model's own chat form."""
     text = told(args, problem)
+    if args.system is not None and not tokenizer.chat_template:
+        raise InputError(f"--system needs a chat template, and {args.model} has none: use --instruction")
     if args.model is None:
         return tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
     if not tokenizer.chat_template:
@@ -1545,7 +1788,7 @@ def encode_prompt(args, tokenizer, problem):
             raise InputError(f"{args.model} has no chat template for prompts that are lists of messages: bring texts")
         ids = tokenizer(f"{text}\n")["input_ids"]
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS, which nothing should follow
-    messages = list(problem.messages) or [{"role": "user", "content": text}]
+    messages = messages_of(args, problem)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template has its own words for what it refuses, such as a system role
@@ -1823,6 +2066,59 @@ def read_model(args, name):
     return model, tokenizer
 
 
+# ---- Texts that end a completion (--stop) ----
+#
+# Needed by base models, which often go on after their answer. A completion ends with the first token after which its
+# text has one of the stop texts. Only few tokens can complete one, so only after these a row is decoded.
+
+
+class Stops(NamedTuple):
+    texts: tuple
+    tokenizer: object
+    can_end: torch.Tensor  # (V,) whether a stop text may be complete after this token
+
+
+def has_stop(texts, completion):
+    return any(text in completion for text in texts)
+
+
+def special_stops(texts, tokenizer):
+    """The ids of those stop texts that are special tokens. Decoding drops these, so they end as an EOS does."""
+    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for text in texts:
+        for name in special:
+            if name in text and name != text:
+                raise InputError(f"--stop {text!r} holds the special token {name}, which must be a stop text alone")
+    return [special[text] for text in texts if text in special]
+
+
+def find_stops(args, model, tokenizer):
+    """What without_stopped() needs, None without --stop. can_end is true for a token that has the last letter of a stop
+    text. A token may be a part of a letter, decoded as U+FFFD, and may lose a space at its beginning: true as well."""
+    if not args.stop:
+        return None
+    last_letters = {text[-1] for text in args.stop}
+    can_end = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.bool)
+    tokens = range(min(len(tokenizer), len(can_end)))
+    pieces = tokenizer.batch_decode([[token] for token in tokens], skip_special_tokens=True)
+    for token, piece in enumerate(pieces):
+        can_end[token] = " " in last_letters or not last_letters.isdisjoint(piece) or "\ufffd" in piece
+    return Stops(args.stop, tokenizer, can_end.to(args.device))
+
+
+def without_stopped(model, going, tokens, t, rows=None):
+    """`going` (B,) less the sequences whose text has a stop text since token t. rows: the sequences, if not all."""
+    stops = getattr(model, "stops", None)
+    if stops is None:
+        return going
+    tokens = tokens if rows is None else tokens[rows]
+    looked_at = (going & stops.can_end[tokens[:, t]]).nonzero()[:, 0]
+    texts = stops.tokenizer.batch_decode(tokens[looked_at, : t + 1].tolist(), skip_special_tokens=True)
+    are_stopped = [has_stop(stops.texts, text) for text in texts]
+    going[looked_at] = ~torch.tensor(are_stopped, dtype=torch.bool, device=going.device)
+    return going
+
+
 # ---- Is the fast path right for this model? ----
 #
 # The fast path makes assumptions about a model that its code may not keep: how masks are given, what a cache layer is,
@@ -2056,6 +2352,7 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
         on = rows[going]
         tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1
         going &= ~torch.isin(token, eos)
+        going = without_stopped(model, going, tokens, t, rows)
         live = int(going.sum())
         if live == 0 or t + 1 == T:
             break
@@ -2767,7 +3064,8 @@ def draw_curves(metrics, path):
 
 
 def print_samples(group, rating, count=4):
-    print(f"\n{group.problem.prompt}    right is {group.problem.answer}\n  reward  tokens  completion")
+    right = "" if group.problem.answer is None else f"    right is {group.problem.answer}"
+    print(f"\n{group.problem.prompt}{right}\n  reward  tokens  completion")
     for text, reward, length in list(zip(group.texts, rating.rewards.tolist(), group.mask.sum(-1).tolist()))[:count]:
         print(f"  {reward:6.2f}  {length:6d}  {' / '.join(text.splitlines())[:100]}")
 
@@ -2842,14 +3140,24 @@ def check_settings(args):
             "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
             "penalise, which judge a whole completion, would do nothing"
         )
+    needs_verifier = args.supervision == "process" or args.algorithm == "rft" or args.reward_model_steps
+    if args.reward and needs_verifier:
+        raise ValueError(
+            "reward takes the place of the verifier, which supervision process, algorithm rft and reward_model_steps "
+            "need"
+        )
+    if args.model is None and (args.system is not None or args.stop):
+        raise ValueError("system and stop are for --model: the small model has no chat form, and ends by itself")
+    if "" in args.stop:
+        raise ValueError("stop needs texts that end a completion, got an empty one")
     if args.reference_every and not (args.beta or args.reward_model_steps):
         raise ValueError(f"reference_every {args.reference_every} refreshes nothing: beta and reward_model_steps are 0")
     if args.reward_model_steps and not (args.reward_model and args.reference_every):
         raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
     if args.lora_rank and args.reference_every:
         raise ValueError("lora_rank keeps the model without the adapter as the reference: reference_every must be 0")
-    if "" in (args.model, args.data, args.resume, args.run_dir, args.reward_model):
-        raise ValueError("model, data, resume, run_dir and reward_model need a name or a path, got an empty one")
+    if "" in (args.model, args.data, args.resume, args.run_dir, args.reward_model, args.reward):
+        raise ValueError("model, data, resume, run_dir, reward and reward_model need a name or path, got an empty one")
     if args.resume and args.run_dir:
         raise ValueError(f"resume {args.resume} continues in its own directory, not in run_dir {args.run_dir}")
     try:
@@ -2915,7 +3223,7 @@ def chosen(args, problems=(), size=None):
     # The task
     P, G, T = TASK_SIZES[args.task]
     if args.task == "jsonl":
-        longest = max((len(problem.answer) for problem in problems), default=0)
+        longest = max((len(problem.answer or "") for problem in problems), default=0)
         reason = f"{T}, and {longest} for the longest answer; raise it if the model should reason first"
         args = choose(args, why, reason, max_tokens=T + longest)
     reason = f"usual for task {args.task}"
@@ -3223,8 +3531,16 @@ def describe(args, seen):
         "completion/eos_rate": 1 - truncated,
         "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
     }
-    sums, counts = over_ranks(torch.tensor([[x.sum(), x.numel()] for x in row.values()], dtype=torch.float64)).T
-    return dict(zip(row, (sums / counts.clamp(min=1)).tolist()))
+    return mean_over_ranks(row) | logged_metrics()
+
+
+def mean_over_ranks(row):
+    """{name: numbers of this process} → {name: their mean over all processes}. NaN is no number: a function of --reward
+    does not apply, a problem has no answer. A name without numbers is left out."""
+    columns = [torch.as_tensor(x, dtype=torch.float64) for x in row.values()]
+    pairs = torch.tensor([[x.nansum(), (~x.isnan()).sum()] for x in columns], dtype=torch.float64)
+    sums, counts = over_ranks(pairs).T
+    return {name: mean for name, mean, count in zip(row, (sums / counts).tolist(), counts) if count}
 
 
 def new_statistics():
@@ -3326,7 +3642,8 @@ def save_results(args, run_dir, model, tokenizer, weights, metrics):
 
 def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
     """One screen: before and after, some answers of the last step, where everything is, what to try next."""
-    before, after = (next(row for row in rows if "eval/greedy" in row) for rows in (metrics, metrics[::-1]))
+    names = {"eval/greedy", "eval/reward"}  # --reward may have no accuracies
+    before, after = (next(row for row in rows if names & row.keys()) for rows in (metrics, metrics[::-1]))
     print(f"\n{num_held_out} held-out problems   before    after")
     for name in [name for name in before if name.startswith("eval/")]:
         print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")

@@ -39,6 +39,7 @@ SUITES = {
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
+        *(f"tests/test_grpo_{name}.py" for name in ("own_reward", "stop")),
         "tests/test_track.py",
     ],
 }
@@ -584,18 +585,18 @@ GRPO = [
     ),
     (
         "tokens after EOS go on",
-        "going &= ~torch.isin(token, eos)\n        live",
-        "live",
+        "going &= ~torch.isin(token, eos)\n        going = without_stopped(model, going, tokens, t, rows)",
+        "going = without_stopped(model, going, tokens, t, rows)",
     ),
     (
         "one EOS of several",
-        "going &= ~torch.isin(token, eos)\n        live",
-        "going &= token != eos[0]\n        live",
+        "going &= ~torch.isin(token, eos)\n        going = without_stopped(model, going, tokens, t, rows)",
+        "going &= token != eos[0]\n        going = without_stopped(model, going, tokens, t, rows)",
     ),
     (
         "tokens after EOS go on, plainly",
-        "going &= ~torch.isin(token, eos)\n        if",
-        "if",
+        "going &= ~torch.isin(token, eos)\n        going = without_stopped(model, going, tokens, t)",
+        "going = without_stopped(model, going, tokens, t)",
     ),
     (
         "positions of the sampler count padding",
@@ -737,8 +738,8 @@ GRPO = [
     ("a byte-order mark refused", 'encoding="utf-8-sig") as file', 'encoding="utf-8") as file'),
     (
         "messages shown as their repr",
-        'messages = list(problem.messages) or [{"role"',
-        'messages = [{"role"',
+        'system + (list(problem.messages) or [{"role"',
+        'system + ([{"role"',
     ),
     (
         "prompts beyond the context kept",
@@ -897,6 +898,58 @@ GRPO = [
     ),
     ("reference not counted in what fits", "+ width * (args.beta > 0)", ""),
     ("the second Ctrl-C does not stop the run", "        self.restore()\n        say(", "        say("),
+    (
+        "the verifier is paid beside an own reward",
+        "parts = {} if args.reward else {",
+        "parts = {",
+    ),
+    ("a reward that does not apply makes NaN", "torch.stack(list(parts.values())).nansum(0)", "sum(parts.values())"),
+    ("None counts as 0 in its curve", "[x.nansum(), (~x.isnan()).sum()]", "[x.nansum(), x.numel()]"),
+    (
+        "NaN taken for a reward",
+        "if reward is not None and not is_finite_number(reward):",
+        "if isinstance(reward, str):",
+    ),
+    ("too few rewards", "len(rewards) != len(about):", "len(rewards) > len(about):"),
+    (
+        "a judge is called for each group",
+        "for group in with_own_rewards(args, sampled, step):",
+        "for group in (with_own_rewards(args, [group], step)[0] for group in sampled):",
+    ),
+    (
+        "completions of messages as texts",
+        '"completion": [{"role": "assistant", "content": text}] if messages else text,',
+        '"completion": text,',
+    ),
+    ("a relative path of the reward", "Path(found[1]).expanduser().absolute()", "Path(found[1])"),
+    (
+        "no system turn before messages",
+        "return system + (list(problem.messages) or",
+        "return (list(problem.messages) or system +",
+    ),
+    (
+        "a second system turn",
+        'args.system is not None and messages[0]["role"] in',
+        'args.system is None and messages[0]["role"] in',
+    ),
+    ("a stop text in the last token only", "tokens[looked_at, : t + 1]", "tokens[looked_at, t : t + 1]"),
+    (
+        "a stop text must end its token",
+        "return any(text in completion for text in texts)",
+        "return any(completion.endswith(text) for text in texts)",
+    ),
+    (
+        "stop texts not found by the fast sampler",
+        "        going = without_stopped(model, going, tokens, t, rows)\n",
+        "",
+    ),
+    (
+        "stop texts not found by the plain sampler",
+        "        going = without_stopped(model, going, tokens, t)  # --stop\n",
+        "",
+    ),
+    ("stopped taken for truncated", "~(has_ended | torch.tensor([has_stop", "~(has_ended & torch.tensor([has_stop"),
+    ("parts of a letter end nothing", ' or "\\ufffd" in piece', ""),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 
