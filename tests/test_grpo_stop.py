@@ -59,7 +59,7 @@ STOPS = [("</an", "sx>"), (">",), ("\n",), (".", "an"), ("b ",), (" b",), ("é",
 
 
 @pytest.mark.parametrize(
-    "stops", STOPS, ids="tag bracket newline point space-after space-before letter several".split()
+    "stops", STOPS, ids=["tag", "bracket", "newline", "point", "space-after", "space-before", "letter", "several"]
 )
 @pytest.mark.parametrize("sampler", ["plain", "fast", "fixed"])
 def test_a_completion_ends_with_its_first_stop_text(grpo, tiny_grpo, byte_lm, monkeypatch, stops, sampler):
