@@ -277,6 +277,7 @@ PROBLEM = "problem '{}+1', completion"
         ("async def reward(completion):\n    raise KeyError(1)\n", "line 2: reward raised KeyError: 1"),
         ("def reward(completion):\n    exit(3)\n", "line 2: reward raised SystemExit: 3"),
     ],
+    ids=["nan", "text", "inf", "too-few", "a-number", "letters", "raises", "raises-in-a-library", "async", "exit"],
 )
 def test_what_is_no_reward(grpo, own, command, code, message):
     """One sentence that names file, line, function, problem and value; exit status 2."""

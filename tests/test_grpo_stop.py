@@ -58,7 +58,9 @@ def first_end(tokenizer, tokens, stops):
 STOPS = [("</an", "sx>"), (">",), ("\n",), (".", "an"), ("b ",), (" b",), ("é",), ("x>", "a\nb", "<")]
 
 
-@pytest.mark.parametrize("stops", STOPS, ids=repr)
+@pytest.mark.parametrize(
+    "stops", STOPS, ids=["tag", "bracket", "newline", "point", "space-after", "space-before", "letter", "several"]
+)
 @pytest.mark.parametrize("sampler", ["plain", "fast", "fixed"])
 def test_a_completion_ends_with_its_first_stop_text(grpo, tiny_grpo, byte_lm, monkeypatch, stops, sampler):
     """In each sampler, against the definition, on what is sampled without --stop. Tokens and log-probabilities before
