@@ -1481,7 +1481,8 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"--device {device} is not available: {reason}") from error
 
 
 def from_disk(kind, name, **options):

@@ -122,7 +122,7 @@ def test_samples_in_tensorboard_after_each_evaluation(grpo, tiny_grpo):
             if line["step"] == event.step:
                 assert f"{line['prompt']}    right is {line['answer']}" in text
                 words = [word for x in line["completions"] for word in x["text"].splitlines()]
-                assert len(words) >= 4 and {f"    {word}" for word in words} <= {*text.splitlines()}
+                assert len(words) >= 2 and {f"    {word}" for word in words} <= {*text.splitlines()}
         assert text.count("advantage") == 2 * 4 and all(x.startswith("    ") for x in text.splitlines())
 
 
