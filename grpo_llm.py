@@ -65,6 +65,7 @@ import signal
 import string
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -79,9 +80,10 @@ from datetime import datetime
 from fractions import Fraction
 from functools import cache, lru_cache, partial
 from io import TextIOWrapper
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -97,19 +99,25 @@ ChosenFloat = Annotated[float | None, "must be above 0", lambda x: x is None or 
 
 @dataclass(frozen=True)
 class Args:
-    # the task
+    # what most people set first
+    model: str | None = None  # Hub id or directory of a causal language model; default a small one, trained here
     task: Literal["arithmetic", "countdown", "gsm8k", "jsonl"] = "arithmetic"  # questions; the last two need --model
+    data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
+    steps: PositiveInt = 100  # rollouts: each samples answers, then learns from them
+    learning_rate: ChosenFloat = None  # AdamW's; chosen for you: the larger the model, the smaller
+    prompts_per_step: ChosenInt = None  # P, prompts in a rollout, over all processes; chosen for you
+    group_size: ChosenInt = None  # G, completions of each prompt; chosen for you
+    max_tokens: ChosenInt = None  # T, the most tokens of a completion; chosen for you
+    lora_rank: NonNegativeInt = 0  # train LoRA adapters of this rank; the reference then costs no memory
+    seed: NonNegativeInt = 1  # seed of weights, problems and samples
+    run_dir: str | None = None  # where everything is written; default runs/<task>__<script>__<seed>__<time>
+    resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
+    # the problems
     terms: PositiveInt = 5  # numbers in a problem of arithmetic or countdown
     max_term: PositiveInt = 9  # the largest number that such a problem may have
     operators: str = "+"  # signs in a problem of arithmetic: "+" or "+-"
     num_problems: PositiveInt = 20_000  # problems to generate, or the most to draw at random from a file
-    seed: NonNegativeInt = 1  # seed of weights, problems and samples
     # the algorithm
-    steps: PositiveInt = 100  # rollouts: each samples answers, then learns from them
-    prompts_per_step: ChosenInt = None  # P, prompts in a rollout, over all processes; chosen for you
-    group_size: ChosenInt = None  # G, completions of each prompt; chosen for you
-    max_tokens: ChosenInt = None  # T, the most tokens of a completion; chosen for you
-    max_hours: ChosenFloat = None  # finish the step that is running after so many hours, evaluate and save; no limit
     temperature: PositiveFloat = 1.0  # temperature of the sampling, and of every log-probability in training
     num_epochs: PositiveInt = 1  # μ, passes over each rollout
     num_minibatches: PositiveInt = 1  # gradient steps in each pass
@@ -119,7 +127,6 @@ class Args:
     scale_by_std: bool = True  # divide advantages by the standard deviation of the group
     reduction: Literal["sequence", "token", "constant"] = "sequence"  # what the token losses are averaged over
     # the update
-    learning_rate: ChosenFloat = None  # AdamW's; chosen for you: the larger the model, the smaller
     warmup_steps: NonNegativeInt = 0  # rollouts over which the learning rate rises to its value
     anneal_lr: bool = True  # after the warm-up, let the learning rate fall to 0 until the end of the run
     weight_decay: NonNegativeFloat = 0.0  # AdamW's
@@ -135,22 +142,19 @@ class Args:
     eval_samples: ChosenInt = None  # n, samples of each held-out problem; chosen for you
     eval_k: PositiveInt = 8  # k of pass@k and maj@k
     # the run
-    device: str | None = None  # cpu, cuda, cuda:1 …; chosen for you
+    device: str | None = None  # cpu, cuda, cuda:1 …, or mps, which is untried; chosen for you
     torch_threads: ChosenInt = None  # CPU threads of torch; chosen for you
-    run_dir: str | None = None  # where everything is written; default runs/<task>__<script>__<seed>__<time>
+    max_hours: ChosenFloat = None  # finish the step that is running after so many hours, evaluate and save; no limit
     checkpoint_every: NonNegativeInt = 25  # steps between two checkpoints; 0: at the end only
-    resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
+    verbose: bool = False  # at each step show the best and the worst completion on the screen
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "grpo-llm"  # project there
-    # your own model and data
-    model: str | None = None  # Hub id or directory of a causal language model; default a small one, trained here
-    data: str | None = None  # file of lines {"question", "answer"} for gsm8k, {"prompt", "answer"} for jsonl
+    # your own model
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
     system: str | None = None  # a system turn before every prompt, which must not have one already; for chat models
     stop: tuple[str, ...] = ()  # texts such as "</answer>" that end a completion, as EOS does; they stay in it
     reward: str | None = None  # rewards.py or rewards.py:name,name: its functions are the reward, not the verifier
     dtype: Literal["float32", "bfloat16"] | None = None  # type of the weights; chosen for you
-    lora_rank: NonNegativeInt = 0  # train LoRA adapters of this rank; the reference then costs no memory
     quantize: Literal["none", "int8", "nf4"] = "none"  # with --lora-rank: keep the frozen weights in 8 or 4 bits
     save_merged: bool = False  # with --lora-rank: also write the model with the adapter merged into it, as merged
     # other algorithms
@@ -437,17 +441,6 @@ def advantages_of(args, rewards):
     if args.algorithm == "rft":  # imitate the right answers (DeepSeekMath §5.2.1)
         return (rewards > 0).float()
     return group_advantages(rewards, args.group_size, args.scale_by_std)
-
-
-def step_ids_of(tokenizer, group, step_of_line):
-    """(G, T): the step of each token is that of its line. A newline belongs to the line that it ends."""
-    ids = torch.full(group.tokens.shape, -1)
-    for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
-        line = 0
-        for t, text in enumerate(tokenizer.batch_decode([[token] for token in row[:length]], skip_special_tokens=True)):
-            ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]
-            line += text.count("\n")
-    return ids
 
 
 # ---- Model ----
@@ -883,6 +876,8 @@ def train(args: Args) -> list[dict]:
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
         log(writer, metrics, done, row)
+        show_answers(args, run_dir, writer, bar, metrics, groups, ratings, advantages)
+        warn_without_variance(args, bar, metrics)
         if is_last or is_due(args.checkpoint_every, done):
             progress = {"step": done, "cursor": cursor, "metrics": metrics}
             save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model)
@@ -1403,7 +1398,18 @@ def math_verifier():
     return worker
 
 
-# ---- What a reward must be ----
+# ---- The steps of a completion; what a reward must be ----
+
+
+def step_ids_of(tokenizer, group, step_of_line):
+    """(G, T): the step of each token is that of its line. A newline belongs to the line that it ends."""
+    ids = torch.full(group.tokens.shape, -1)
+    for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
+        line = 0
+        for t, text in enumerate(tokenizer.batch_decode([[token] for token in row[:length]], skip_special_tokens=True)):
+            ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]
+            line += text.count("\n")
+    return ids
 
 
 def parts_by_name(rows, step):
@@ -1750,7 +1756,8 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"--device {device} is not available: {reason}") from error
 
 
 def from_disk(kind, name, **options):
@@ -2554,7 +2561,8 @@ def round_stochastically(x):
     Rounded to the nearest, a step below 1/256 of a weight is lost, every time: at lr 1e-6 nearly all are.
     """
     # 64 random bits are the noise of four weights, from −2¹⁵ to 2¹⁵ − 1. A bfloat16 is the upper half of a float32
-    noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+    place = "cpu" if x.device.type == "mps" else x.device  # mps cannot draw all 64 bits
+    noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=place).random_(-(1 << 63), None).to(x.device)
     noise = noise.view(torch.int16)[: x.numel()].view(x.shape)
     return ((x.view(torch.int32) + noise + (1 << 15)) >> 16).short().view(torch.bfloat16)
 
@@ -2941,7 +2949,7 @@ def scattered(x, like):
 # The settings that a resumed run may change. Any other would make it a different run
 CHANGEABLE = (
     "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
-    "cuda_graph fast save_merged max_hours"
+    "cuda_graph fast save_merged max_hours verbose"
 )
 # Flags that were removed, and what took their place. A run that was saved with them is resumed without them
 REMOVED = {
@@ -3201,7 +3209,8 @@ def chosen(args, problems=(), size=None):
     elif on_gpu or (args.device == "cpu" and multiplies_bfloat16()):
         args = choose(args, why, "half the memory of float32, and quick on this processor", dtype="bfloat16")
     else:
-        args = choose(args, why, "bfloat16 is slow on this processor", dtype="float32")
+        reason = "bfloat16 is slow on this processor" if args.device == "cpu" else f"untried: bfloat16 on {args.device}"
+        args = choose(args, why, reason, dtype="float32")
     if args.dtype == "bfloat16" or args.offload or args.shard:
         args = choose(args, why, "bfloat16, --offload and --shard need it", optimizer="adamw8bit")
     args = choose(args, why, "the usual one for float32", optimizer="adamw")
@@ -3492,6 +3501,7 @@ def open_log(args, run_dir, first):
         return None
     if args.model and not args.resume:
         make_run_dir(run_dir)
+    cut_samples(run_dir / "samples.jsonl", first)
     return SummaryWriter(run_dir, purge_step=first + 1 if args.resume else None)
 
 
@@ -3650,6 +3660,7 @@ def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
     if seen:
         print_samples(*seen[0])
     print(f"\ncurves      {run_dir / 'curves.png'}")
+    print(f"samples     {run_dir / 'samples.jsonl'}, answers of every step")
     print(f"policy      {run_dir / 'policy'}, for from_pretrained")
     if args.save_merged:
         print(f"merged      {run_dir / 'merged'}, the same without PEFT")
@@ -3665,13 +3676,137 @@ def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
         print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
 
 
+# ---- Answers, shown during the run ----
+#
+# Curves do not tell what a policy writes. A reward that is gamed, a form that the verifier cannot read and answers that
+# are cut off are seen at once in the answers, and often nowhere else.
+
+SHOWN_GROUPS = 2  # groups of each step whose answers are kept in samples.jsonl
+
+
+def show_answers(args, run_dir, writer, bar, metrics, groups, ratings, advantages):
+    """Append the first groups of the last step to samples.jsonl. After an evaluation show them in TensorBoard too, and
+    with --verbose print the step's best and worst completion. Only in the first process, the one that has a writer."""
+    if writer is None:
+        return
+    step, count = metrics[-1]["step"], len(groups) if args.verbose else SHOWN_GROUPS
+    columns = zip(groups, ratings, advantages.split(args.group_size))
+    rows = [sample_row(args, step, *column) for column, _ in zip(columns, range(count))]
+    with open(run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows[:SHOWN_GROUPS])
+    if "eval/greedy" in metrics[-1]:
+        writer.add_text("samples", as_markdown(rows[:SHOWN_GROUPS]), step)
+    if args.verbose:
+        answers = [{**row, **answer} for row in rows for answer in row["completions"]]
+        answers.sort(key=lambda answer: answer["reward"])
+        worst, best = answers[0], answers[-1]
+        shown = {"best": best, "worst": worst} if worst["reward"] < best["reward"] else {"all equal": best}
+        for name, x in shown.items():
+            question = f"{on_screen(x['prompt'])}, right is {on_screen(x['answer'])}"
+            bar.write(f"{name:12}step {step}, reward {x['reward']:.2f}: {question}\n{'':12}{on_screen(x['text'], 400)}")
+
+
+def sample_row(args, step, group, rating, advantages):
+    """One group as a line of samples.jsonl. advantages (G, T) are those of the update. With --supervision process they
+    differ from token to token: their mean is shown, and beside it the reward of each step."""
+    row = {"step": step, "prompt": group.problem.prompt, "answer": group.problem.answer, "completions": []}
+    for i, text in enumerate(group.texts):
+        rewards = {name: round(part[i].item(), 6) for name, part in rating.parts.items()}
+        answer = {"text": text, "tokens": int(group.mask[i].sum()), "rewards": rewards}
+        answer["reward"] = round(rating.rewards[i].item(), 6)
+        answer["advantage"] = round(advantages[i][group.mask[i].bool()].mean().item(), 6)
+        answer["truncated"] = bool(rating.is_truncated[i])
+        if args.supervision == "process":
+            answer["step_rewards"] = rating.step_rewards[i]
+        row["completions"].append(answer)
+    return row
+
+
+def as_markdown(rows):
+    """Lines of samples.jsonl as a text for TensorBoard, indented, so that it shows each character as it is."""
+    lines = []
+    for row in rows:
+        lines.append(f"{row['prompt']}    right is {row['answer']}")
+        for x in row["completions"]:
+            cut = ", truncated" * x["truncated"]
+            lines.append(f"---- reward {x['reward']:.2f}, advantage {x['advantage']:.2f}, {x['tokens']} tokens{cut}")
+            lines.append(x["text"])
+        lines.append("")
+    return "\n".join(f"    {line}" for line in "\n".join(lines).splitlines())
+
+
+def on_screen(text, length=100):
+    """A text in one line of the screen, without what would move the cursor; of a long one the beginning and the end."""
+    line = "".join(x if x.isprintable() else " " for x in " / ".join(text.splitlines()))
+    return line if len(line) <= length else f"{line[: length // 2]} … {line[-length // 2 :]}"
+
+
+def cut_samples(path, step):
+    """Keep the lines of samples.jsonl up to this step. A resumed run writes the later ones again, and of the last one a
+    run that was killed may have written a half."""
+    if not path.exists():
+        return
+    kept = []
+    with suppress(ValueError, LookupError, TypeError), open(path, encoding="utf-8") as file:
+        for line in file:
+            if json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+    with written_aside(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def warn_without_variance(args, bar, metrics, steps=5, share=0.9):
+    """After so many steps in a row in which so many groups had no variance, say once what it means and what helps.
+
+    Not with --algorithm reinforce or rft: there a group of equal rewards can still teach.
+    """
+    stretch = list(takewhile(lambda row: row.get("groups/zero_variance", 0.0) >= share, reversed(metrics)))
+    if len(stretch) != steps or args.algorithm in ("reinforce", "rft") or process_rank() > 0:
+        return
+    right, cut = metrics[-1]["reward/verifier"], metrics[-1]["completion/truncated"]
+    message = (
+        f"warning     In each of the last {steps} steps at least {share:.0%} of the groups had no variance: all the "
+        "answers to a question earned the same, so their advantages are 0 and almost nothing is learned. In this step "
+        f"{right:.0%} of the answers are right and {cut:.0%} are cut off: if most are right, take harder problems; if "
+        "most are wrong, take easier problems, a larger --max-tokens, an --instruction that shows the form of an "
+        'answer, or a warm start (docs/troubleshooting.md, "Reward std is 0").'
+    )
+    bar.write(textwrap.fill(message, 110, subsequent_indent=" " * 12, break_on_hyphens=False))
+
+
 # ---- Command line ----
+
+
+def print_help():
+    """Print the flags under the headings that stand in Args, each with what it takes, its comment and its default."""
+    width, types = max(shutil.get_terminal_size().columns - 1, 60), get_type_hints(Args)
+    print(f"usage: python {Path(__file__).name} [--flag value ...]\n\n{__doc__.splitlines()[0]}")
+    for line in inspect.getsource(Args).splitlines():
+        name = line.split(":")[0].strip()
+        if line.startswith("    # "):
+            print(f"\n{line.removeprefix('    # ')}")
+        elif name in types:
+            kind, flag, default = types[name], name.replace("_", "-"), getattr(Args, name)
+            options = get_args(kind)  # int | None takes an int, tuple[str, ...] takes several texts
+            kind = options[0] if type(None) in options or ... in options else kind
+            takes = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
+            words = f"--{flag}, --no-{flag}" if kind is bool else f"--{flag} {takes}" + " ..." * (... in options)
+            text = line.rpartition("  # ")[2] + f" (default: {default})" * (default not in (None, ()))
+            if len(words) > 25:
+                print(f"  {words}")
+                words = ""
+            indents = {"initial_indent": f"  {words:26}", "subsequent_indent": " " * 28}
+            print(textwrap.fill(text, width, **indents, break_on_hyphens=False, break_long_words=False))
 
 
 def parse_args():
     """The command line. With --resume the saved run's settings are the defaults of the other flags."""
     import tyro
 
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print_help()
+        sys.exit()
     for word in sys.argv[1:]:
         flag = word.partition("=")[0]
         if flag.startswith("--") and (instead := REMOVED.get(flag[2:].replace("-", "_"))):

@@ -87,7 +87,7 @@ class Args:
     eval_episodes: NonNegativeInt = 100  # greedy episodes at the end; 0 for none
     eval_max_steps: PositiveInt = 10_000  # cut such an episode after so many steps, in case it never ends
     # for some runs only: machine, files, film, tracking
-    device: str = "cpu"  # cpu, cuda, cuda:1 …
+    device: str = "cpu"  # cpu, cuda, cuda:1 …, or mps, which is untried
     torch_threads: PositiveInt = 1  # CPU threads; 2 are a fifth faster on an idle machine, much slower on a busy one
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: PathOrNone = None  # where logs, weights and plot go; default runs/<env>__<script>__<seed>__<time>
@@ -452,14 +452,16 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"--device {device} is not available: {reason}") from error
 
 
 def set_up_torch(args):
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA need it
-    torch.use_deterministic_algorithms(args.torch_deterministic)
+    # mps lacks a deterministic form of some operations: there it warns instead of refusing
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=args.device.startswith("mps"))
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
     torch.manual_seed(args.seed)
 

@@ -35,12 +35,14 @@ Shapes   B sequences, Q tokens of the query (padded on the left), T tokens of th
          first t tokens of the response. A mask (B, T) is 1 up to the first EOS, which it includes, and 0 after it.
 """
 
+import inspect
 import json
 import os
 import random
 import re
 import shutil
 import sys
+import textwrap
 import time
 import zlib
 from contextlib import contextmanager, suppress
@@ -48,7 +50,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -112,7 +114,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # gradients of each network are scaled down to this global norm
     eval_prompts: PositiveInt = 1024  # held-out prompts that the policies before and after stage 3 answer
     # the run
-    device: str = "cpu"  # cpu, cuda, cuda:1 …
+    device: str = "cpu"  # cpu, cuda, cuda:1 …, or mps, which is untried
     torch_threads: PositiveInt = 1  # CPU threads of torch
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
     run_dir: str | None = None  # where everything is written; default runs/<data>__<script>__<seed>__<time>
@@ -848,7 +850,8 @@ def train(args: Args) -> list[dict]:
         check_resumed(args, saved)
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
+    # mps lacks a deterministic form of some operations: there it warns instead of refusing
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=args.device.startswith("mps"))
     torch.utils.deterministic.fill_uninitialized_memory = False  # this debugging aid writes every new tensor twice
 
     if args.judge:
@@ -1366,7 +1369,8 @@ def check_device(device):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"--device {device} is not available: {reason}") from error
 
 
 @contextmanager
@@ -1531,10 +1535,35 @@ def resumed_args(run_dir):
 # ---- Command line ----
 
 
+def print_help():
+    """Print the flags under the headings that stand in Args, each with what it takes, its comment and its default."""
+    width, types = max(shutil.get_terminal_size().columns - 1, 60), get_type_hints(Args)
+    print(f"usage: python {Path(__file__).name} [--flag value ...]\n\n{__doc__.splitlines()[0]}")
+    for line in inspect.getsource(Args).splitlines():
+        name = line.split(":")[0].strip()
+        if line.startswith("    # "):
+            print(f"\n{line.removeprefix('    # ')}")
+        elif name in types:
+            kind, flag, default = types[name], name.replace("_", "-"), getattr(Args, name)
+            options = get_args(kind)  # int | None takes an int, tuple[str, ...] takes several texts
+            kind = options[0] if type(None) in options or ... in options else kind
+            takes = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
+            words = f"--{flag}, --no-{flag}" if kind is bool else f"--{flag} {takes}" + " ..." * (... in options)
+            text = line.rpartition("  # ")[2] + f" (default: {default})" * (default not in (None, ()))
+            if len(words) > 25:
+                print(f"  {words}")
+                words = ""
+            indents = {"initial_indent": f"  {words:26}", "subsequent_indent": " " * 28}
+            print(textwrap.fill(text, width, **indents, break_on_hyphens=False, break_long_words=False))
+
+
 def parse_args():
     """The command line. With --resume the saved run's settings are the defaults of the other flags."""
     import tyro
 
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print_help()
+        sys.exit()
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     if args.resume:
         return tyro.cli(Args, default=resumed_args(args.resume))

@@ -294,7 +294,7 @@ def bars(monkeypatch):
 
     class Bar:
         def __init__(self, steps=None, total=None, initial=0, **options):
-            self.steps, self.total, self.n, self.shown = steps, total, initial, []
+            self.steps, self.total, self.n, self.shown, self.written = steps, total, initial, [], []
             self.options = options
             found.append(self)
 
@@ -308,6 +308,9 @@ def bars(monkeypatch):
 
         def set_postfix(self, shown=(), refresh=True, **more):
             self.shown.append({**dict(shown), **more})
+
+        def write(self, text):
+            self.written.append(text)
 
         def close(self):
             pass

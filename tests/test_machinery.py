@@ -156,3 +156,45 @@ def test_the_reference_prints_to_any_terminal():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     run = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
     assert run.returncode == 0 and run.stderr == "" and "1. Generalized advantage estimation, ? = 0.9" in run.stdout
+
+
+# ---- Apple's mps: nobody has tried it, but a run must begin ----
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", FIXTURES[:3])
+def test_what_varies_on_mps_is_a_warning(request, name, monkeypatch, tmp_path):
+    """mps has no deterministic form of some operations of every update: refused, no run could learn."""
+    script, found = request.getfixturevalue(name), {}
+
+    def stop(mode, *, warn_only=False):
+        found[device] = mode, warn_only
+        raise Reached
+
+    monkeypatch.setattr(script, "check_device", lambda device: None)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", stop)
+    for device in ("cpu", "cuda", "mps"):
+        with pytest.raises(Reached):
+            script.train(script.Args(device=device, torch_threads=1, run_dir=str(tmp_path / device)))
+    assert found == {"cpu": (True, False), "cuda": (True, False), "mps": (True, True)}
+
+
+def test_a_device_that_is_not_there_is_named(script):
+    with pytest.raises(script.InputError, match=r"^--device mps is not available: .{1,100}$"):
+        script.check_device("mps" if not torch.backends.mps.is_available() else pytest.skip("this machine has mps"))
+
+
+def test_what_is_chosen_on_mps(grpo, atari, capsys):
+    """float32, torch's AdamW and no bfloat16 convolutions. mps is never chosen; torch has its fused AdamW there."""
+    args, why = grpo.chosen(grpo.Args(model="m", task="countdown", device="mps"), size=1e9)
+    assert (args.device, args.dtype, args.optimizer) == ("mps", "float32", "adamw")
+    assert why["dtype"] == "untried: bfloat16 on mps" and args.gradient_checkpointing is False
+    assert atari.without_slow_bf16(atari.Args(device="mps"), "mps").bf16 is False
+    assert capsys.readouterr().out == "bf16        off: it is untried on mps\n"
+    assert atari.without_slow_bf16(atari.Args(device="cuda"), "cuda").bf16 is True
+    assert "mps" in torch.utils._foreach_utils._get_fused_kernels_supported_devices()
+    with torch.autocast("mps", enabled=False):  # as the Atari network does
+        pass

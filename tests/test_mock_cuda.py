@@ -122,3 +122,45 @@ print("peak", torch.cuda.max_memory_allocated())
     assert "memory      it ran out: --" in out and less <= 0.6 * peak
     saved = torch.load(tmp_path / "halves" / "checkpoint.pt", map_location="cpu", weights_only=True)
     assert saved["step"] == 2
+
+
+NO_FLOAT64 = """
+import importlib, sys, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for x in tree_leaves(output):
+            if isinstance(x, torch.Tensor) and x.is_cuda and x.dtype is torch.float64:
+                raise TypeError(f"float64 on the device: {function}")
+        return output
+
+sys.path.insert(0, sys.argv[1])
+script = importlib.import_module(sys.argv[2])
+sys.argv = sys.argv[2:]
+with NoFloat64():
+    try:
+        torch.ones(2, dtype=torch.float64).to("cuda")
+    except TypeError:
+        script.main()
+    else:
+        sys.exit("float64 was not refused")
+"""
+MANY_FLAGS = (
+    "--supervision process --beta 0.1 --num-minibatches 2 --dtype bfloat16 --no-fast --prompts-per-step 2 "
+    "--max-tokens 12"
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "more"), [*((script, "") for script in QUICK if script != "grpo_llm.py"), ("grpo_llm.py", MANY_FLAGS)]
+)
+def test_no_float64_reaches_the_device(script, more, tmp_path):
+    """Apple's mps has none, and only an Apple has mps. Here the mock device refuses it as mps does."""
+    words = [*QUICK[script].split(), *more.split(), *["--no-cuda-graph"] * (script == "grpo_llm.py")]
+    program = ("-c", NO_FLOAT64, str(ROOT), script.removesuffix(".py"))
+    run = on_mock_cuda(*program, "--device", "cuda", *words, "--run-dir", "run", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run").is_dir()
