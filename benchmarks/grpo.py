@@ -81,7 +81,7 @@ def short(args):
             file.write(json.dumps(row) + "\n")
     task = ["--model", args.model, "--task", "jsonl", "--data", data]
     for seed in range(1, args.seeds + 1):
-        for steps in (16, 2):
+        for steps in (16, 2, 6):
             for name, lora in (("all weights", []), ("LoRA", ["--lora-rank", 16])):
                 if (name := f"{name}, {steps} steps-{seed}") not in args.kept:
                     yield run(name, [*task, "--steps", steps, *lora, "--seed", seed], args.work)
