@@ -389,7 +389,7 @@ def step_rewards_of(problem, completion):
 
 def reward_parts(args, problem, completion, num_tokens, is_truncated):
     """The rewards of a completion, by name. They are added up. YOUR OWN TASK: add a line with its reward here."""
-    parts = {} if args.reward else {"verifier": float(is_right(problem, completion))}
+    parts = {} if args.reward else {"verifier": float(is_right(problem, before_stop(args, completion)))}
     if args.format_weight:
         parts["format"] = args.format_weight * bool(re.fullmatch(args.format_pattern, completion))
     if args.length_weight:
@@ -678,9 +678,10 @@ def scores_of(args, model, tokenizer, eos_ids, problems, numbers):
     for problem, one, group, reward in zip(problems, greedy, sampled, own_rewards_of(args, sampled)):
         row = [math.nan] * 4
         if problem.answer is not None:
-            right = [is_right(problem, text) for text in group.texts]
-            answers = [final_answer(problem, text) for text in group.texts]
-            row = [is_right(problem, one.texts[0]), sum(right) / n]
+            likeliest, *texts = (before_stop(args, text) for text in (*one.texts, *group.texts))
+            right = [is_right(problem, text) for text in texts]
+            answers = [final_answer(problem, text) for text in texts]
+            row = [is_right(problem, likeliest), sum(right) / n]
             row += [pass_at_k(n, sum(right), k), majority_at_k(answers, right, k)]
         columns = "reward", "greedy", "pass@1", f"pass@{k}", f"maj@{k}"
         scores.append(dict(zip(columns, map(float, (reward, *row)))))
@@ -2087,6 +2088,13 @@ class Stops(NamedTuple):
 
 def has_stop(texts, completion):
     return any(text in completion for text in texts)
+
+
+def before_stop(args, completion):
+    """The completion without the stop text that has ended it: what a verifier judges."""
+    for text in args.stop:
+        completion = completion.partition(text)[0]
+    return completion
 
 
 def special_stops(texts, tokenizer):

@@ -949,6 +949,11 @@ GRPO = [
         "",
     ),
     ("stopped taken for truncated", "~(has_ended | torch.tensor([has_stop", "~(has_ended & torch.tensor([has_stop"),
+    (
+        "the verifier reads the stop text too",
+        "float(is_right(problem, before_stop(args, completion)))",
+        "float(is_right(problem, completion))",
+    ),
     ("parts of a letter end nothing", ' or "\\ufffd" in piece', ""),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]

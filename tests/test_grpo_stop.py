@@ -191,3 +191,23 @@ def test_a_stop_text_and_an_own_reward(grpo, tiny_grpo, no_picture, tmp_path):
     seen = grpo.own_functions(args.reward)["reward"].__globals__["SEEN"]
     assert any(text.endswith("4") for text in seen) and not any("4" in text[:-1] for text in seen) and len(seen) > 20
     assert Path(args.run_dir).exists()
+
+
+def test_the_verifier_judges_what_stands_before_a_stop_text(grpo, tiny_grpo, monkeypatch):
+    """A plain word is right although the stop text, and the rest of its token, stand behind it; and in evaluations."""
+    args = tiny_grpo(stop=("</answer>", "\nQ:"), eval_samples=4, eval_k=4)
+    problem = grpo.Problem("capital of France?", "Paris")
+    completions = ["Paris</answer>", "Paris</answer> b", "Paris\nQ: and of", "Rome</answer>"]
+    assert [grpo.reward_parts(args, problem, text, 3, False)["verifier"] for text in completions] == [
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+    ]
+
+    def sample_groups(args, model, tokenizer, eos_ids, chosen, group_size, temperature, names):
+        return [grpo.Group(p, [], None, None, None, completions[:group_size]) for p in chosen]
+
+    monkeypatch.setattr(grpo, "sample_groups", sample_groups)
+    (row,) = grpo.scores_of(args, None, None, None, [problem], [0])
+    assert (row["greedy"], row["pass@1"], row["maj@4"]) == (1.0, 0.75, 1.0)
