@@ -3335,13 +3335,13 @@ def model_to_train(name):
 
 def settings_to_look(words):
     """The defaults of the flags of --evaluate and --ask: the settings of the first run that is named, or the usual.
-    None if the command line has neither of the two, or an empty name, which is reported later."""
+    None if the command line has neither of the two, or a mistake that is reported later."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--evaluate", nargs="*", default=[])
-    for flag in ("--ask", "--model"):
+    for flag in ("--ask", "--model", "--resume"):
         parser.add_argument(flag, nargs="?")
     look, _ = parser.parse_known_args(words)
-    if bool(look.evaluate) == bool(look.ask) or "" in (*look.evaluate, look.model):
+    if bool(look.evaluate) == bool(look.ask) or look.resume or "" in (*look.evaluate, look.model):
         return None
     if look.evaluate and look.model:
         raise InputError(f"--evaluate takes the names of all models: write {look.model} behind it, without --model")

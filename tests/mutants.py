@@ -38,7 +38,10 @@ SUITES = {
     ],
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
-        *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
+        *(
+            f"tests/test_grpo_{name}.py"
+            for name in ("adapters", "reward_model", "reports", "families", "choices", "evaluate")
+        ),
         "tests/test_track.py",
     ],
 }
@@ -885,6 +888,16 @@ GRPO = [
         "    loss = torch.where(mask",
     ),
     ("the first evaluation for the last", "for rows in (metrics, metrics[::-1]))", "for rows in (metrics, metrics))"),
+    ("learned from what is evaluated", "for problem in apart or held_out}", "for problem in held_out if not apart}"),
+    ("a run evaluated on what it learned from", "if problem.prompt not in learned]", "if True]"),
+    (
+        "the small model asked with an instruction",
+        "model=None if saved and saved.model is None else directory)",
+        "model=directory)",
+    ),
+    ("gsm8k evaluated on its training split", '"--eval-data", "test"))', '"--eval-data", "train"))'),
+    ("shares taken for yes and no", "        n *= p * (1 - p) / variance\n", "        pass\n"),
+    ("no problem added to the pairs", "n = len(differences) + 2", "n = len(differences)"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

@@ -130,7 +130,7 @@ def test_problems_that_a_named_run_learned_from_are_left_out(grpo, tiny_grpo, se
     assert {problem.prompt for problem in found} == held_out[0] & held_out[1] and 0 < len(found) < 15
     assert f"{15 - len(found)} are left out because {runs[1].run_dir} learned from them" in capsys.readouterr().out
     new = write_rows(tmp_path / "new.jsonl", [*SUMS, {"prompt": "9+9", "answer": 18}])
-    args = settings("--evaluate", runs[0].run_dir, "--data", new)
+    args = settings("--evaluate", runs[0].run_dir, "--data", new, "--eval-problems", 20)
     found = grpo.problems_to_evaluate(args, [grpo.policy_of(name) for name in args.evaluate])
     assert {problem.prompt for problem in found} == held_out[0] | {"9+9"}
 
@@ -148,7 +148,7 @@ def test_a_prompt_beyond_the_context_of_one_model_is_asked_of_none(grpo, tiny_lm
         ([1.0] * 8 + [0.0] * 2, 0.4902, 0.9433),  # Wilson's for 8 of 10
         ([1.0] * 10, 0.7225, 1.0),
         ([0.0] * 10, 0.0, 0.2775),
-        ([0.25] * 50 + [0.75] * 50, 0.4514, 0.5486),  # a standard deviation of 1/4: as 400 problems of yes or no
+        ([0.25] * 50 + [0.75] * 50, 0.4512, 0.5488),  # a standard deviation of 1/4: as 400 problems of yes or no
     ],
 )
 def test_intervals_of_a_mean(grpo, scores, low, high):
@@ -239,7 +239,8 @@ def test_rewards_are_given_where_the_answer_is_known(grpo, tiny_grpo, monkeypatc
     data = write_rows(tmp_path / "d.jsonl", [*SUMS, {"prompt": "capital", "answer": "#7"}])
     args = tiny_grpo(task="jsonl", data=data, steps=1, length_weight=0.0)
     grpo.train(args)
-    monkeypatch.setattr(grpo, "is_right", lambda problem, text: problem.answer in ("#7", "19"))
+    known = {"#7": 1.0, "19": 1.0}
+    monkeypatch.setattr(grpo, "reward_parts", lambda args, problem, *_: {"verifier": known.get(problem.answer, 0.0)})
     for question, reward in (("capital", 1.0), ("12+3+4", 1.0), ("3+4", 0.0), ("city", None)):
         answers = grpo.ask_policy(settings("--ask", question, "--model", args.run_dir))
         assert [answer[2] for answer in answers] == [reward] * 5
