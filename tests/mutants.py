@@ -562,7 +562,11 @@ GRPO = [
     ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
     ("an answer that nothing could match is kept", "            check_answer(problems[-1])\n", ""),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
-    ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
+    (
+        "numbers of a countdown used at will",
+        "found[0] if found and Counter(found[1]) == Counter(numbers) else None",
+        "found and found[0]",
+    ),
     (
         "ties go to any right answer",
         "right[answers.index(votes.most_common(1)[0][0], start)]",
@@ -727,13 +731,13 @@ GRPO = [
     ("NaN goes unnoticed", "    if not math.isfinite(norm):", "    if False:"),
     (
         "checkpoint unpickled without a guard",
-        "weights_only=True)\n        removed",
-        "weights_only=False)\n        removed",
+        "weights_only=True, mmap=not keys)\n        removed",
+        "weights_only=False, mmap=not keys)\n        removed",
     ),
     (
         "held-out problems learned from",
-        "return problems[held_out:], problems[:held_out]",
-        "return problems, problems[:held_out]",
+        "return learned, held_out",
+        "return problems, held_out",
     ),
     ("the file's first rows held out", "random.Random(args.seed).shuffle(problems)", "pass"),
     ("lines counted from 0", "for number, line in enumerate(lines, start=1):", "for number, line in enumerate(lines):"),
