@@ -3338,7 +3338,7 @@ def settings_to_look(words):
     None if the command line has neither of the two, or a mistake that is reported later."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--evaluate", nargs="*", default=[])
-    for flag in ("--ask", "--model", "--resume"):
+    for flag in ("--ask", "--model", "--resume", "--data"):
         parser.add_argument(flag, nargs="?")
     look, _ = parser.parse_known_args(words)
     if bool(look.evaluate) == bool(look.ask) or look.resume or "" in (*look.evaluate, look.model):
@@ -3351,6 +3351,8 @@ def settings_to_look(words):
     if not saved:
         return Args(**settings)
     settings |= NO_RUN
+    if look.data:  # it takes the place of the run's evaluation file too
+        settings["eval_data"] = None
     try:
         check_device(saved.device)
     except InputError:  # it was trained on another machine
