@@ -49,6 +49,7 @@ Shapes   P prompts, G completions of each, B = P·G sequences, at most T tokens 
          tokens. Their mask is 1 up to the first EOS, which is included, and 0 after it. A group is G consecutive rows.
 """
 
+import argparse
 import ast
 import asyncio
 import gc
@@ -116,6 +117,7 @@ class Args:
     terms: PositiveInt = 5  # numbers in a problem of arithmetic or countdown
     max_term: PositiveInt = 9  # the largest number that such a problem may have
     operators: str = "+"  # signs in a problem of arithmetic: "+" or "+-"
+    eval_data: str | None = None  # file of held-out problems, in the form of --data; default some of the problems found
     num_problems: PositiveInt = 20_000  # problems to generate, or the most to draw at random from a file
     # the algorithm
     temperature: PositiveFloat = 1.0  # temperature of the sampling, and of every log-probability in training
@@ -149,6 +151,9 @@ class Args:
     verbose: bool = False  # at each step show the best and the worst completion on the screen
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "grpo-llm"  # project there
+    # without training: evaluate models, ask one
+    evaluate: tuple[str, ...] = ()  # models or run directories: print how well they answer, side by side; train nothing
+    ask: str | None = None  # a question: print some answers of --model, or of the newest run in runs; train nothing
     # your own model
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
     system: str | None = None  # a system turn before every prompt, which must not have one already; for chat models
@@ -339,10 +344,13 @@ def load_problems(args):
     else:
         found = load_other_task(args)
     drawn = found[: args.num_problems]
-    problems = list({problem.prompt: problem for problem in drawn}.values())  # each prompt once
-    held_out = min(args.eval_problems, len(problems) // 2)
-    check_problems(args, found, drawn, problems, held_out)
-    return problems[held_out:], problems[:held_out]
+    problems = each_prompt_once(drawn)
+    apart = load_eval_problems(args)  # those of --eval-data; [] if the task has none of its own
+    held_out = (apart or problems[: len(problems) // 2])[: args.eval_problems]
+    not_learned = {problem.prompt for problem in apart or held_out}
+    learned = [problem for problem in problems if problem.prompt not in not_learned]
+    check_problems(args, found, drawn, problems, learned, held_out)
+    return learned, held_out
 
 
 def problems_from(problems, positions, seed):
@@ -444,24 +452,6 @@ def advantages_of(args, rewards):
 
 
 # ---- Model ----
-
-
-def new_tokenizer():
-    """One token for each character of arithmetic. Padding and EOS are two different tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    characters = ["<pad>", "<eos>", "<unk>", *"0123456789+-*/()=#,.: \n"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def new_model(tokenizer):
@@ -870,7 +860,8 @@ def train(args: Args) -> list[dict]:
         row |= update_metrics(args, statistics, norms) | {"policy/learning_rate": optimizer.param_groups[0]["lr"]}
         row |= speed_metrics(args, clock, [group for group, _ in seen], mask)
         done = step + 1
-        is_last = done == args.steps or ending.is_due()
+        is_ending = ending.is_due()
+        is_last = is_ending or done == args.steps
         if is_last or is_due(args.eval_every, done):
             args, scores = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
             row |= mean_over_ranks(scores)
@@ -882,7 +873,7 @@ def train(args: Args) -> list[dict]:
         if is_last or is_due(args.checkpoint_every, done):
             progress = {"step": done, "cursor": cursor, "metrics": metrics}
             save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model)
-        if is_last:
+        if is_ending:
             break
     bar.close()
     ending.restore()
@@ -892,7 +883,7 @@ def train(args: Args) -> list[dict]:
     if process_rank() == 0:
         writer.close()
         save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
-        print_summary(args, run_dir, metrics, len(held_out), seen, time.perf_counter() - started)
+        print_summary(args, run_dir, metrics, held_out, seen, time.perf_counter() - started)
     return metrics
 
 
@@ -928,20 +919,20 @@ def say(line):
         print(line)
 
 
-def read_rows(args):
-    """(where the row stands, row) for each row of the file, or of gsm8k from the Hub."""
-    if args.data is None:
+def read_rows(path, flag="--data", split="train"):
+    """(where the row stands, row) for each row of the file that a flag names, or of a split of gsm8k from the Hub."""
+    if path is None:
         import datasets
 
         datasets.disable_progress_bars()
         try:
-            rows = list(datasets.load_dataset("openai/gsm8k", "main", split="train", streaming=True))
+            rows = list(datasets.load_dataset("openai/gsm8k", "main", split=split, streaming=True))
         except Exception as error:
-            raise InputError(f"gsm8k cannot be fetched: {error}. --data takes a file in its form") from error
-        return [(f"gsm8k, row {number}", row) for number, row in enumerate(rows, start=1)]
-    rows, form = [], f"--data {args.data} is no file of JSON lines"
+            raise InputError(f"gsm8k cannot be fetched: {error}. {flag} takes a file in its form") from error
+        return [(f"gsm8k {split}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    rows, form = [], f"{flag} {path} is no file of JSON lines"
     try:
-        with open(args.data, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
+        with open(path, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
             lines = list(file)
     except UnicodeDecodeError as error:
         raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
@@ -951,7 +942,7 @@ def read_rows(args):
         if not line.strip():
             continue
         try:
-            rows.append((f"--data {args.data}, line {number}", json.loads(line)))
+            rows.append((f"{flag} {path}, line {number}", json.loads(line)))
             json.dumps(rows[-1], ensure_ascii=False).encode()  # fails at half an emoji, which no tokenizer reads
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
@@ -1018,12 +1009,36 @@ def is_finite_number(x):
 
 
 def load_other_task(args):
-    """The problems of countdown, or of a file or the Hub in random order: in a sorted file the first ones are alike."""
+    """The problems of countdown, or of a file or the Hub."""
     if args.task == "countdown":
         rng = random.Random(args.seed)
         return [write_countdown(rng, args) for _ in range(args.num_problems)]
+    return read_problems(args, read_rows(args.data))
+
+
+def load_eval_problems(args):
+    """The problems of --eval-data, or of gsm8k's test split. [] if the held-out ones are some of the problems found."""
+    if not has_eval_problems(args):
+        return []
+    problems = each_prompt_once(read_problems(args, read_rows(args.eval_data, "--eval-data", "test")))
+    if not problems:
+        raise InputError(f"--eval-data {args.eval_data} holds no problem")
+    return problems
+
+
+def has_eval_problems(args):
+    """Do the held-out problems come from --eval-data, or from gsm8k's test split? If not, they are split off."""
+    return args.eval_data is not None or (args.task == "gsm8k" and args.data is None)
+
+
+def each_prompt_once(problems):
+    return list({problem.prompt: problem for problem in problems}.values())
+
+
+def read_problems(args, rows):
+    """The problems of such rows in random order: in a sorted file the first ones are alike."""
     problems = []
-    for where, row in read_rows(args):
+    for where, row in rows:
         try:
             problems.append(read_problem(args, row))
             check_answer(problems[-1])
@@ -1035,20 +1050,31 @@ def load_other_task(args):
     return problems
 
 
-def check_problems(args, found, drawn, problems, held_out):
-    """Refuse a task that is too small, and say what of the problems found is left out: not drawn, or drawn twice."""
+def check_problems(args, found, drawn, problems, learned, held_out):
+    """Refuse a task that is too small, and say what of the problems found is left out: not drawn, drawn twice, held out
+    by --eval-data. --evaluate and --ask learn from none of them."""
+    if args.evaluate or args.ask is not None:
+        return
     prompts_per_step = args.prompts_per_step or 1  # None: chosen later, at most as many as there are
-    if len(problems) - held_out < prompts_per_step or not held_out:
+    num_in_both = len(problems) - len(learned) if has_eval_problems(args) else 0
+    other = f"--eval-data {args.eval_data}" if args.eval_data else "gsm8k's test split"
+    if num_in_both and len(learned) < prompts_per_step:
+        raise InputError(
+            f"{num_in_both} of {len(problems)} problems stand in {other} too, and the others are too few for steps of "
+            f"{prompts_per_step}: bring more, or lower --prompts-per-step"
+        )
+    if len(learned) < prompts_per_step or not held_out:
         raise InputError(
             f"{len(problems)} different problems are too few for steps of {prompts_per_step} beside the "
-            f"{held_out} held out: bring more, or lower --prompts-per-step or --eval-problems"
+            f"{len(held_out)} held out: bring more, or lower --prompts-per-step or --eval-problems"
         )
     left_out = {
         f"are left out by --num-problems {args.num_problems}": len(found) - len(drawn),
         "are left out because another has the same prompt": len(drawn) - len(problems),
         "of these have another answer than it": len({(x.prompt, x.answer) for x in drawn}) - len(problems),
+        f"are left out because they stand in {other} too": num_in_both,
     }
-    say(f"problems    {len(problems) - held_out:,} to learn from, {held_out:,} held out")
+    say(f"problems    {len(learned):,} to learn from, {len(held_out):,} held out")
     for why, count in left_out.items():
         if count:
             say(f"            {count:,} {why}")
@@ -1146,8 +1172,8 @@ def ending(text):
     return text if len(text) <= 2000 else text[-2000:].lstrip(".," + string.ascii_letters + string.digits)
 
 
-def countdown_value(expression, numbers):
-    """Value of an expression of + - * / that uses each number once, else None: parsed, never evaluated [G20]."""
+def value_and_numbers(expression):
+    """(value, numbers used) of an expression of + - * / and integers: parsed, never evaluated [G20]. Else None."""
     expression = expression.replace("×", "*").replace("÷", "/").replace("−", "-")
     if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
         return None
@@ -1176,10 +1202,15 @@ def countdown_value(expression, numbers):
         raise ValueError
 
     try:
-        result = value(tree)
+        return value(tree), used
     except ValueError:
         return None
-    return result if Counter(used) == Counter(numbers) else None
+
+
+def countdown_value(expression, numbers):
+    """Value of an expression of + - * / that uses each number once, else None."""
+    found = value_and_numbers(expression)
+    return found[0] if found and Counter(found[1]) == Counter(numbers) else None
 
 
 STOPS = " \n.,;:?…。，：！？"
@@ -1812,15 +1843,21 @@ def context_of(model):
     return max(found) if max(found) > 0 else math.inf
 
 
+def prompt_sizes(args, tokenizer, problems):
+    """{prompt: its number of tokens}. The small model has one token a character, so thousands need not be encoded."""
+    sizes = {}
+    for problem in problems:
+        ids = encode_prompt(args, tokenizer, problem) if args.model else f"{problem.prompt}\n"
+        sizes[problem.prompt] = len(ids)
+    return sizes
+
+
 def those_that_fit(args, model, tokenizer, problems, held_out):
     """(problems, held_out) without those that leave no room for max_tokens in the model's context; prints how many.
 
     Beyond its context a model with learned positions fails, and one with rotary positions has learned nothing.
     """
-    context, sizes = context_of(model), {}
-    for problem in problems + held_out:  # the small model has one token a character, so thousands need not be encoded
-        ids = encode_prompt(args, tokenizer, problem) if args.model else f"{problem.prompt}\n"
-        sizes[problem.prompt] = len(ids)
+    context, sizes = context_of(model), prompt_sizes(args, tokenizer, problems + held_out)
     room = context - args.max_tokens
     fitting = [[problem for problem in part if sizes[problem.prompt] <= room] for part in (problems, held_out)]
     num_over = len(problems + held_out) - sum(map(len, fitting))
@@ -1834,6 +1871,24 @@ def those_that_fit(args, model, tokenizer, problems, held_out):
         raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
     say(f"            {over}: they are left out, {len(fitting[0]):,} and {len(fitting[1]):,} are left")
     return fitting
+
+
+def new_tokenizer():
+    """One token for each character of arithmetic. Padding and EOS are two different tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<pad>", "<eos>", "<unk>", *"0123456789+-*/()=#,.: \n"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def warm_start(args, model, tokenizer, problems, held_out):
@@ -2063,15 +2118,19 @@ def read_model(args, name):
         model = from_disk("AutoModelForCausalLM", base or name, dtype=getattr(torch, args.dtype))
     except InputError as error:
         raise InputError(f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error) from error
-    try:
-        tokenizer = from_disk("AutoTokenizer", name)
-    except InputError:
-        if base is None:
-            raise
-        tokenizer = from_disk("AutoTokenizer", base)
     if base and not args.lora_rank:
         model = with_adapter(model, name).merge_and_unload().requires_grad_(True)
-    return model, tokenizer
+    return model, read_tokenizer(name)
+
+
+def read_tokenizer(name):
+    """The tokenizer of a model. An adapter can be saved without one: then it is that of its base model."""
+    try:
+        return from_disk("AutoTokenizer", name)
+    except InputError:
+        if (base := base_of_adapter(name)) is None:
+            raise
+        return from_disk("AutoTokenizer", base)
 
 
 # ---- Texts that end a completion (--stop) ----
@@ -3014,7 +3073,8 @@ def load(path, *keys):
     if not path.is_file():
         raise InputError(f"{path} is not a file: --resume takes a run directory")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # without keys only the settings are read, so the weights can stay on the disk
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not keys)
         removed = [name for name in REMOVED if name in content["args"]]
         content["args"] = Args(**{name: x for name, x in content["args"].items() if name not in removed})
         missing = set(keys) - content.keys()
@@ -3133,13 +3193,21 @@ def check_settings(args):
         raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {args.optimizer}")
     if args.shard and (args.optimizer == "adamw" or args.offload or args.lora_rank):
         raise ValueError("shard needs optimizer adamw8bit, and works with neither offload nor lora_rank")
-    if args.task in ("gsm8k", "jsonl") and args.model is None:
+    only_looks = bool(args.evaluate) or args.ask is not None
+    if args.evaluate and args.ask is not None:
+        raise ValueError("evaluate and ask are two commands: give one of them")
+    if only_looks and (args.resume or args.run_dir or args.track):
+        raise ValueError("evaluate and ask train nothing and write nothing: resume, run_dir and track exclude them")
+    if args.task in ("gsm8k", "jsonl") and args.model is None and not only_looks:
         raise ValueError(f"task {args.task} needs a model that can read, got no model")
     if args.data and args.task not in ("gsm8k", "jsonl"):
         raise ValueError(f"data is read for task gsm8k and jsonl; task {args.task} writes its own problems")
+    if args.eval_data and args.task not in ("gsm8k", "jsonl"):
+        raise ValueError(f"eval_data is read for task gsm8k and jsonl; task {args.task} writes its own problems")
     if args.instruction is not None and "{}" not in args.instruction:
         raise ValueError(f"instruction needs {{}} in the place of the problem, got {args.instruction!r}")
-    if args.task == "jsonl" and args.data is None:
+    needs_data = args.ask is None and not (args.evaluate and args.eval_data)
+    if args.task == "jsonl" and args.data is None and needs_data:
         raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
     if args.supervision == "process" and (args.algorithm != "grpo" or not args.scale_by_std):
         raise ValueError(
@@ -3172,8 +3240,14 @@ def check_settings(args):
         raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
     if args.lora_rank and args.reference_every:
         raise ValueError("lora_rank keeps the model without the adapter as the reference: reference_every must be 0")
-    if "" in (args.model, args.data, args.resume, args.run_dir, args.reward_model, args.reward):
-        raise ValueError("model, data, resume, run_dir, reward and reward_model need a name or path, got an empty one")
+    names = args.model, args.data, args.resume, args.run_dir, args.reward_model, args.reward, args.eval_data
+    if "" in (*names, *args.evaluate):
+        raise ValueError(
+            "model, data, eval_data, resume, run_dir, reward, reward_model and evaluate need a name or a path, got an "
+            "empty one"
+        )
+    if args.ask is not None and not args.ask.strip():
+        raise ValueError("ask needs a question, got an empty one")
     if args.resume and args.run_dir:
         raise ValueError(f"resume {args.resume} continues in its own directory, not in run_dir {args.run_dir}")
     try:
@@ -3278,7 +3352,12 @@ def prompts_for(args, usual, problems):
 
 
 def num_parameters(name):
-    """The number of parameters of a Hub id or a directory, counted from its config.json, without its weights."""
+    """The number of parameters of a Hub id or a directory."""
+    return empty_model(name).num_parameters()
+
+
+def empty_model(name):
+    """The model of a Hub id or a directory without its weights, from its config.json alone."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -3286,7 +3365,7 @@ def num_parameters(name):
     try:
         config = from_disk("AutoConfig", base or name)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+            return transformers.AutoModelForCausalLM.from_config(config)
     except (InputError, ValueError) as error:
         reason = f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error
         raise InputError(str(reason)) from error
@@ -3658,11 +3737,11 @@ def save_results(args, run_dir, model, tokenizer, weights, metrics):
     draw_curves(metrics, run_dir / "curves.png")
 
 
-def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
+def print_summary(args, run_dir, metrics, held_out, seen, seconds):
     """One screen: before and after, some answers of the last step, where everything is, what to try next."""
     names = {"eval/greedy", "eval/reward"}  # --reward may have no accuracies
     before, after = (next(row for row in rows if names & row.keys()) for rows in (metrics, metrics[::-1]))
-    print(f"\n{num_held_out} held-out problems   before    after")
+    print(f"\n{len(held_out)} held-out problems   before    after")
     for name in [name for name in before if name.startswith("eval/")]:
         print(f"  {name.removeprefix('eval/'):20}  {before[name]:7.3f}  {after[name]:7.3f}")
     if seen:
@@ -3679,9 +3758,361 @@ def print_summary(args, run_dir, metrics, num_held_out, seen, seconds):
         again = shlex.join(["python", Path(__file__).name, "--resume", str(run_dir)])
         print(f"ended       early, after {done} of {args.steps} steps: {again} continues")
     print(f"logs        tensorboard --logdir {run_dir}")
-    if args.model is None:
-        other = "--supervision process" if args.task == "arithmetic" else "--algorithm rloo"
-        print(f"next        python grpo_llm.py --task {args.task} {other} --seed {args.seed}")
+    commands = [("--evaluate", args.model or run_dir / "start", run_dir)]
+    short = [x.prompt for x in held_out if len(x.prompt) < 80 and x.prompt[0] != "-" and x.prompt.isprintable()]
+    if short:
+        commands.insert(0, ("--ask", short[0], "--model", run_dir))
+    for number, words in enumerate(commands):
+        command = shlex.join(["python", Path(__file__).name, *map(str, words)])  # quoted as a shell needs it
+        print(f"{'' if number else 'next':12}{command}")
+
+
+# ---- Without training: --evaluate and --ask ----
+#
+# Both read models that exist, train nothing and write nothing. The settings of a run hold for its policy: the task, the
+# words of the prompt, the problems that were held out, the temperature. What is given by hand wins.
+
+# The settings that decide which problems a run learned from
+SOURCES = ("task", "data", "eval_data", "terms", "max_term", "operators", "num_problems", "seed")
+
+# The settings that decide how a model is asked
+ASKED = ("task", "instruction", "system", "stop", "max_tokens", "temperature")
+
+# What a run's settings are without the run
+NO_RUN = {"run_dir": None, "resume": None, "track": False, "offload": False, "shard": False}
+
+# Settings of training, which need not be chosen here
+UNUSED = {
+    "optimizer": "adamw8bit",
+    "learning_rate": 1.0,
+    "gradient_checkpointing": False,
+    "prompts_per_step": 1,
+    "group_size": 2,
+    "offload": False,
+}
+
+
+def policy_of(name):
+    """(a directory or Hub id, the settings of its run). A run's directory stands for its policy. The settings are None
+    if the model does not lie in a run's directory."""
+    path = Path(name)
+    if (path / "checkpoint.pt").is_file():
+        saved = load(path / "checkpoint.pt")["args"]
+        if not (path / "policy").is_dir():
+            raise InputError(f"{name} is a run that has no policy yet: --resume {name} brings it to its end")
+        return str(path / "policy"), saved
+    if path.is_dir() and (path.parent / "checkpoint.pt").is_file():  # policy, merged, or the small model's start
+        with suppress(InputError):  # a run of another script
+            return name, load(path.parent / "checkpoint.pt")["args"]
+    return name, None
+
+
+def newest_run():
+    """The directory of the run in runs that ended last, of this script."""
+    for policy in sorted(Path("runs").glob("*/policy"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(InputError):  # a run of another script
+            load(policy.parent / "checkpoint.pt")
+            print(f"run         {policy.parent}, the newest in runs")
+            return str(policy.parent)
+    raise InputError("--ask: the directory runs holds no finished run of this script, so a run must be named")
+
+
+def model_to_train(name):
+    """The model that --model means: of a run its policy, which is trained further."""
+    if name is None:
+        return None
+    directory, saved = policy_of(name)
+    if saved and saved.model is None:
+        raise InputError(
+            f"--model {name} is the small model of a run, which can be asked and evaluated but not trained further: "
+            "its prompts have another form"
+        )
+    return directory
+
+
+def settings_to_look(words):
+    """The defaults of the flags of --evaluate and --ask: the settings of the first run that is named, or the usual.
+    None if the command line has neither of the two, or a mistake that is reported later."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--evaluate", nargs="*", default=[])
+    for flag in ("--ask", "--model", "--resume", "--data"):
+        parser.add_argument(flag, nargs="?")
+    look, _ = parser.parse_known_args(words)
+    if bool(look.evaluate) == bool(look.ask) or look.resume or "" in (*look.evaluate, look.model):
+        return None
+    if look.evaluate and look.model:
+        raise InputError(f"--evaluate takes the names of all models: write {look.model} behind it, without --model")
+    names = look.evaluate or [look.model or newest_run()]
+    saved = next((saved for _, saved in map(policy_of, names) if saved), None)
+    settings = {"evaluate": tuple(look.evaluate), "ask": look.ask, "model": look.ask and names[0]}
+    if not saved:
+        return Args(**settings)
+    settings |= NO_RUN
+    if look.data:  # it takes the place of the run's evaluation file too
+        settings["eval_data"] = None
+    try:
+        check_device(saved.device)
+    except InputError:  # it was trained on another machine
+        settings |= dict.fromkeys(("device", "torch_threads", "dtype", "optimizer"))
+    return replace(saved, **settings)
+
+
+def settings_of_model(args, directory, saved):
+    """args for one model. The small model of a run reads the problem alone, any other reads the instruction too."""
+    return replace(args, model=None if saved and saved.model is None else directory)
+
+
+def choose_to_look(args, policy, problems):
+    """The settings that were not given, chosen and printed, and the device made ready."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if num_processes() > 1:
+        raise InputError("--evaluate and --ask work in one process: start them without torchrun")
+    unused = {name: x for name, x in UNUSED.items() if getattr(args, name) is None}
+    if "prompts_per_step" in unused:
+        unused["prompts_per_step"] = args.num_minibatches
+    args = choose_settings(replace(settings_of_model(args, *policy), **unused), None, problems)
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    return args
+
+
+def load_policy(args, directory):
+    """(model, tokenizer, EOS ids) as they were in the run: with --lora-rank an adapter is added and not merged."""
+    model, tokenizer, eos_ids = load_model(args, directory)
+    if args.lora_rank and base_of_adapter(directory):
+        with_adapter(model, directory)
+        without_dropout(model).eval()
+    if model.plain_because:
+        say(f"path        plain, not fast: {model.plain_because}")
+    return model, tokenizer, eos_ids
+
+
+def problems_for_all(args, policies, problems):
+    """The problems that every model can read: that leave room for max_tokens in its context."""
+    for directory, saved in policies:
+        own, tokenizer = settings_of_model(args, directory, saved), read_tokenizer(directory)
+        if own.model is None:
+            check_characters(tokenizer, problems)
+        sizes, context = prompt_sizes(own, tokenizer, problems), context_of(empty_model(directory))
+        kept = [problem for problem in problems if sizes[problem.prompt] + args.max_tokens <= context]
+        if len(kept) < len(problems):
+            over = f"of {len(problems):,} prompts and --max-tokens {args.max_tokens} exceed the context of {context:,}"
+            if not kept:
+                raise InputError(f"all {over} that {directory} has: lower --max-tokens or shorten the prompts")
+            say(f"            {len(problems) - len(kept):,} {over} that {directory} has: they are left out")
+        problems = kept
+    return problems
+
+
+def check_characters(tokenizer, problems):
+    """Refuse a prompt that the small model cannot read."""
+    known = tokenizer.get_vocab()
+    for problem in problems:
+        if unknown := sorted(set(problem.prompt) - known.keys()):
+            characters = "".join(sorted(character for character in known if len(character) == 1)).strip()
+            raise InputError(
+                f"the small model reads only the characters {characters}, found {unknown[0]!r} in the prompt "
+                f"{shortened(problem.prompt)}"
+            )
+
+
+# Evaluate
+
+
+def compare_models(args):
+    """--evaluate: how well one or more models answer the same problems with the same noise, as one table.
+
+    Returns for each model the list that scores_of() made. The intervals are those of interval() and paired_interval().
+    """
+    policies = [policy_of(name) for name in args.evaluate]
+    problems = problems_to_evaluate(args, policies)
+    args = choose_to_look(args, policies[0], problems)
+    problems = problems_for_all(args, policies, problems)
+    tables = []
+    for number, (name, policy) in enumerate(zip(args.evaluate, policies)):
+        say(f"model {string.ascii_uppercase[number % 26]}     {name}")
+        own = settings_of_model(args, *policy)
+        model, tokenizer, eos_ids = load_policy(own, policy[0])
+        given = model, tokenizer, eos_ids, problems, range(len(problems))
+        tables.append(fitting(own, "generate_rows", scores_of, *given)[1])
+        del model, given  # before the next one is loaded
+    print_scores(args, tables)
+    return tables
+
+
+def problems_to_evaluate(args, policies):
+    """The problems on which models are compared, at most eval_problems; prints which they are. Of the first run those
+    that it held out; if other problems are given, or there is no run, all of them that no named run learned from."""
+    runs = [(name, saved) for name, (_, saved) in zip(args.evaluate, policies) if saved]
+    look = {**NO_RUN, "evaluate": args.evaluate, "model": None}
+    if runs and all(getattr(args, name) == getattr(runs[0][1], name) for name in SOURCES):
+        problems, source = load_problems(replace(runs[0][1], **look))[1], f"that the run of {runs[0][0]} held out"
+    elif has_eval_problems(args):
+        problems, source = load_eval_problems(args), f"of {args.eval_data or 'the test split of gsm8k'}"
+    else:
+        learned, held_out = load_problems(args)
+        problems, source = held_out + learned, f"of {args.data or f'task {args.task}, seed {args.seed}'}"
+    count, notes = len(problems), []
+    for name, saved in runs:
+        if differing := [x for x in ASKED if getattr(saved, x) != getattr(runs[0][1], x)]:
+            notes.append(f"{name} was trained with another {', '.join(differing)}; here {runs[0][0]}'s holds for all")
+        try:
+            learned = {problem.prompt for problem in load_problems(replace(saved, **look))[0]}
+        except (InputError, OSError) as error:
+            notes.append(f"{name} may have learned from some of them: its own cannot be read: {error}")
+            continue
+        kept = [problem for problem in problems if problem.prompt not in learned]
+        if len(kept) < len(problems):
+            notes.append(f"{len(problems) - len(kept):,} are left out because {name} learned from them")
+        problems = kept
+    if not problems:
+        why = f": {'; '.join(notes)}" if notes else ""
+        raise InputError(f"there is nothing to evaluate on among the {count:,} problems {source}{why}")
+    used = problems[: args.eval_problems]
+    share = "all" if len(used) == len(problems) else f"--eval-problems {len(used):,} of the"
+    say(f"problems    {share} {len(problems):,} {source}")
+    for note in notes:
+        say(f"            {note}")
+    return used
+
+
+def interval(scores):
+    """The 95% interval of the mean of problems' scores in [0, 1] (Wilson 1927), over the choice of the problems.
+
+    Wilson's interval is for yes and no, whose variance is p (1 − p). Shares such as pass@1 vary less. They count as so
+    many problems of yes or no as would give the mean the same variance, which makes it nearly the normal interval.
+    """
+    n, p, z = len(scores), sum(scores) / len(scores), 1.96
+    variance = sum((score - p) ** 2 for score in scores) / n
+    if max(scores) > min(scores):
+        n *= p * (1 - p) / variance
+    centre = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return max((centre - half) / (1 + z**2 / n), 0.0), min((centre + half) / (1 + z**2 / n), 1.0)
+
+
+def paired_interval(differences):
+    """The 95% interval of the mean of problems' differences in [−1, 1] (Agresti & Min 2005).
+
+    It is the normal interval after two problems are added: half a one with difference 1, half a one with −1, one with
+    0. Without them it would have no width where the models agree on the few problems that were asked.
+    """
+    n = len(differences) + 2
+    mean = sum(differences) / n
+    variance = (sum(x**2 for x in differences) + 1) / n - mean**2
+    half = 1.96 * math.sqrt(variance / n)
+    return max(mean - half, -1.0), min(mean + half, 1.0)
+
+
+def normal_interval(scores):
+    """The 95% interval of the mean of problems' scores of any size; NaN for one problem, which tells no variance."""
+    x = torch.tensor(scores, dtype=torch.float64)
+    half = 1.96 * float(x.std() / len(x) ** 0.5) if len(x) > 1 else math.nan
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
+def print_scores(args, tables):
+    """The means over the problems with their 95% intervals, a column a model; of two models the paired difference."""
+    letters = string.ascii_uppercase[: len(tables)]
+    heads = [*letters, *["B − A"] * (len(tables) == 2)]
+    num_samples = f"{len(tables[0]):,} problems, {args.eval_samples} samples"
+    print(f"\n{num_samples:28}" + "".join(f"{head:28}" for head in heads).rstrip())
+    for name in tables[0][0]:
+        columns = [[row[name] for row in rows if not math.isnan(row[name])] for rows in tables]
+        if not columns[0]:
+            continue  # no problem has an answer, or there is no --reward
+        own, paired = (normal_interval,) * 2 if name == "reward" else (interval, paired_interval)
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(sum(x) / len(x), *own(x)) for x in columns]
+        if len(columns) == 2:
+            differences = [b - a for a, b in zip(*columns)]
+            mean = sum(differences) / len(differences)
+            cells.append("{:+.3f} ({:+.3f} to {:+.3f})".format(mean, *paired(differences)))
+        print(f"  {name:26}" + "".join(f"{cell:28}" for cell in cells).rstrip())
+    print("in brackets: 95% intervals, for other problems of the same kind")
+
+
+# Ask
+
+NUM_ANSWERS = 4  # that --ask samples, after the greedy one
+
+
+def ask_policy(args):
+    """--ask: the greedy answer and some samples of one model, each with ln π, its length and, if the right answer is
+    known, its reward. Returns a (name, text, reward or None, ln π, tokens, has it ended) for each."""
+    policy = policy_of(args.model)
+    problem = asked_problem(args)
+    args = choose_to_look(args, policy, [problem])
+    if args.task == "arithmetic" and not problem.answer and args.instruction is None:
+        args = replace(args, instruction="{}")  # "What is {}?" is for sums
+    problems_for_all(args, [policy], [problem])
+    model, tokenizer, eos_ids = load_policy(args, policy[0])
+    reward_model = RewardModel(args) if args.reward_model and problem.answer else None
+    names = [("ask", problem.prompt)]
+    answers = []
+    for kind, count, temperature in (("greedy", 1, 0.0), ("sample", NUM_ANSWERS, args.temperature)):
+        (group,) = sample_groups(args, model, tokenizer, eos_ids, [problem], count, temperature, names)
+        if args.reward:
+            try:
+                (group,) = with_own_rewards(args, [group])
+            except InputError as error:  # it needs a column that only the data has
+                say(f"reward      not known: {error}")
+                args = replace(args, reward=None)
+        rating = rate_group(args, group, tokenizer, eos_ids, reward_model, 0)
+        with torch.no_grad():
+            logprobs = policy_logprobs(args, model, [group.prompt], group.tokens, group.mask).cpu().sum(-1).tolist()
+        columns = rating.rewards.tolist(), logprobs, group.mask.sum(-1).tolist(), (~rating.is_truncated).tolist()
+        for number, (text, reward, *row) in enumerate(zip(group.texts, *columns), start=1):
+            name = f"{kind} {number}" if count > 1 else kind
+            answers.append((name, text, reward if problem.answer or args.reward else None, *row))
+    print_answers(told(args, problem), problem.answer, answers)
+    return answers
+
+
+def asked_problem(args):
+    """The problem of --ask with its answer, if that is known: from the run's data or by arithmetic. Else it is ""."""
+    text = args.ask.strip()
+    if args.task == "countdown":
+        match = re.fullmatch(r"([0-9]+(?:,[0-9]+)*)=([0-9]+)", text.replace(" ", ""))
+        if not match:
+            raise InputError(
+                f"--ask: task countdown wants numbers and a target such as 3,4,5=17, found {shortened(text)}"
+            )
+        return Problem(match[0], match[2], numbers=tuple(map(int, match[1].split(","))))
+    if args.data or args.eval_data or (args.task == "gsm8k" and policy_of(args.model)[1]):
+        try:
+            for problem in (
+                *load_eval_problems(args),
+                *(load_other_task(args) if args.task == "gsm8k" or args.data else ()),
+            ):
+                if problem.prompt == text:
+                    return problem
+        except (InputError, OSError) as error:
+            say(f"data        it cannot be read, so whether the answer is known cannot be said: {error}")
+    match = re.fullmatch(r"(?:what is )?([0-9+\-*/()×÷− ]+?)[ =?]*", text, re.IGNORECASE)
+    found = value_and_numbers(match[1]) if match else None
+    if not found or len(found[1]) < 2:
+        return Problem(text, "")
+    return Problem(match[1].replace(" ", "") if args.task == "arithmetic" else text, str(found[0]))
+
+
+def print_answers(question, answer, answers):
+    """Each answer below a line of its numbers, indented and wrapped for a terminal."""
+    width = max(min(shutil.get_terminal_size().columns, 120), 40)
+
+    def show(text, indent):
+        for line in text.splitlines() or [""]:
+            line = "".join(character if character.isprintable() else "\ufffd" for character in line.expandtabs(4))
+            print(textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent) or "")
+
+    show(question, "asked       ")
+    print(f"right is    {answer or 'not known'}")
+    for name, text, reward, logprob, length, has_ended in answers:
+        paid = "" if reward is None else f"reward {reward:.2f}  "
+        print(f"\n{name:10}  {paid}ln π {logprob:.2f} nats  {length} tokens{'' if has_ended else ', not ended'}")
+        show(text, "    ")
 
 
 # ---- Answers, shown during the run ----
@@ -3702,7 +4133,7 @@ def show_answers(args, run_dir, writer, bar, metrics, groups, ratings, advantage
     rows = [sample_row(args, step, *column) for column, _ in zip(columns, range(count))]
     with open(run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows[:SHOWN_GROUPS])
-    if "eval/greedy" in metrics[-1]:
+    if any(name.startswith("eval/") for name in metrics[-1]):
         writer.add_text("samples", as_markdown(rows[:SHOWN_GROUPS]), step)
     if args.verbose:
         answers = [{**row, **answer} for row in rows for answer in row["completions"]]
@@ -3710,7 +4141,7 @@ def show_answers(args, run_dir, writer, bar, metrics, groups, ratings, advantage
         worst, best = answers[0], answers[-1]
         shown = {"best": best, "worst": worst} if worst["reward"] < best["reward"] else {"all equal": best}
         for name, x in shown.items():
-            question = f"{on_screen(x['prompt'])}, right is {on_screen(x['answer'])}"
+            question = on_screen(x["prompt"]) + (f", right is {on_screen(x['answer'])}" if x["answer"] else "")
             bar.write(f"{name:12}step {step}, reward {x['reward']:.2f}: {question}\n{'':12}{on_screen(x['text'], 400)}")
 
 
@@ -3719,7 +4150,7 @@ def sample_row(args, step, group, rating, advantages):
     differ from token to token: their mean is shown, and beside it the reward of each step."""
     row = {"step": step, "prompt": group.problem.prompt, "answer": group.problem.answer, "completions": []}
     for i, text in enumerate(group.texts):
-        rewards = {name: round(part[i].item(), 6) for name, part in rating.parts.items()}
+        rewards = {name: None if part[i].isnan() else round(part[i].item(), 6) for name, part in rating.parts.items()}
         answer = {"text": text, "tokens": int(group.mask[i].sum()), "rewards": rewards}
         answer["reward"] = round(rating.rewards[i].item(), 6)
         answer["advantage"] = round(advantages[i][group.mask[i].bool()].mean().item(), 6)
@@ -3734,7 +4165,7 @@ def as_markdown(rows):
     """Lines of samples.jsonl as a text for TensorBoard, indented, so that it shows each character as it is."""
     lines = []
     for row in rows:
-        lines.append(f"{row['prompt']}    right is {row['answer']}")
+        lines.append(row["prompt"] + (f"    right is {row['answer']}" if row["answer"] else ""))
         for x in row["completions"]:
             cut = ", truncated" * x["truncated"]
             lines.append(f"---- reward {x['reward']:.2f}, advantage {x['advantage']:.2f}, {x['tokens']} tokens{cut}")
@@ -3772,11 +4203,13 @@ def warn_without_variance(args, bar, metrics, steps=5, share=0.9):
     stretch = list(takewhile(lambda row: row.get("groups/zero_variance", 0.0) >= share, reversed(metrics)))
     if len(stretch) != steps or args.algorithm in ("reinforce", "rft") or process_rank() > 0:
         return
-    right, cut = metrics[-1]["reward/verifier"], metrics[-1]["completion/truncated"]
+    row = metrics[-1]
+    right = f"{row['reward/verifier']:.0%} of the answers are right" if "reward/verifier" in row else ""
+    earned, cut = right or f"the mean reward is {row['reward/mean']:.2f}", row["completion/truncated"]
     message = (
         f"warning     In each of the last {steps} steps at least {share:.0%} of the groups had no variance: all the "
         "answers to a question earned the same, so their advantages are 0 and almost nothing is learned. In this step "
-        f"{right:.0%} of the answers are right and {cut:.0%} are cut off: if most are right, take harder problems; if "
+        f"{earned} and {cut:.0%} are cut off: if most are right, take harder problems; if "
         "most are wrong, take easier problems, a larger --max-tokens, an --instruction that shows the form of an "
         'answer, or a warm start (docs/troubleshooting.md, "Reward std is 0").'
     )
@@ -3809,21 +4242,24 @@ def print_help():
 
 
 def parse_args():
-    """The command line. With --resume the saved run's settings are the defaults of the other flags."""
+    """The command line. With --resume, and with a run to --evaluate or --ask, the run's settings are the defaults."""
     import tyro
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print_help()
-        sys.exit()
+        sys.exit(0)
     for word in sys.argv[1:]:
         flag = word.partition("=")[0]
         if flag.startswith("--") and (instead := REMOVED.get(flag[2:].replace("-", "_"))):
             raise InputError(f"{flag} was removed: {instead}")
     config = (tyro.conf.DisallowNone,)  # then --help shows no None, and bool | None has a flag for each of the two
-    args = tyro.cli(Args, description=__doc__.splitlines()[0], config=config)
+    look = settings_to_look(sys.argv[1:])
+    args = tyro.cli(Args, default=look, description=__doc__.splitlines()[0], config=config)
     if args.resume:
         return tyro.cli(Args, default=resumed_args(args.resume), config=config)
-    return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
+    if look:
+        return args
+    return replace(args, model=model_to_train(args.model), run_dir=args.run_dir or new_run_dir(args))
 
 
 def guard_output():
@@ -3851,7 +4287,12 @@ def main():
     try:
         args = parse_args()
         run_dir = args.resume or args.run_dir
-        train(args)
+        if args.evaluate:
+            compare_models(args)
+        elif args.ask is not None:
+            ask_policy(args)
+        else:
+            train(args)
     except torch.OutOfMemoryError as error:
         flags = "--generate-rows if it was sampling, --micro-batch-tokens if it was learning"
         more = "--gradient-checkpointing and --offload save most, benchmarks/memory_plan.py counts what is needed"

@@ -40,6 +40,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -122,6 +123,9 @@ class Args:
     resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "rlhf-gpt2-ppo"  # the project there
+    ask: str | None = (
+        None  # train nothing: how the policies of --run-dir, by default the newest run, continue this text
+    )
     # your own model and data
     model: str | None = None  # Hub id or directory of a GPT-2, e.g. gpt2; default a small one with random weights
     dataset: str | None = None  # Hub id or file: text and label, or chosen and rejected; default the grammar's texts
@@ -889,7 +893,7 @@ def train(args: Args) -> list[dict]:
 
     # 7. The stages. Those before the stage of the checkpoint are done
     stages = args.stages[args.stages.index(saved["stage"]) :] if saved else args.stages
-    sft_dir = str(run_dir / "sft") if "sft" in args.stages else args.model
+    sft_dir, names, gold_name = model_dirs(args, run_dir)
     for stage in stages:
         if stage == "sft":
             train_sft(args, run, policy, tokenizer, text_ids, held_out_ids)
@@ -901,9 +905,7 @@ def train(args: Args) -> list[dict]:
     if "ppo" in stages:
         policy, tokenizer = start_model(args, sft_dir)
         reference = frozen(start_model(args, sft_dir)[0])
-        names = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
         reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
-        gold_name = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
         gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
         value_model = load_reward_model(args, names[0], tokenizer)  # [R20] it begins as the reward model
         if args.share_backbone:
@@ -934,6 +936,13 @@ def train(args: Args) -> list[dict]:
 
 
 # ---- Models and tokenizers from disk ----
+
+
+def model_dirs(args, run_dir):
+    """Where a run's models are: that of stage 1, the list of its reward models, the gold model or None."""
+    rewards = args.reward_model or [str(run_dir / stage) for stage in args.stages if stage.startswith("reward")]
+    gold = args.gold_model or (str(run_dir / "gold") if args.train_gold else None)
+    return str(run_dir / "sft") if "sft" in args.stages else args.model, rewards, gold
 
 
 def from_disk(kind, name, **options):
@@ -1317,15 +1326,20 @@ def print_summary(args, run, sft_dir, seconds):
     print(f"seconds     {seconds:.1f} {since}; the stages: {phases}")
     print(f"models      {', '.join(sorted(path.parent.name for path in run.dir.glob('*/config.json')))} in {run.dir}")
     print(f"logs        tensorboard --logdir {run.dir}")
+    sft, reward = shlex.quote(str(sft_dir)), shlex.quote(str(run.dir / "reward"))
     following = {
-        "sft": f"reward --model {sft_dir}",
-        "reward": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'}",
-        "all": f"ppo --model {sft_dir} --reward-model {run.dir / 'reward'} --kl-coef 0 --no-adaptive-kl",
+        "sft": f"reward --model {sft}",
+        "reward": f"ppo --model {sft} --reward-model {reward}",
+        "all": f"ppo --model {sft} --reward-model {reward} --kl-coef 0 --no-adaptive-kl",
     }
     if args.stage in following:
         given = [name for name in DATA.split() if getattr(args, name) != getattr(Args, name)]
-        data = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in given)
+        data = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}" for name in given)
         print(f"next        python rlhf_gpt2_ppo.py --stage {following[args.stage]}{data}")
+    if "ppo" in args.stages:
+        question = "The music of this musical" if args.dataset is None else "I think that"
+        command = shlex.join(["python", "rlhf_gpt2_ppo.py", "--ask", question, "--run-dir", str(run.dir)])
+        print(f"ask         {command}")
 
 
 # ---- Files, logs, resuming ----
@@ -1363,6 +1377,10 @@ def check_settings(args):
         raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
     if args.resume and args.run_dir:
         raise ValueError(f"resume {args.resume} continues in its own directory, not in run_dir {args.run_dir}")
+    if args.ask is not None and not args.ask.strip():
+        raise ValueError("ask needs the beginning of a text, got an empty one")
+    if args.ask is not None and (args.resume or args.track):
+        raise ValueError("ask trains nothing: resume and track exclude it")
 
 
 def check_device(device):
@@ -1401,7 +1419,8 @@ def load(path, *keys):
     if not path.is_file():
         raise InputError(f"{path} is not a file: --resume takes a run directory")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # without keys only the settings are read, so the weights can stay on the disk
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not keys)
         content["args"] = Args(**content["args"])
         missing = set(keys) - content.keys()
     except Exception as error:
@@ -1532,6 +1551,77 @@ def resumed_args(run_dir):
     return replace(load(Path(run_dir) / "checkpoint.pt")["args"], resume=str(run_dir), run_dir=None)
 
 
+# ---- Ask the policies of a run (--ask) ----
+
+NUM_ANSWERS = 4  # of each policy
+
+
+def newest_run():
+    """The directory of the run in runs that ended last, of this script."""
+    for policy in sorted(Path("runs").glob("*/policy"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(InputError):  # a run of another script
+            load(policy.parent / "checkpoint.pt")
+            print(f"run         {policy.parent}, the newest in runs")
+            return str(policy.parent)
+    raise InputError("--ask: the directory runs holds no finished run of this script, so a run must be named")
+
+
+def asked_args(args):
+    """The settings of the run whose policies are asked."""
+    run_dir = args.run_dir or newest_run()
+    if not (Path(run_dir) / "policy").is_dir():
+        raise InputError(f"--run-dir {run_dir} has no policy: --ask needs a run whose stage 3 has ended")
+    saved = load(Path(run_dir) / "checkpoint.pt")["args"]
+    return replace(saved, ask=args.ask, run_dir=str(run_dir), resume=None, track=False)
+
+
+def ask_policies(args):
+    """--ask: how the policies before and after stage 3 continue a text, sampled with the same random numbers.
+
+    Returns a tuple for each response: (before or after, text, score, truth). The truth is judge_rollout()'s.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    check_device(args.device)
+    torch.set_num_threads(args.torch_threads)
+    sft_dir, names, gold_name = model_dirs(args, Path(args.run_dir))
+    reference, tokenizer = start_model(args, sft_dir)
+    prompt = tokenizer(args.ask.rstrip(), add_special_tokens=False)["input_ids"]
+    room = reference.config.max_position_embeddings - args.response_length
+    if len(prompt) > room:
+        raise InputError(
+            f"--ask: the text has {len(prompt)} tokens, and --response-length leaves {room} of the context"
+        )
+    policy, _ = start_model(args, str(Path(args.run_dir) / "policy"))
+    reward_models = [load_reward_model(args, name, tokenizer) for name in names]
+    gold_model = load_reward_model(args, gold_name, tokenizer) if gold_name else None
+    answers = []
+    for kind, model in (("before", reference), ("after", policy)):
+        torch.manual_seed(stage_seed(args, "ask"))
+        rollout = roll_out(args, model, tokenizer, [prompt] * NUM_ANSWERS)
+        _, scores, truth = judge_rollout(args, rollout, reference, reward_models, gold_model)
+        truth = [None] * NUM_ANSWERS if truth is None else truth.tolist()
+        answers += [(kind, text, *row) for (_, text), *row in zip(rollout.texts, scores.tolist(), truth)]
+    print_responses(args, answers, gold_model is not None)
+    return answers
+
+
+def print_responses(args, answers, has_gold_model):
+    """Each response behind the text that was asked, below its score and the truth, wrapped for a terminal."""
+    width = max(min(shutil.get_terminal_size().columns, 120), 40)
+    for number, (kind, text, score, truth) in enumerate(answers):
+        if number % NUM_ANSWERS == 0:
+            print(f"\n{kind} stage 3")
+        judged = f", gold model's score {truth:+.2f}" if has_gold_model else ", truly positive" if truth else ""
+        if truth == 0 and not has_gold_model:
+            judged = ", not truly positive"
+        print(f"  score {score:+.2f}{judged}")
+        whole = "".join(x if x.isprintable() else " " for x in args.ask.rstrip() + text)  # it must not steer a terminal
+        print(textwrap.fill(whole, width, initial_indent="    ", subsequent_indent="    "))
+
+
 # ---- Command line ----
 
 
@@ -1558,15 +1648,17 @@ def print_help():
 
 
 def parse_args():
-    """The command line. With --resume the saved run's settings are the defaults of the other flags."""
+    """The command line. With --resume and --ask the saved run's settings are the defaults of the other flags."""
     import tyro
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print_help()
-        sys.exit()
+        sys.exit(0)
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     if args.resume:
         return tyro.cli(Args, default=resumed_args(args.resume))
+    if args.ask is not None:
+        return tyro.cli(Args, default=asked_args(args))
     return args if args.run_dir else replace(args, run_dir=new_run_dir(args))
 
 
@@ -1595,7 +1687,7 @@ def main():
     try:
         args = parse_args()
         run_dir = args.resume or args.run_dir
-        train(args)
+        ask_policies(args) if args.ask is not None else train(args)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

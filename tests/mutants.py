@@ -40,6 +40,10 @@ SUITES = {
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
         *(f"tests/test_grpo_{name}.py" for name in ("own_reward", "stop")),
+        *(
+            f"tests/test_grpo_{name}.py"
+            for name in ("adapters", "reward_model", "reports", "families", "choices", "evaluate")
+        ),
         "tests/test_track.py",
     ],
 }
@@ -560,7 +564,11 @@ GRPO = [
     ("a formula takes half a minute", "dump_traceback_later(3, exit=True)", "dump_traceback_later(30, exit=True)"),
     ("an answer that nothing could match is kept", "            check_answer(problems[-1])\n", ""),
     ("a step paid twice", "            wanted[value] -= 1\n", ""),
-    ("numbers of a countdown used at will", "result if Counter(used) == Counter(numbers) else None", "result"),
+    (
+        "numbers of a countdown used at will",
+        "found[0] if found and Counter(found[1]) == Counter(numbers) else None",
+        "found and found[0]",
+    ),
     (
         "ties go to any right answer",
         "right[answers.index(votes.most_common(1)[0][0], start)]",
@@ -725,13 +733,13 @@ GRPO = [
     ("NaN goes unnoticed", "    if not math.isfinite(norm):", "    if False:"),
     (
         "checkpoint unpickled without a guard",
-        "weights_only=True)\n        removed",
-        "weights_only=False)\n        removed",
+        "weights_only=True, mmap=not keys)\n        removed",
+        "weights_only=False, mmap=not keys)\n        removed",
     ),
     (
         "held-out problems learned from",
-        "return problems[held_out:], problems[:held_out]",
-        "return problems, problems[:held_out]",
+        "return learned, held_out",
+        "return problems, held_out",
     ),
     ("the file's first rows held out", "random.Random(args.seed).shuffle(problems)", "pass"),
     ("lines counted from 0", "for number, line in enumerate(lines, start=1):", "for number, line in enumerate(lines):"),
@@ -955,6 +963,16 @@ GRPO = [
         "float(is_right(problem, completion))",
     ),
     ("parts of a letter end nothing", ' or "\\ufffd" in piece', ""),
+    ("learned from what is evaluated", "for problem in apart or held_out}", "for problem in held_out if not apart}"),
+    ("a run evaluated on what it learned from", "if problem.prompt not in learned]", "if True]"),
+    (
+        "the small model asked with an instruction",
+        "model=None if saved and saved.model is None else directory)",
+        "model=directory)",
+    ),
+    ("gsm8k evaluated on its training split", '"--eval-data", "test"))', '"--eval-data", "train"))'),
+    ("shares taken for yes and no", "        n *= p * (1 - p) / variance\n", "        pass\n"),
+    ("no problem added to the pairs", "n = len(differences) + 2", "n = len(differences)"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

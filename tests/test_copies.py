@@ -22,8 +22,8 @@ PPO = {
     },
     "ppo_atari": {
         "check_settings": "it has other settings",
-        "load": "no --evaluate, no saved model",
-        "parse_args": "no --evaluate",
+        "load": "settings alone are read without the weights",
+        "parse_args": "a run that is asked has settings",
     },
 }
 
@@ -52,7 +52,7 @@ DIFFERENT = {
             "clipped_value_loss": "a mean over the mask",
             "new_run_dir": "named after the data, not an environment",
             "train": "three stages",
-            "main": "no --evaluate, no Gymnasium",
+            "main": "--ask, no --evaluate, no Gymnasium",
             **own,
         }
         for ppo, own in PPO.items()
@@ -63,7 +63,7 @@ DIFFERENT = {
             "evaluate": "held-out problems, greedy and sampled",
             "new_run_dir": "named after the task, not an environment",
             "train": "no critic, no environment",
-            "main": "no --evaluate, no Gymnasium; what to do when memory is out",
+            "main": "--ask, no Gymnasium; what to do when memory is out",
             **own,
             "start_run": "of several processes",
             **({"load_checkpoint": "of several processes"} if ppo == "ppo_atari" else {}),
@@ -75,8 +75,9 @@ DIFFERENT = {
         "check_settings": "it has other settings",
         "print_summary": "other numbers",
         "load": "leaves out settings that no longer exist",
-        "parse_args": "says what took the place of a removed flag",
+        "parse_args": "--evaluate; says what took the place of a removed flag",
         "new_optimizer": "torch's AdamW, or one of 8 bits, for a single network",
+        "Rollout": "no values, no returns",
         "new_run_dir": "named after the task, not the data",
         "sample": "by noise that is given, on the plain path or the fast one",
         "new_tokenizer": "of characters, not of words",
@@ -87,7 +88,7 @@ DIFFERENT = {
         "describe": "of groups",
         "draw_curves": "other scalars",
         "train": "one stage, no critic",
-        "main": "what to do when memory is out",
+        "main": "--evaluate; what to do when memory is out",
     },
 }
 

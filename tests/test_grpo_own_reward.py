@@ -465,3 +465,28 @@ def test_the_example_of_the_page(grpo, own):
     problems, _ = grpo.load_problems(args)
     found = rewards_of(grpo, args, group_of(grpo, problems[0], "Paris", "It is Paris", "x"))
     assert found == {"one_word_reward": [1, 0, 1], "judge_reward": [1, 1, 0]}
+
+
+def test_looking_at_a_run_with_an_own_reward(grpo, own, monkeypatch, capsys, tmp_path):
+    """Samples, --verbose, --evaluate and --ask where no problem has an answer, and one reward does not apply."""
+    lines = "def some_reward(completion):\n    return len(completion) % 2 or None\n"
+    lines += "def reward(completion, hint):\n    return 0.5\n"
+    rows = [{"prompt": f"{i}+1", "hint": "h"} for i in range(20)]
+    args = grpo.replace(own(lines, rows=rows), verbose=True, steps=1, max_tokens=8)
+    grpo.train(args)
+    kept = [json.loads(line) for line in (Path(args.run_dir) / "samples.jsonl").read_text().splitlines()]
+    found = {x["rewards"]["some_reward"] for row in kept for x in row["completions"]}
+    assert found == {None, 1.0} and all(row["answer"] is None for row in kept)
+    assert "right is" not in capsys.readouterr().out
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["grpo_llm.py", *words])
+        grpo.main()
+        return capsys.readouterr().out
+
+    out = command("--evaluate", args.run_dir, args.run_dir)
+    assert re.search(r"reward +\d\.\d{3} \(.*\+0\.000 \(", out) and "greedy" not in out
+    out = command("--ask", "3+1", "--model", args.run_dir)  # its row has the hint
+    assert out.count("reward ") >= 5 and "not known:" not in out
+    out = command("--ask", "who?", "--model", args.run_dir)  # this question has none
+    assert "reward      not known: --reward" in out and out.count("tokens") == 5

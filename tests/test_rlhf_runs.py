@@ -676,6 +676,7 @@ def test_a_prompt_longer_than_the_context(tiny, command, tmp_path):
         (["--reward-model", "x"], "are for stage ppo"),
         (["--preferences", "ai"], "need judge"),
         (["--adaptive-kl", "--kl-coef", "0"], "adaptive_kl multiplies kl_coef"),
+        (["--ask", "I"], "has no policy: --ask needs a run whose stage 3 has ended"),
         (["--no-such-flag"], "no-such-flag"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
         (["--resume", "/nowhere"], "is not a file"),
@@ -691,6 +692,25 @@ def test_bad_flags(command, tmp_path, words, message):
     status, out, error = command(*words, *run_dir, "--num-texts", 40)
     assert status == 2 and message.replace(" ", "") in re.sub(r"[\s│]", "", out + error)
     assert "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+def test_the_policies_of_a_run_are_asked(rlhf, tiny, command):
+    """Four continuations of stage 1's policy and of stage 3's, each with the reward model's score of the whole text."""
+    args = tiny("a run")
+    rlhf.train(args)
+    asked, ask = [], rlhf.ask_policies
+    rlhf.ask_policies = lambda args: asked.extend(ask(args))
+    try:
+        status, out, error = command("--ask", "The plot of this drama ", "--run-dir", args.run_dir)
+    finally:
+        rlhf.ask_policies = ask
+    assert status == 0 and out.index("before stage 3") < out.index("after stage 3"), error
+    assert [kind for kind, *_ in asked] == ["before"] * 4 + ["after"] * 4
+    assert [text for kind, text, *_ in asked if kind == "before"] != [
+        text for kind, text, *_ in asked if kind == "after"
+    ]
+    assert all(f"score {score:+.2f}, {'not ' * (not truth)}truly positive" in out for _, _, score, truth in asked)
+    assert all(truth == (rlhf.true_sentiment(f"The plot of this drama{text}") > 0) for _, text, _, truth in asked)
 
 
 def test_a_damaged_checkpoint(rlhf, tiny, command):
