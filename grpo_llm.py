@@ -3299,7 +3299,7 @@ def chosen(args, problems=(), size=None):
 
     # The model
     if not on_gpu:
-        args = choose(args, why, "they save the memory of a GPU", gradient_checkpointing=False, offload=False)
+        args = choose(args, why, "they save memory on a GPU only", gradient_checkpointing=False, offload=False)
     if size is None and None in (args.learning_rate, args.gradient_checkpointing, args.offload):
         size = num_parameters(args.model)
     if args.learning_rate is None:

@@ -30,7 +30,8 @@ def commands():
     found = []
     for path in TEXTS:
         for block in re.findall(r"^```bash\n(.*?)^```", read(path), re.MULTILINE | re.DOTALL):
-            found += [(path.name, line.strip()) for line in block.splitlines() if line.strip()]
+            lines = re.sub(r"\\\n\s*", "", block).splitlines()  # a backslash continues a line
+            found += [(path.name, line.strip()) for line in lines if line.strip()]
     for script in SCRIPTS:
         found += [(script.name, line.strip()) for line in re.findall(r"^Run +(.+)$", read(script), re.MULTILINE)]
     return found
