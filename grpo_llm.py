@@ -2878,10 +2878,9 @@ def bytes_needed(args, size):
     return size * each / (num_processes() if args.shard else 1) + 2e9
 
 
-def offload_for(args, size):
+def offload_for(args, size, free):
     """(the reason, --offload or not): everything on the GPU if it fits, else --offload. Where neither fits, the run
     ends in one sentence that says what would."""
-    free = free_memory(args.device)
     can_offload = args.optimizer == "adamw8bit" and not args.lora_rank and not args.shard
     for offload in (False, True)[: 1 + can_offload]:
         needed = bytes_needed(replace(args, offload=offload), size)
@@ -3267,11 +3266,12 @@ CHOSEN = [
 TASK_SIZES = {"arithmetic": (8, 8, 64), "countdown": (8, 8, 256), "gsm8k": (16, 8, 320), "jsonl": (8, 8, 32)}
 
 
-def chosen(args, problems=(), size=None):
+def chosen(args, problems=(), size=None, free=None):
     """(Args in which every field of CHOSEN is set, {field: why it was chosen so}). The first choice of a field stands,
     and what is given by hand stands before all of them.
 
     problems: those to learn from. size: the number of parameters of --model; None counts it, if a choice needs it.
+    free: the bytes that are free on the GPU; None asks it.
     """
     why, has_gpu = {}, torch.cuda.is_available()
     if args.model is None:
@@ -3308,7 +3308,7 @@ def chosen(args, problems=(), size=None):
     reason = "saves memory, takes time: for 1B parameters and more"
     args = choose(args, why, reason, gradient_checkpointing=(size or 0) > 1e9)
     if args.offload is None:
-        reason, is_needed = offload_for(args, size)
+        reason, is_needed = offload_for(args, size, free_memory(args.device) if free is None else free)
         args = choose(args, why, reason, offload=is_needed)
 
     # The task

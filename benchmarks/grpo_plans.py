@@ -29,10 +29,10 @@ FLAGS = (
     "--eval-samples 8"
 )
 PLANS = [  # model, card in GB, what it is, flags
-    ("Qwen2.5-0.5B", 8, "with KL, everything on the card", "--beta 0.04"),
-    ("Qwen2.5-1.5B", 12, "with KL, everything on the card", "--beta 0.04"),
+    ("Qwen2.5-0.5B", 8, "with KL, everything on the card", "--beta 0.04 --no-offload"),
+    ("Qwen2.5-1.5B", 12, "with KL, everything on the card", "--beta 0.04 --no-offload"),
     ("Qwen2.5-1.5B", 12, "with KL, --offload", "--beta 0.04 --offload"),
-    ("Qwen2.5-1.5B", 16, "with KL, everything on the card", "--beta 0.04"),
+    ("Qwen2.5-1.5B", 16, "with KL, everything on the card", "--beta 0.04 --no-offload"),
     ("Qwen2.5-3B", 16, "with KL, --offload", "--beta 0.04 --offload"),
     ("Qwen2.5-7B", 24, "β = 0, --offload", "--offload"),
     ("Qwen2.5-7B", 24, "with KL, --offload", "--beta 0.04 --offload"),

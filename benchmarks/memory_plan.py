@@ -171,14 +171,20 @@ def sample_both_ends(args, model, num_prompts, prompt_tokens, group_size):
 
 def chosen(args, gpu_memory=0.0):
     """(args, {field: why}) with the settings that a run would choose. A card that is planned for counts as found."""
-    device, offload = args.device or ("cuda" if gpu_memory else None), bool(args.offload)
-    args = replace(args, device=device, offload=offload)  # the plan tells what fits, so nothing is refused
+    args = replace(args, device=args.device or ("cuda" if gpu_memory else None))
+    if not gpu_memory:
+        args = replace(args, offload=bool(args.offload))
     size = None
-    if args.model and None in (args.learning_rate, args.gradient_checkpointing):
+    if args.model and None in (args.learning_rate, args.gradient_checkpointing, args.offload):
         plain = replace(args, dtype="float32", optimizer=None, lora_rank=0, quantize="none", save_merged=False)
         with torch.device("meta"):
             size = sum(x.numel() for x in model_without_content(plain).parameters())
-    return grpo_llm.chosen(args, size=size)
+    try:
+        return grpo_llm.chosen(args, size=size, free=gpu_memory * 1e9 - GPU_CONTEXT)
+    except grpo_llm.InputError:
+        if args.offload is not None:
+            raise
+        return grpo_llm.chosen(replace(args, offload=False), size=size)  # it does not fit: the plan tells by how much
 
 
 def memory_plan(args, prompt_tokens, gpu_memory=0.0):

@@ -241,6 +241,9 @@ def test_help_says_which_settings_are_chosen(grpo, monkeypatch, capsys):
 def test_a_plan_chooses_as_a_run_does(grpo, planner, machine):
     """For a card that is named the plan is that of a machine with a GPU."""
     args, why = planner.chosen(grpo.Args(model="Qwen/Qwen2.5-1.5B-Instruct", task="gsm8k"), gpu_memory=12)
-    machine(gpu=True)
+    machine(gpu=True, free=12e9 - planner.GPU_CONTEXT)
     assert args == grpo.chosen(grpo.Args(model=args.model, task="gsm8k", device="cuda"), size=1.54e9)[0]
-    assert args.gradient_checkpointing and args.learning_rate == 3.2e-6 and "1.5B" in why["learning_rate"]
+    assert args.offload and args.gradient_checkpointing
+    assert args.learning_rate == 3.2e-6 and "1.5B" in why["learning_rate"]
+        args.offload and args.gradient_checkpointing and args.learning_rate == 3.2e-6 and "1.5B" in why["learning_rate"]
+    )

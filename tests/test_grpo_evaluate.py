@@ -1,6 +1,7 @@
 """grpo_llm.py without training: --evaluate, --ask, --eval-data, and the commands that a run proposes at its end."""
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -61,7 +62,8 @@ def small_run(grpo, tmp_path_factory):
 
 
 def means(scores):
-    return {f"eval/{name}": sum(row[name] for row in scores) / len(scores) for name in scores[0]}
+    found = {f"eval/{name}": sum(row[name] for row in scores) / len(scores) for name in scores[0]}
+    return {name: x for name, x in found.items() if not math.isnan(x)}  # there is no --reward
 
 
 def own_scores(metrics):

@@ -555,7 +555,7 @@ def test_default_command_line(command, tiny, tmp_path, monkeypatch):
         assert text in out
     for path in re.findall(r"runs/\S+", out):
         assert (tmp_path / path).exists(), path
-    following = out[out.index("next        python rlhf_gpt2_ppo.py ") + 36 :].split()
+    following = out[out.index("next        python rlhf_gpt2_ppo.py ") + 36 :].splitlines()[0].split()
     status, out, error = command(*following, *flags(tiny(), "model", "run_dir", "stage"), "--run-dir", "following")
     assert status == 0 and "truly positive" in out, error
 
