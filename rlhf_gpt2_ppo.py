@@ -123,9 +123,7 @@ class Args:
     resume: str | None = None  # directory of a run that was stopped: continue it, with the same bits on a CPU
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "rlhf-gpt2-ppo"  # the project there
-    ask: str | None = (
-        None  # train nothing: how the policies of --run-dir, by default the newest run, continue this text
-    )
+    ask: str | None = None  # train nothing: let the policies of --run-dir, by default the newest run, go on from a text
     # your own model and data
     model: str | None = None  # Hub id or directory of a GPT-2, e.g. gpt2; default a small one with random weights
     dataset: str | None = None  # Hub id or file: text and label, or chosen and rejected; default the grammar's texts

@@ -245,5 +245,3 @@ def test_a_plan_chooses_as_a_run_does(grpo, planner, machine):
     assert args == grpo.chosen(grpo.Args(model=args.model, task="gsm8k", device="cuda"), size=1.54e9)[0]
     assert args.offload and args.gradient_checkpointing
     assert args.learning_rate == 3.2e-6 and "1.5B" in why["learning_rate"]
-        args.offload and args.gradient_checkpointing and args.learning_rate == 3.2e-6 and "1.5B" in why["learning_rate"]
-    )
