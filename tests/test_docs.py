@@ -52,3 +52,12 @@ def test_every_figure_is_shown_and_drawn_by_a_command():
         assert any(f"figures/{figure.name}" in text for text in texts), f"{figure.name} is shown nowhere"
         named = re.sub(r"^[a-z]+_", "NAME_", figure.name)  # atari_curve.py draws NAME_curve.png of any name
         assert any(figure.name in text or named in text for text in programs), f"{figure.name}: nothing draws it"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem)
+def test_no_line_of_prose_is_longer_than_120(page):
+    """But for tables, code, headings and pictures, which cannot be broken."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = [line for line in text.splitlines() if line.strip() and not re.match(r" *[|#!<>]|    ", line)]
+    assert len(prose) > 10
+    assert [line for line in prose if len(line) > 120] == []
