@@ -38,7 +38,10 @@ SUITES = {
     ],
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
-        *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices", "look")),
+        *(
+            f"tests/test_grpo_{name}.py"
+            for name in ("adapters", "reward_model", "reports", "families", "choices", "look")
+        ),
         "tests/test_track.py",
     ],
 }
