@@ -39,11 +39,7 @@ SUITES = {
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
-        *(f"tests/test_grpo_{name}.py" for name in ("own_reward", "stop")),
-        *(
-            f"tests/test_grpo_{name}.py"
-            for name in ("adapters", "reward_model", "reports", "families", "choices", "evaluate")
-        ),
+        *(f"tests/test_grpo_{name}.py" for name in ("limits", "own_reward", "stop", "evaluate", "look")),
         "tests/test_track.py",
     ],
 }
@@ -973,6 +969,35 @@ GRPO = [
     ("gsm8k evaluated on its training split", '"--eval-data", "test"))', '"--eval-data", "train"))'),
     ("shares taken for yes and no", "        n *= p * (1 - p) / variance\n", "        pass\n"),
     ("no problem added to the pairs", "n = len(differences) + 2", "n = len(differences)"),
+    (
+        "a resumed run writes a step's samples twice",
+        'json.loads(line)["step"] > step:',
+        'json.loads(line)["step"] < 0:',
+    ),
+    (
+        "a resumed run loses the checkpoint's samples",
+        'json.loads(line)["step"] > step:',
+        'json.loads(line)["step"] >= step:',
+    ),
+    (
+        "samples beside the advantages of other groups",
+        "advantages.split(args.group_size))",
+        "advantages.flip(0).split(args.group_size))",
+    ),
+    (
+        "a sample's advantage over padding too",
+        "advantages[i][group.mask[i].bool()].mean()",
+        "advantages[i].mean()",
+    ),
+    ("each process writes samples", "    if writer is None:\n        return\n    step, count", "    step, count"),
+    (
+        "the best and the worst of the kept groups alone",
+        "len(groups) if args.verbose else SHOWN_GROUPS",
+        "SHOWN_GROUPS",
+    ),
+    ("a warning at each step without variance", "    if len(stretch) != steps or", "    if len(stretch) < steps or"),
+    ("a warning after steps that are not in a row", "list(takewhile(", "list(filter("),
+    ("a warning where equal rewards teach", 'args.algorithm in ("reinforce", "rft")', "False"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

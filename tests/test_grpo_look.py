@@ -102,7 +102,7 @@ def test_damaged_samples_are_cut_and_none_are_made_up(grpo, tmp_path):
     path = tmp_path / "samples.jsonl"
     grpo.cut_samples(path, 3)
     assert not path.exists()
-    for damage in ("\0\0", "[1]", '{"steps": 1}', "7"):
+    for damage in ('{"step": 4}\n', "\0\0", "[1]", '{"steps": 1}', "7"):
         path.write_text('{"step": 1}\n{"step": 3}\n' + damage, encoding="utf-8")
         grpo.cut_samples(path, 3)
         assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 3}\n'

@@ -148,10 +148,8 @@ with NoFloat64():
     else:
         sys.exit("float64 was not refused")
 """
-MANY_FLAGS = (
-    "--supervision process --beta 0.1 --num-minibatches 2 --dtype bfloat16 --no-fast --prompts-per-step 2 "
-    "--max-tokens 12"
-)
+SMALL = ["--no-cuda-graph", "--prompts-per-step", "2", "--max-tokens", "12"]
+MANY_FLAGS = "--supervision process --beta 0.1 --num-minibatches 2 --dtype bfloat16 --no-fast"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +157,7 @@ MANY_FLAGS = (
 )
 def test_no_float64_reaches_the_device(script, more, tmp_path):
     """Apple's mps has none, and only an Apple has mps. Here the mock device refuses it as mps does."""
-    words = [*QUICK[script].split(), *more.split(), *["--no-cuda-graph"] * (script == "grpo_llm.py")]
+    words = [*QUICK[script].split(), *more.split(), *SMALL * (script == "grpo_llm.py")]
     program = ("-c", NO_FLOAT64, str(ROOT), script.removesuffix(".py"))
     run = on_mock_cuda(*program, "--device", "cuda", *words, "--run-dir", "run", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
