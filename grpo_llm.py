@@ -3324,7 +3324,7 @@ def parse_args():
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print_help()
-        sys.exit()
+        sys.exit(0)
     for word in sys.argv[1:]:
         flag = word.partition("=")[0]
         if flag.startswith("--") and (instead := REMOVED.get(flag[2:].replace("-", "_"))):

@@ -1563,7 +1563,7 @@ def parse_args():
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print_help()
-        sys.exit()
+        sys.exit(0)
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     if args.resume:
         return tyro.cli(Args, default=resumed_args(args.resume))

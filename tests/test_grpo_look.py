@@ -224,7 +224,7 @@ def help_of(script, monkeypatch, capsys, columns=200, flag="--help"):
     monkeypatch.setattr("sys.argv", ["script.py", flag])
     with pytest.raises(SystemExit) as error:
         script.parse_args()
-    assert error.value.code is None
+    assert error.value.code == 0
     return capsys.readouterr().out
 
 
