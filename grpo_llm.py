@@ -118,7 +118,7 @@ class Args:
     max_term: PositiveInt = 9  # the largest number that such a problem may have
     operators: str = "+"  # signs in a problem of arithmetic: "+" or "+-"
     eval_data: str | None = None  # file of held-out problems, in the form of --data; default some of the problems found
-    num_problems: PositiveInt = 20_000  # problems to generate, or the most to draw at random from a file
+    num_problems: PositiveInt = 20_000  # problems to generate; of a file, the most rows to take, at random
     # the algorithm
     temperature: PositiveFloat = 1.0  # temperature of the sampling, and of every log-probability in training
     num_epochs: PositiveInt = 1  # μ, passes over each rollout
@@ -146,7 +146,7 @@ class Args:
     # the run
     device: str | None = None  # cpu, cuda, cuda:1 …, or mps, which is untried; chosen for you
     torch_threads: ChosenInt = None  # CPU threads of torch; chosen for you
-    max_hours: ChosenFloat = None  # finish the step that is running after so many hours, evaluate and save; no limit
+    max_hours: ChosenFloat = None  # after so many hours finish the step, evaluate, save and end; no limit if not given
     checkpoint_every: NonNegativeInt = 25  # steps between two checkpoints; 0: at the end only
     verbose: bool = False  # at each step show the best and the worst completion on the screen
     track: bool = False  # log to Weights & Biases too (pip install wandb)
@@ -156,7 +156,7 @@ class Args:
     ask: str | None = None  # a question: print some answers of --model, or of the newest run in runs; train nothing
     # your own model
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
-    system: str | None = None  # a system turn before every prompt, which must not have one already; for chat models
+    system: str | None = None  # system message before every prompt; a prompt that has one already is refused
     stop: tuple[str, ...] = ()  # texts such as "</answer>" that end a completion, as EOS does; they stay in it
     reward: str | None = None  # rewards.py or rewards.py:name,name: its functions are the reward, not the verifier
     dtype: Literal["float32", "bfloat16"] | None = None  # type of the weights; chosen for you
@@ -417,7 +417,7 @@ class Rating(NamedTuple):
 
 def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
     """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
-    has_ended = torch.isin(group.tokens, torch.tensor(eos_ids)).any(-1)
+    has_ended = torch.isin(group.tokens, torch.tensor(eos_ids, dtype=torch.long)).any(-1)
     is_truncated = ~(has_ended | torch.tensor([has_stop(args.stop, text) for text in group.texts]))
     columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
     parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
@@ -427,7 +427,7 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
     check_rewards(parts, group, step)
     parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
     parts |= group.own_rewards
-    step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, text) for text in group.texts))
+    step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, before_stop(args, text)) for text in group.texts))
     step_ids = step_ids_of(tokenizer, group, step_of_line)
     return Rating(torch.stack(list(parts.values())).nansum(0), parts, is_truncated, list(step_rewards), step_ids)
 
@@ -482,10 +482,10 @@ def load_model(args, name, is_compared=True):
     model, tokenizer = read_model(args, name)
     eos_ids = model.generation_config.eos_token_id  # [G9] one, several or none; chat models often have two
     eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
-    if tokenizer.eos_token_id is not None:
-        eos_ids = sorted({*eos_ids, tokenizer.eos_token_id, *special_stops(args.stop, tokenizer)})
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eos_ids = sorted({*eos_ids, *own, *special_stops(args.stop, tokenizer)})
     eos_ids = [token for token in eos_ids if token < model.get_input_embeddings().num_embeddings]
-    if not eos_ids:
+    if not eos_ids and not args.stop:
         raise InputError(f"{name}: neither its generation config nor its tokenizer has an EOS token; nothing could end")
     if args.quantize != "none":
         quantize(model, args.quantize, args.device)
@@ -580,7 +580,7 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
     Q = max(map(len, prompts))  # padding is on the left, so all prompts end in the same column
     ids = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (Q - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    eos, cache = torch.tensor(eos_ids, device=device), None
+    eos, cache = torch.tensor(eos_ids, dtype=torch.long, device=device), None
     going = torch.ones_like(ids[:, 0]).bool()  # (B,) which sequences have not ended yet
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros_like(tokens)
@@ -662,8 +662,9 @@ def scores_of(args, model, tokenizer, eos_ids, problems, numbers):
     the noise, so two policies differ only in what they have learned."""
     n, k = args.eval_samples, args.eval_k
     names = [("eval", number) for number in numbers]
-    greedy = sample_groups(args, model, tokenizer, eos_ids, problems, 1, 0.0, names)
-    sampled = sample_groups(args, model, tokenizer, eos_ids, problems, n, args.temperature, names)
+    with whole(model):  # under --shard the weights are gathered once
+        greedy = sample_groups(args, model, tokenizer, eos_ids, problems, 1, 0.0, names)
+        sampled = sample_groups(args, model, tokenizer, eos_ids, problems, n, args.temperature, names)
     scores = []
     for problem, one, group, reward in zip(problems, greedy, sampled, own_rewards_of(args, sampled)):
         row = [math.nan] * 4
@@ -934,6 +935,8 @@ def read_rows(path, flag="--data", split="train"):
     try:
         with open(path, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
             lines = list(file)
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
     if "".join(lines[:10]).lstrip().startswith("["):
@@ -1055,6 +1058,8 @@ def check_problems(args, found, drawn, problems, learned, held_out):
     by --eval-data. --evaluate and --ask learn from none of them."""
     if args.evaluate or args.ask is not None:
         return
+    if not found:
+        raise InputError(f"--data {args.data} has no rows")
     prompts_per_step = args.prompts_per_step or 1  # None: chosen later, at most as many as there are
     num_in_both = len(problems) - len(learned) if has_eval_problems(args) else 0
     other = f"--eval-data {args.eval_data}" if args.eval_data else "gsm8k's test split"
@@ -1079,7 +1084,7 @@ def check_problems(args, found, drawn, problems, learned, held_out):
         if count:
             say(f"            {count:,} {why}")
     if args.reward:
-        check_own_reward(args, problems)
+        check_own_reward(args, problems, held_out)
 
 
 # ---- Verifiers: is an answer right? ----
@@ -1513,7 +1518,8 @@ def own_functions(reward):
         raise InputError(f"--reward {file} defines no function whose name begins or ends with reward")
     for name, function in found.items():
         if not callable(function):
-            raise InputError(f"--reward {file} has no function {name}")
+            own = [key for key, x in vars(module).items() if getattr(x, "__module__", None) == spec.name]
+            raise InputError(f"--reward {file} has no function {name}, it has {', '.join(own) or 'none'}")
         if name in CURVES:
             raise InputError(f"--reward {file}: rename {name}, because reward/{name} is another curve")
     return found
@@ -1531,11 +1537,12 @@ def is_for_lists(function):
     return any(name in inspect.signature(function).parameters for name in FOR_LISTS)
 
 
-def check_own_reward(args, problems):
+def check_own_reward(args, problems, held_out):
     """Load the functions, print their names, and refuse one that has a parameter which cannot be given."""
     own_functions.cache_clear()  # the file may have changed since the last run of this process
     LOGGED.clear()
-    functions, columns = own_functions(args.reward), {"answer", *dict(problems[0].columns)}
+    functions = own_functions(args.reward)
+    columns = {"answer", *(dict(problems[0].columns).keys() & dict(held_out[0].columns).keys())}
     for name, function in functions.items():
         try:
             parameters = inspect.signature(function).parameters.values()
@@ -1790,6 +1797,14 @@ def check_device(device):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise InputError(f"--device {device} is not available: {reason}") from error
+
+
+def check_model_name(name):
+    """Refuse a directory without a model, and a path that is neither a directory nor the form of a Hub id."""
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InputError(f"there is no directory {name}")
+    if os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
+        raise InputError(f"the directory {name} holds no model: it has no config.json")
 
 
 def from_disk(kind, name, **options):
@@ -2408,7 +2423,8 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
     )  # padding stands on the left, so that all prompts end in the same column
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
     cache = new_cache(model, B, Q + T)
-    head, eos, noise = model.get_output_embeddings(), torch.tensor(eos_ids, device=device), noise.to(device)
+    head, eos = model.get_output_embeddings(), torch.tensor(eos_ids, dtype=torch.long, device=device)
+    noise = noise.to(device)
     state = model.base_model(
         queries, attention_mask=seen.long(), position_ids=positions, past_key_values=cache, use_cache=True
     )
@@ -2793,14 +2809,13 @@ def stream_weights(model, device):
     """A frozen model whose weights wait on the host and visit the device for each module's forward pass [G25]."""
     for parameter in model.parameters():
         host = zeros_on_host(parameter.shape, parameter.dtype, device)
-        parameter.data = host.copy_(parameter.data)
+        parameter.data = parameter.on_host = host.copy_(parameter.data)
     for buffer in model.buffers():  # small: the positions' frequencies
         buffer.data = buffer.data.to(device)
 
     def come(module, inputs):
         for parameter in module.parameters(recurse=False):
-            parameter.on_host = parameter.data
-            parameter.data = parameter.data.to(device, non_blocking=True, copy=True)
+            parameter.data = parameter.on_host.to(device, non_blocking=True, copy=True)
 
     def go(module, inputs, output):
         for parameter in module.parameters(recurse=False):
@@ -2809,7 +2824,7 @@ def stream_weights(model, device):
     for module in model.modules():
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(come)
-            module.register_forward_hook(go)
+            module.register_forward_hook(go, always_call=True)  # also when memory runs out in its forward pass
     return model
 
 
@@ -2886,7 +2901,8 @@ def offload_for(args, size, free):
         needed = bytes_needed(replace(args, offload=offload), size)
         if needed <= free:
             return f"about {needed / 1e9:.1f} GB on the GPU, where {free / 1e9:.1f} are free", offload
-    small = replace(args, offload=False, lora_rank=args.lora_rank or 16, quantize="nf4", shard=False)
+    others = {"offload": False, "shard": False, "reference_every": 0, "reward_model_steps": 0}
+    small = replace(args, lora_rank=args.lora_rank or 16, quantize="nf4", **others)
     raise InputError(
         f"{args.model} needs about {needed / 1e9:.1f} GB of the GPU, and {free / 1e9:.1f} are free: "
         f"--lora-rank {small.lora_rank} --quantize nf4 needs about {bytes_needed(small, size) / 1e9:.1f}, or take a "
@@ -2904,7 +2920,8 @@ class Ending:
         self.end = started + 3600 * args.max_hours if args.max_hours else math.inf
         self.was_interrupted = False
         self.handler = None
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
+        is_main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be handled
+        if is_main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
             self.handler = signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
@@ -2967,13 +2984,16 @@ def whole(model):
 
     Without it, sampling would gather the model for each token.
     """
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    is_outermost = not getattr(model, "is_whole", False)
+    parts = [module for module in model.modules() if hasattr(module, "unshard")] if is_outermost else []
     for module in parts:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    model.is_whole = True
     try:
         yield
     finally:
+        model.is_whole = not is_outermost
         for module in parts:
             module.reshard()
             module.set_reshard_after_forward(module is not model, recurse=False)
@@ -3229,7 +3249,7 @@ def check_settings(args):
             "reward takes the place of the verifier, which supervision process, algorithm rft and reward_model_steps "
             "need"
         )
-    if args.model is None and (args.system is not None or args.stop):
+    if args.model is None and (args.system is not None or args.stop) and not only_looks:
         raise ValueError("system and stop are for --model: the small model has no chat form, and ends by itself")
     if "" in args.stop:
         raise ValueError("stop needs texts that end a completion, got an empty one")
@@ -3804,6 +3824,7 @@ def policy_of(name):
     if path.is_dir() and (path.parent / "checkpoint.pt").is_file():  # policy, merged, or the small model's start
         with suppress(InputError):  # a run of another script
             return name, load(path.parent / "checkpoint.pt")["args"]
+    check_model_name(name)
     return name, None
 
 
@@ -3838,7 +3859,7 @@ def settings_to_look(words):
     for flag in ("--ask", "--model", "--resume", "--data"):
         parser.add_argument(flag, nargs="?")
     look, _ = parser.parse_known_args(words)
-    if bool(look.evaluate) == bool(look.ask) or look.resume or "" in (*look.evaluate, look.model):
+    if bool(look.evaluate) == bool((look.ask or "").strip()) or look.resume or "" in (*look.evaluate, look.model):
         return None
     if look.evaluate and look.model:
         raise InputError(f"--evaluate takes the names of all models: write {look.model} behind it, without --model")
@@ -3859,7 +3880,9 @@ def settings_to_look(words):
 
 def settings_of_model(args, directory, saved):
     """args for one model. The small model of a run reads the problem alone, any other reads the instruction too."""
-    return replace(args, model=None if saved and saved.model is None else directory)
+    if saved and saved.model is None:
+        return replace(args, model=None, system=None, stop=())  # it has no chat form, and ends by itself
+    return replace(args, model=directory)
 
 
 def choose_to_look(args, policy, problems):
@@ -3957,7 +3980,7 @@ def problems_to_evaluate(args, policies):
         problems, source = held_out + learned, f"of {args.data or f'task {args.task}, seed {args.seed}'}"
     count, notes = len(problems), []
     for name, saved in runs:
-        if differing := [x for x in ASKED if getattr(saved, x) != getattr(runs[0][1], x)]:
+        if differing := [x for x in (*ASKED, "quantize", "dtype") if getattr(saved, x) != getattr(runs[0][1], x)]:
             notes.append(f"{name} was trained with another {', '.join(differing)}; here {runs[0][0]}'s holds for all")
         try:
             learned = {problem.prompt for problem in load_problems(replace(saved, **look))[0]}
@@ -4050,7 +4073,7 @@ def ask_policy(args):
     problems_for_all(args, [policy], [problem])
     model, tokenizer, eos_ids = load_policy(args, policy[0])
     reward_model = RewardModel(args) if args.reward_model and problem.answer else None
-    names = [("ask", problem.prompt)]
+    names, is_known = [("ask", problem.prompt)], bool(problem.answer or args.reward)
     answers = []
     for kind, count, temperature in (("greedy", 1, 0.0), ("sample", NUM_ANSWERS, args.temperature)):
         (group,) = sample_groups(args, model, tokenizer, eos_ids, [problem], count, temperature, names)
@@ -4059,14 +4082,14 @@ def ask_policy(args):
                 (group,) = with_own_rewards(args, [group])
             except InputError as error:  # it needs a column that only the data has
                 say(f"reward      not known: {error}")
-                args = replace(args, reward=None)
+                args, is_known = replace(args, reward=None), False
         rating = rate_group(args, group, tokenizer, eos_ids, reward_model, 0)
         with torch.no_grad():
             logprobs = policy_logprobs(args, model, [group.prompt], group.tokens, group.mask).cpu().sum(-1).tolist()
         columns = rating.rewards.tolist(), logprobs, group.mask.sum(-1).tolist(), (~rating.is_truncated).tolist()
         for number, (text, reward, *row) in enumerate(zip(group.texts, *columns), start=1):
             name = f"{kind} {number}" if count > 1 else kind
-            answers.append((name, text, reward if problem.answer or args.reward else None, *row))
+            answers.append((name, text, reward if is_known else None, *row))
     print_answers(told(args, problem), problem.answer, answers)
     return answers
 
@@ -4259,6 +4282,8 @@ def parse_args():
         return tyro.cli(Args, default=resumed_args(args.resume), config=config)
     if look:
         return args
+    if args.ask is not None or args.evaluate:
+        raise InputError("a question that begins with - needs an equals sign, such as --ask=-3+4")
     return replace(args, model=model_to_train(args.model), run_dir=args.run_dir or new_run_dir(args))
 
 

@@ -788,7 +788,7 @@ GRPO = [
         "norm = (over_ranks(norm.square()).sqrt() if are_shards else norm)",
         "norm = norm",
     ),
-    ("visitors do not leave", "parameter.data = parameter.on_host", "pass"),
+    ("visitors do not leave", "parameter.data = parameter.on_host\n\n", "pass\n\n"),
     ("sharded gradients averaged", "            module.set_gradient_divide_factor(1.0)\n", ""),
     (
         "parts saved for the whole",
@@ -963,8 +963,8 @@ GRPO = [
     ("a run evaluated on what it learned from", "if problem.prompt not in learned]", "if True]"),
     (
         "the small model asked with an instruction",
-        "model=None if saved and saved.model is None else directory)",
-        "model=directory)",
+        "    if saved and saved.model is None:\n        return replace(args, model=None, system",
+        "    if saved is None:\n        return replace(args, model=None, system",
     ),
     ("gsm8k evaluated on its training split", '"--eval-data", "test"))', '"--eval-data", "train"))'),
     ("shares taken for yes and no", "        n *= p * (1 - p) / variance\n", "        pass\n"),

@@ -343,7 +343,7 @@ def test_a_run_of_a_real_model_can_be_trained_further(grpo, tiny_grpo, small_run
         (["--evaluate", ""], "need a name or a path, got an empty one"),
         (["--ask", ""], "ask needs a question, got an empty one"),
         (["--eval-data", "e"], "eval_data is read for task gsm8k and jsonl; task arithmetic writes its own problems"),
-        (["--evaluate", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
+        (["--evaluate", "/nowhere/at/all"], "there is no directory /nowhere/at/all"),
         (["--ask", "3,4", "--task", "countdown", "--model", "m"], "task countdown wants numbers and a target"),
     ],
 )
@@ -357,3 +357,27 @@ def test_bad_flags(command, tmp_path, monkeypatch, words, message):
 def test_the_small_model_refuses_letters(small_run, command):
     status, _, error = command("--ask", "Why?", "--model", small_run[0])
     assert status == 2 and "the small model reads only the characters" in error and "found '?'" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--ask", " ", "--model", "m"], "ask needs a question"),
+        (["--ask", "-3+4", "--model", "m"], "needs an equals sign, such as --ask=-3+4"),
+        (["--ask", "1+1", "--model", "/tmp/no such/model"], "there is no directory /tmp/no such/model"),
+        (["--evaluate", "EMPTY", "m"], "holds no model: it has no config.json"),
+        (["--model", "EMPTY"], "holds no model: it has no config.json"),
+        (["--model", "m", "--task", "jsonl", "--data", "EMPTY/none"], "--data EMPTY/none cannot be read: No such file"),
+    ],
+)
+def test_one_sentence_for_what_cannot_be(grpo, tmp_path, monkeypatch, capsys, words, sentence):
+    empty = str(tmp_path / "empty")
+    Path(empty).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grpo_llm.py", *(word.replace("EMPTY", empty) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        grpo.main()
+    captured = capsys.readouterr()
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", captured.out + captured.err).split())
+    assert ended.value.code == 2 and sentence.replace("EMPTY", empty) in text and "Traceback" not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

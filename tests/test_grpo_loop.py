@@ -626,7 +626,9 @@ def test_evaluation_scores(grpo, tiny_grpo, monkeypatch):
         return [grpo.Group(p, [], None, None, None, texts[p.prompt][:group_size]) for p in chosen]
 
     monkeypatch.setattr(grpo, "sample_groups", sample_groups)
-    row = grpo.mean_over_ranks(grpo.evaluate(tiny_grpo(eval_samples=4, eval_k=2), None, None, None, problems))
+    row = grpo.mean_over_ranks(
+        grpo.evaluate(tiny_grpo(eval_samples=4, eval_k=2), torch.nn.Module(), None, None, problems)
+    )
     expected = {"eval/greedy": 0.5, "eval/pass@1": 0.25, "eval/pass@2": 5 / 12, "eval/maj@2": 0.5}
     assert row == pytest.approx(expected)
 

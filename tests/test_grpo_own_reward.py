@@ -165,7 +165,7 @@ def test_the_reward_of_an_evaluation(grpo, own, monkeypatch):
         return [group_of(grpo, problem, *texts[problem.prompt][:group_size]) for problem in chosen]
 
     monkeypatch.setattr(grpo, "sample_groups", sample_groups)
-    row = grpo.mean_over_ranks(grpo.evaluate(args, None, None, None, problems))
+    row = grpo.mean_over_ranks(grpo.evaluate(args, torch.nn.Module(), None, None, problems))
     expected = {"eval/reward": 12 / 12, "eval/greedy": 1.0, "eval/pass@1": 0.5, "eval/maj@1": 0.5}
     assert row == pytest.approx(expected)
 
@@ -332,7 +332,7 @@ def test_files_that_are_refused(grpo, own, tmp_path, code, chosen, message):
     [
         ({"reward": "rewards"}, "reward must be a file such as rewards.py"),
         ({"reward": "rewards.py:"}, "reward must be a file such as rewards.py"),
-        ({"reward": ""}, "reward and reward_model need a name or path"),
+        ({"reward": ""}, "reward, reward_model and evaluate need a name or a path"),
         ({"reward": "r.py", "supervision": "process"}, "reward takes the place of the verifier"),
         ({"reward": "r.py", "algorithm": "rft"}, "reward takes the place of the verifier"),
         (

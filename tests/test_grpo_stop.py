@@ -209,5 +209,34 @@ def test_the_verifier_judges_what_stands_before_a_stop_text(grpo, tiny_grpo, mon
         return [grpo.Group(p, [], None, None, None, completions[:group_size]) for p in chosen]
 
     monkeypatch.setattr(grpo, "sample_groups", sample_groups)
-    (row,) = grpo.scores_of(args, None, None, None, [problem], [0])
+    (row,) = grpo.scores_of(args, torch.nn.Module(), None, None, [problem], [0])
     assert (row["greedy"], row["pass@1"], row["maj@4"]) == (1.0, 0.75, 1.0)
+
+
+def test_stop_texts_where_there_is_no_eos(grpo, tiny_grpo, byte_lm, tmp_path):
+    """A base model may have no EOS at all; a special token as a stop text ends it all the same."""
+    model, tokenizer, _ = grpo.load_model(tiny_grpo(model=byte_lm, stop=(">",)), byte_lm)
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token = None
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    name = str(tmp_path / "m")
+    with pytest.raises(grpo.InputError, match="nothing could end"):
+        grpo.load_model(tiny_grpo(model=name), name)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert grpo.load_model(tiny_grpo(model=name, stop=("<end>",)), name)[2] == [end]
+    for fast in (True, False):
+        args = tiny_grpo(model=name, stop=(">",), fast=fast)
+        model, _, eos_ids = grpo.load_model(args, name)
+        tokens, _, mask = grpo.sample(args, model, [[7, 8]], noise_of(6, 24), 1.0, eos_ids, 0)
+        assert eos_ids == [] and 0 < min(mask.sum(-1)) < 24
+        for row, length in zip(tokens.tolist(), mask.sum(-1).tolist()):
+            assert first_end(tokenizer, row, (">",)) == length
+
+
+def test_a_run_with_stop_texts_and_a_system_turn_is_evaluated(grpo, tiny_grpo, no_picture, monkeypatch, capsys):
+    args = tiny_grpo(stop=("4", "+"), steps=1)
+    grpo.train(args)
+    for words in ([args.run_dir], [args.model, args.run_dir, "--stop", "4"]):
+        monkeypatch.setattr("sys.argv", ["grpo_llm.py", "--evaluate", *words])
+        grpo.main()
+        assert "4 problems, 2 samples" in capsys.readouterr().out
