@@ -1987,7 +1987,8 @@ def with_adapter(model, name):
         kind = PeftConfig.from_pretrained(name).peft_type
         if kind != "LORA":
             raise ValueError(f"it is of the kind {kind.value}, and only LoRA can be trained further")
-        return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT reads an attribute's old name
+            return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"the adapter {name} does not fit {model.name_or_path}: {line}") from error
@@ -2007,7 +2008,8 @@ def add_adapter(args, model):
         adapter = with_adapter(model, args.model)
     else:
         config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        adapter = get_peft_model(model, config)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT reads an attribute's old name
+            adapter = get_peft_model(model, config)
     config = adapter.peft_config["default"]
     if config.r != args.lora_rank:
         raise InputError(
