@@ -3311,7 +3311,9 @@ def chosen(args, problems=(), size=None, free=None):
     if args.optimizer == "adamw" and not args.lora_rank:
         args = choose(args, why, "adamw would lose its small steps in bfloat16", dtype="float32")
     elif on_gpu or (args.device == "cpu" and multiplies_bfloat16()):
-        args = choose(args, why, "half the memory of float32, and quick on this processor", dtype="bfloat16")
+        args = choose(
+            args, why, f"half the memory of float32, and quick on this {'GPU' if on_gpu else 'CPU'}", dtype="bfloat16"
+        )
     else:
         reason = "bfloat16 is slow on this processor" if args.device == "cpu" else f"untried: bfloat16 on {args.device}"
         args = choose(args, why, reason, dtype="float32")
@@ -3414,9 +3416,16 @@ def print_choices(args, why):
         value, flag = getattr(args, name), name.replace("_", "-")
         word = f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
         lines.setdefault(reason, []).append(word)
-    width = max((len(" ".join(words)) for words in lines.values()), default=0)
-    for i, (reason, words) in enumerate(lines.items()):
-        say(f"{'' if i else 'chosen':12}{' '.join(words):{width}}  {reason}")
+    rows = []  # (some flags, the reason for them): what is longer than half a line goes on in the next one
+    for reason, words in lines.items():
+        rows.append(["", reason])
+        for word in words:
+            if rows[-1][0] and len(f"{rows[-1][0]} {word}") > 50:
+                rows.append(["", ""])
+            rows[-1][0] = f"{rows[-1][0]} {word}".strip()
+    width = max((len(flags) for flags, _ in rows), default=0)
+    for i, (flags, reason) in enumerate(rows):
+        say(f"{'' if i else 'chosen':12}{flags:{width}}  {reason}".rstrip())
 
 
 # ---- Several processes (torchrun) ----
