@@ -451,7 +451,7 @@ LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS)
 @pytest.mark.parametrize(
     ("task", "text", "message"),
     [
-        ("jsonl", "", "0 different problems are too few for steps of 3"),
+        ("jsonl", "", "d.jsonl has no rows"),
         ("jsonl", '{"prompt": "1", "answer": 1}\n' * 50, "1 different problems are too few"),
         ("jsonl", '{"question": "1", "answer": 1}\n', "task jsonl needs rows with prompt and answer, found question"),
         ("gsm8k", '{"question": "1", "answer": 1}\n', "line 1: task gsm8k needs #### before the answer, found '1'"),
@@ -759,7 +759,7 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
         (["--reduction", "mean"], "invalid choice"),
         (["--no-such-flag"], "no-such-flag"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all cannot be loaded as AutoConfig"),
+        (["--model", "/nowhere/at/all"], "there is no directory /nowhere/at/all"),
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--resume", "/nowhere"], "/nowhere/checkpoint.pt is not a file"),
         (["--num-problems", "20", "--prompts-per-step", "32"], "different problems are too few for steps of 32"),

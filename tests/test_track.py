@@ -72,7 +72,8 @@ def test_every_scalar_arrives(run, wandb, tmp_path):
     for row in metrics:
         for name in (name for name in row if "/" in name):
             points.setdefault(f"eval/{name}" if row.get("stage") == "eval" else name, []).append(row[name])
-    assert points.keys() == wandb.scalars.keys() and len(points) >= 7
+    texts = {"samples/text_summary"}  # grpo_llm.py's answers
+    assert points.keys() == wandb.scalars.keys() - texts and len(points) >= 7
     for name, numbers in points.items():
         assert wandb.scalars[name] == pytest.approx(numbers, rel=1e-5), name
 
