@@ -704,7 +704,7 @@ class Rollout(NamedTuple):
 
 def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, is_first):
     """The gradient of one minibatch, added up over micro-batches that fit into memory. Returns the statistics with
-    those of its tokens added, and how many micro-batches this process has fewer than the one that has most."""
+    those of its tokens added."""
     (prompts, tokens, mask), (answers, lengths) = rollout.sequences, minibatch
     # [G8] Totals of the whole step and of all processes: a mean of means would weigh small micro-batches more
     total_tokens, total_sequences = over_ranks(torch.tensor([mask[answers].sum(), len(answers)]))
@@ -730,7 +730,8 @@ def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, 
         loss.backward()
         gap = logprob.cpu() - rollout.sampler_logprobs[mb] if is_first else None  # later the weights differ too
         add_statistics(args, statistics, mb_mask, ratio_logprob - old_logprob, advantage, kl, loss, gap)
-    return statistics, num_idle
+    run_idle_passes(args, policy, num_idle)
+    return statistics
 
 
 def train(args: Args) -> list[dict]:
@@ -840,8 +841,8 @@ def train(args: Args) -> list[dict]:
             if not over_ranks(torch.tensor(len(minibatch[1]))):
                 continue  # no process has anything to learn from
             given = policy, optimizer, rollout, minibatch, statistics, update == 0
-            args, (statistics, num_idle) = fitting(args, "micro_batch_tokens", minibatch_gradient, *given)
-            sum_gradients(args, policy, parameters, num_idle)  # over all processes
+            args, statistics = fitting(args, "micro_batch_tokens", minibatch_gradient, *given)
+            sum_gradients(args, parameters)  # over all processes
             norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))
             check_gradient(norms[-1], run_dir, step)
             seed_torch(args.seed, step, update, "rounding")  # all processes round alike
@@ -3461,13 +3462,15 @@ def idle_passes(plan):
     return int(over_ranks(torch.tensor(len(plan)), "MAX")) - len(plan)
 
 
-def sum_gradients(args, policy, parameters, num_idle):
-    """Sum the gradients over all processes. FSDP has done so in backward, where no process may be missing: one that
-    had fewer micro-batches joins in by idle passes."""
-    if args.shard:
-        for _ in range(num_idle):
-            (0.0 * idle_pass(args, policy)).sum().backward()
-    elif num_processes() > 1:
+def run_idle_passes(args, policy, num_idle):
+    """FSDP sums gradients in backward, where no process may be missing: one with fewer micro-batches joins in."""
+    for _ in range(num_idle if args.shard else 0):
+        (0.0 * idle_pass(args, policy)).sum().backward()
+
+
+def sum_gradients(args, parameters):
+    """Sum the gradients over all processes. With --shard FSDP has done so in backward."""
+    if num_processes() > 1 and not args.shard:
         for parameter in parameters:
             if gradient_of(parameter) is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -215,7 +215,12 @@ def begin(tiny_grpo, grpo, **changes):
     given = {name: x for name, x in asdict(args).items() if x != getattr(grpo.Args(), name)}
     code = f"import grpo_llm as g; g.parse_args = lambda: g.Args(**{given!r}); g.main()"
     run = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
     )
     deadline = time.monotonic() + 100
     while not list(Path(args.run_dir).glob("events*")):
