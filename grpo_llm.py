@@ -38,7 +38,7 @@ Departs  from the settings of DeepSeekMath. β is 0, not 0.04 (--beta), so no re
     k3ᵢₜ = π_ref/π − ln(π_ref/π) − 1                                          DeepSeekMath Eq. 4
     L    = −1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Âᵢₜ) − β k3ᵢₜ }      DeepSeekMath Eq. 3
 
-Which flags make which algorithm. Any combination works:
+Which flags make which algorithm. Most combinations work, the others are refused with the reason:
 
     GRPO       --reduction sequence --scale-by-std --clip-low 0.2 --clip-high 0.2, the defaults, and --beta above 0
     DAPO       --reduction token --clip-high 0.28 --dynamic-sampling 4 --truncated mask, --beta 0
@@ -245,7 +245,7 @@ def process_advantages(step_rewards, step_ids, group_size):
 def token_logprobs(logits, tokens, temperature):
     """ln π(token) at a temperature [R9]: logits (B, T, V), tokens (B, T) → (B, T), in nats.
 
-    The temperature that sampled is the one that scores: else the ratio is not 1 before the first update.
+    Use the temperature of the sampling: with another one the ratio is not 1 before the first update.
     """
     logits = logits / temperature
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
@@ -382,7 +382,7 @@ def step_rewards_of(problem, completion):
     """(reward of each step, step of each line) of a completion. Each line that is not blank is a step.
 
     The value of a step is its last number. The reward is 1 if a step of a right solution has this value and no earlier
-    line of the completion had it, else 0 [G20]: a repeated line earns nothing, and neither does 1+1=2 just anywhere.
+    line of the completion had it, else 0 [G20]. So a repeated line earns nothing, nor does a line that no solution has.
     """
     wanted = Counter(as_number(value) for value in problem.values)
     rewards, step_of_line = [], []
@@ -433,7 +433,7 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
 
 
 def has_variance(args, rating):
-    """Do the rewards of a group differ? If not, its advantages are all 0 and it teaches nothing [G10]."""
+    """Do the rewards of a group differ? If not, its advantages of GRPO are all 0 and it teaches nothing [G10]."""
     if args.supervision == "process":
         return len({reward for rewards in rating.step_rewards for reward in rewards}) > 1
     return len(set(rating.rewards.tolist())) > 1
@@ -722,6 +722,7 @@ def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, 
         is_gspo = args.importance == "sequence"
         ratio_logprob = sequence_logprob(logprob, old_logprob, mb_mask) if is_gspo else logprob
         clip_range = args.clip_low, args.clip_high
+        # the KL is added below: GSPO changes the ratio but not the KL
         token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0)
         kl = kl_k3(logprob, rollout.ref_logprobs[mb].to(args.device)) if args.beta else None
         if args.beta:
@@ -777,7 +778,8 @@ def train(args: Args) -> list[dict]:
         clock = [time.perf_counter()]
 
         # 5. Sample G answers to each of P questions [G1] and rate them. DAPO's dynamic sampling replaces groups without
-        # variance by answers to further questions, until there are P groups [G11]
+        # variance by answers to further questions, until there are P groups or no rounds left [G11]. `seen` are all
+        # groups, `groups` those to learn from. fitting() calls a function, with less at a time if memory runs out
         groups, ratings, seen = [], [], []
         for _ in range(1 + args.dynamic_sampling):
             positions = own_share(range(cursor, cursor + args.prompts_per_step))
@@ -797,7 +799,7 @@ def train(args: Args) -> list[dict]:
         row = describe(args, seen)
         if args.reward_model_steps:
             reward_model.pairs += [pair for group, rating in seen for pair in pairs_of(args, group, rating)]
-        if not groups:  # no group has variance: nothing will be learned in this step
+        if not groups:  # no group has variance: the last ones are kept, which with β above 0 still have a KL
             groups, ratings = zip(*seen[-P:])
         clock.append(time.perf_counter())
 
@@ -818,7 +820,7 @@ def train(args: Args) -> list[dict]:
         # 7. Each epoch splits the groups into minibatches. An answer whose advantage is 0 has no gradient and is left
         # out, unless the KL gives it one [G10]
         teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0))
-        lengths, minibatches = lengths_of(mask), []
+        lengths, minibatches = lengths_of(mask), []  # each: (its answers, {answer: length} of those that teach)
         for _ in range(args.num_epochs):
             for chosen in torch.randperm(len(groups)).tensor_split(args.num_minibatches):
                 answers = (chosen[:, None] * G + torch.arange(G)).flatten()
@@ -826,7 +828,7 @@ def train(args: Args) -> list[dict]:
 
         # 8. ln π_old and ln π_ref, before the policy moves
         first_epoch, sequences = minibatches[: args.num_minibatches], (prompts, tokens, mask)
-        old_logprobs, ref_logprobs = sampler_logprobs, None
+        old_logprobs, ref_logprobs = sampler_logprobs, None  # with 1 update minibatch_gradient() takes its own π_old
         if args.old_logprobs == "recomputed" and args.updates > 1:
             args, old_logprobs = fitting(args, "micro_batch_tokens", score, policy, sequences, first_epoch)
         if args.beta:
@@ -2838,11 +2840,10 @@ def stream_weights(model, device):
 
 
 def fitting(args, limit, function, model, *rest):
-    """(args, function(args, model, *rest)). As often as memory runs out, the limit is halved in the args that are
-    returned, and the function is called again. limit: generate_rows or micro_batch_tokens.
+    """Call function(args, model, *rest) and return (args, its result). If memory runs out, halve the limit in args,
+    which is generate_rows or micro_batch_tokens, and call again.
 
-    The function must be free of effects that a second call would not undo, and between its first use of memory and its
-    end it must not wait for other processes.
+    The function must be safe to call twice. After it has begun to use memory it must not wait for other processes.
     """
     while True:
         error_line, result = "", None
@@ -2868,7 +2869,7 @@ def is_out_of_memory(error):
 
 
 def halved(args, limit, model, error_line):
-    """Args with half the limit, which is said. Where less would change nothing the run ends in one sentence."""
+    """Args with half the limit; prints a line. Raises InputError if the limit is at its minimum already."""
     now, least = (args.generate_rows, 1) if limit == "generate_rows" else (most_tokens(args, model), args.max_tokens)
     flag = f"--{limit.replace('_', '-')}"
     if now <= least:
@@ -2934,7 +2935,7 @@ class Ending:
         say("\nending      after this step: then evaluate, save. Ctrl-C again stops at once")
 
     def is_due(self):
-        """All processes end after the same step."""
+        """Whether to end now: true in all processes if it is true in one."""
         now = self.was_interrupted or time.perf_counter() > self.end
         return bool(over_ranks(torch.tensor(int(now)), "MAX"))
 
@@ -3852,16 +3853,13 @@ def newest_run():
     raise InputError("--ask: the directory runs holds no finished run of this script, so a run must be named")
 
 
-def model_to_train(name):
+def model_to_train(name, instruction):
     """The model that --model means: of a run its policy, which is trained further."""
     if name is None:
         return None
     directory, saved = policy_of(name)
-    if saved and saved.model is None:
-        raise InputError(
-            f"--model {name} is the small model of a run, which can be asked and evaluated but not trained further: "
-            "its prompts have another form"
-        )
+    if saved and saved.model is None and instruction != "{}":
+        raise InputError(f'--model {name} is the small model of a run, which reads no words: add --instruction "{{}}"')
     return directory
 
 
@@ -4298,7 +4296,7 @@ def parse_args():
         return args
     if args.ask is not None or args.evaluate:
         raise InputError("a question that begins with - needs an equals sign, such as --ask=-3+4")
-    return replace(args, model=model_to_train(args.model), run_dir=args.run_dir or new_run_dir(args))
+    return replace(args, model=model_to_train(args.model, args.instruction), run_dir=args.run_dir or new_run_dir(args))
 
 
 def guard_output():

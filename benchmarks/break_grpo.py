@@ -20,7 +20,8 @@ from pathlib import Path
 from cartpole import RESULTS, ROOT, machine
 
 SHARED = "--terms 5 --max-term 9 --max-tokens 40 --learning-rate 3e-4 --steps 30 --eval-every 0 --eval-problems 128"
-SHARED += " --eval-samples 8 --checkpoint-every 0 --torch-threads 1"
+SHARED += " --eval-samples 8 --checkpoint-every 0 --torch-threads 1 --device cpu --dtype float32 --optimizer adamw"
+SHARED += " --prompts-per-step 32 --group-size 8"
 # in the plain path, so these runs take --no-fast: a fault in one path is found when the two are compared at the start
 SCORED_AT_1 = (
     "token_logprobs(logits.float(), ids[:, first:], temperature)",

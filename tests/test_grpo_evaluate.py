@@ -330,6 +330,8 @@ def test_a_run_of_a_real_model_can_be_trained_further(grpo, tiny_grpo, small_run
     for name in ("", "start", "policy"):
         with pytest.raises(grpo.InputError, match="is the small model of a run"):
             settings("--model", small_run[0] / name)
+    start = str(small_run[0] / "start")  # it reads the problem alone
+    assert settings("--model", start, "--instruction", "{}").model == start
 
 
 @pytest.mark.parametrize(
