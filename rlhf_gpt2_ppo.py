@@ -173,7 +173,7 @@ class InputError(ValueError):
 def token_logprobs(logits, tokens, temperature):
     """ln π(token) at a temperature [R9]: logits (B, T, V), tokens (B, T) → (B, T), in nats.
 
-    The temperature that sampled is the one that scores: else the ratio is not 1 before the first update.
+    Use the temperature of the sampling: with another one the ratio is not 1 before the first update.
     """
     logits = logits / temperature
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
