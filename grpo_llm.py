@@ -2201,7 +2201,8 @@ def find_stops(args, model, tokenizer):
 
 
 def without_stopped(model, going, tokens, t, rows=None):
-    """`going` (B,) less the sequences whose text has a stop text since token t. rows: the sequences, if not all."""
+    """`going` (B,), but False where the text has a stop text now that token t is written. rows: which sequences of
+    `tokens` these are, if not all."""
     stops = getattr(model, "stops", None)
     if stops is None:
         return going
@@ -2835,8 +2836,8 @@ def stream_weights(model, device):
 
 # ---- When memory runs out ----
 #
-# Neither the samples nor the gradient depend on how many are computed at the same time, so what did not fit is computed
-# again in halves. All processes decide together: one that repeats alone would leave the others waiting for ever.
+# Neither the samples nor the gradient depend on how many are computed at the same time. So what did not fit is computed
+# again, half as much at a time. All processes decide together: if one repeats alone, the others wait for ever.
 
 
 def fitting(args, limit, function, model, *rest):
@@ -2877,7 +2878,7 @@ def halved(args, limit, model, error_line):
             f"out of memory, even with {flag} {now}: lower --max-tokens, add --gradient-checkpointing, --offload, "
             f"--lora-rank 16 or --quantize nf4, or take a smaller model ({error_line})"
         )
-    say(f"\nmemory      it ran out: {flag} {now // 2} from here on. The step is repeated, and its result is the same")
+    say(f"\nmemory      it ran out: {flag} {now // 2} from here on. What did not fit is repeated, with the same result")
     return replace(args, **{limit: now // 2})
 
 
