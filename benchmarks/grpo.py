@@ -2,7 +2,8 @@
 
 Run      python benchmarks/grpo.py seeds                     (outcome and process supervision, five seeds each)
          python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds)
-         python benchmarks/grpo.py short --model DIR         (settings chosen by the script; adds the runs that lack)
+         python benchmarks/grpo.py short --model DIR --sets own avx2 --seeds 3
+                                                             (settings chosen by the script; adds the runs that lack)
          python benchmarks/grpo.py seeds --plot              (redraws the figure from the kept results)
 Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
          docs/figures/grpo_seeds.png, grpo_real.png, grpo_short.png; models go to --work
@@ -10,11 +11,14 @@ Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, the
 Each run is a process of its own, `python grpo_llm.py …`; its seconds are those of the whole process, start to end,
 both evaluations included. The real model's problems are those of grpo_peers.py: the 155 sums and differences of two
 one-digit numbers that are not negative. Those of `short` are the 100 sums of two one-digit numbers, half of them held
-out. Its commands name the steps, --lora-rank and the seed; the script chooses all other settings.
+out. Its commands name the steps, --lora-rank and the seed; the script chooses all other settings. Its instruction sets
+are those of processors.py. A processor that has only AVX2 chooses float32, but the script cannot see that another one
+pretends to be such a processor: --dtype float32 is added to the commands of the sets that are not the machine's own.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,17 +27,19 @@ from itertools import chain, product
 from pathlib import Path
 from statistics import median
 
+import torch
 from cartpole import RESULTS, ROOT, machine
 from grpo_peers import write_problems
 from matplotlib.figure import Figure
+from processors import SETS
 
 
-def run(name, flags, work):
+def run(name, flags, work, instructions="own"):
     """One process of the script; returns its rows, the last with the seconds that it took."""
     run_dir = work / name
     command = [sys.executable, str(ROOT / "grpo_llm.py"), *map(str, flags), "--run-dir", str(run_dir)]
     start = time.perf_counter()
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | SETS[instructions])
     seconds = time.perf_counter() - start
     if result.returncode:
         sys.exit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
@@ -80,11 +86,13 @@ def short(args):
             row = {"prompt": f"What is {a} + {b}? Answer with the number alone.", "answer": str(a + b)}
             file.write(json.dumps(row) + "\n")
     task = ["--model", args.model, "--task", "jsonl", "--data", data]
-    for seed in range(1, args.seeds + 1):
-        for steps in (16, 2, 6):
-            for name, lora in (("all weights", []), ("LoRA", ["--lora-rank", 16])):
-                if (name := f"{name}, {steps} steps-{seed}") not in args.kept:
-                    yield run(name, [*task, "--steps", steps, *lora, "--seed", seed], args.work)
+    cpu = torch.backends.cpu.get_cpu_capability()
+    for instructions, seed, steps in product(args.sets, range(1, args.seeds + 1), (16, 6, 2)):
+        label = cpu if instructions == "own" else f"{instructions} on {cpu}"
+        dtype = [] if instructions == "own" else ["--dtype", "float32"]
+        for name, lora in (("all weights", []), ("LoRA", ["--lora-rank", 16])):
+            if (name := f"{label}, {name}, {steps} steps-{seed}") not in args.kept:
+                yield run(name, [*task, "--steps", steps, *lora, "--seed", seed, *dtype], args.work, instructions)
 
 
 def draw(rows, figure):
@@ -127,6 +135,7 @@ def main():
     parser.add_argument("name", choices=["seeds", "real", "short"])
     parser.add_argument("--seeds", type=int, help="default 5, real: 3, short: 1")
     parser.add_argument("--model", help="for real and short: directory or Hub id of an instruct model")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["own"], help="instruction sets for short")
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_grpo_NAME")
     parser.add_argument("--plot", action="store_true", help="only print the table and redraw the figure")
     args = parser.parse_args()
