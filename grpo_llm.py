@@ -767,7 +767,7 @@ def train(args: Args) -> list[dict]:
     first, cursor, metrics = restore(saved, optimizer, reward_model)
     writer = open_log(args, run_dir, first)
     if not metrics:
-        args, scores = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+        args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
         log(writer, metrics, 0, mean_over_ranks(scores))
 
     seen, ending = [], Ending(args, started)  # --max-hours, Ctrl-C
@@ -779,14 +779,14 @@ def train(args: Args) -> list[dict]:
 
         # 5. Sample G answers to each of P questions [G1] and rate them. DAPO's dynamic sampling replaces groups without
         # variance by answers to further questions, until there are P groups or no rounds left [G11]. `seen` are all
-        # groups, `groups` those to learn from. fitting() calls a function, with less at a time if memory runs out
+        # groups, `groups` those to learn from. retry_with_less() calls a function, again if memory runs out
         groups, ratings, seen = [], [], []
         for _ in range(1 + args.dynamic_sampling):
             positions = own_share(range(cursor, cursor + args.prompts_per_step))
             names = [("train", position) for position in positions]
             asked = problems_from(problems, positions, args.seed)
             given = policy, tokenizer, eos_ids, asked, G, args.temperature, names
-            args, sampled = fitting(args, "generate_rows", sample_groups, *given)
+            args, sampled = retry_with_less(args, "generate_rows", sample_groups, *given)
             for group in with_own_rewards(args, sampled, step):
                 rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
                 seen.append((group, rating))
@@ -830,10 +830,10 @@ def train(args: Args) -> list[dict]:
         first_epoch, sequences = minibatches[: args.num_minibatches], (prompts, tokens, mask)
         old_logprobs, ref_logprobs = sampler_logprobs, None  # with 1 update minibatch_gradient() takes its own π_old
         if args.old_logprobs == "recomputed" and args.updates > 1:
-            args, old_logprobs = fitting(args, "micro_batch_tokens", score, policy, sequences, first_epoch)
+            args, old_logprobs = retry_with_less(args, "micro_batch_tokens", score, policy, sequences, first_epoch)
         if args.beta:
             given = reference, adapter, sequences, first_epoch
-            args, ref_logprobs = fitting(args, "micro_batch_tokens", score_reference, *given)
+            args, ref_logprobs = retry_with_less(args, "micro_batch_tokens", score_reference, *given)
         rollout = Rollout(sequences, advantages, sampler_logprobs, old_logprobs, ref_logprobs)
 
         # 9. Update: one optimizer step for each minibatch
@@ -843,7 +843,7 @@ def train(args: Args) -> list[dict]:
             if not over_ranks(torch.tensor(len(minibatch[1]))):
                 continue  # no process has anything to learn from
             given = policy, optimizer, rollout, minibatch, statistics, update == 0
-            args, statistics = fitting(args, "micro_batch_tokens", minibatch_gradient, *given)
+            args, statistics = retry_with_less(args, "micro_batch_tokens", minibatch_gradient, *given)
             sum_gradients(args, parameters)  # over all processes
             norms.append(cut_gradients(parameters, args.max_grad_norm, args.shard))
             check_gradient(norms[-1], run_dir, step)
@@ -867,7 +867,7 @@ def train(args: Args) -> list[dict]:
         is_ending = ending.is_due()
         is_last = is_ending or done == args.steps
         if is_last or is_due(args.eval_every, done):
-            args, scores = fitting(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+            args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
             row |= mean_over_ranks(scores)
         shown = {"reward": f"{row['reward/mean']:.3f}", "tokens": f"{row['completion/length']:.1f}"}
         bar.set_postfix(shown, refresh=False)
@@ -1877,18 +1877,18 @@ def those_that_fit(args, model, tokenizer, problems, held_out):
     """
     context, sizes = context_of(model), prompt_sizes(args, tokenizer, problems + held_out)
     room = context - args.max_tokens
-    fitting = [[problem for problem in part if sizes[problem.prompt] <= room] for part in (problems, held_out)]
-    num_over = len(problems + held_out) - sum(map(len, fitting))
+    short_enough = [[problem for problem in part if sizes[problem.prompt] <= room] for part in (problems, held_out)]
+    num_over = len(problems + held_out) - sum(map(len, short_enough))
     if not num_over:
-        return fitting
+        return short_enough
     over = (
         f"{num_over:,} of {len(sizes):,} prompts, up to {max(sizes.values()):,} tokens long, and --max-tokens "
         f"{args.max_tokens} exceed the model's context of {context:,}"
     )
-    if len(fitting[0]) < args.prompts_per_step or len(fitting[1]) < num_processes():
+    if len(short_enough[0]) < args.prompts_per_step or len(short_enough[1]) < num_processes():
         raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
-    say(f"            {over}: they are left out, {len(fitting[0]):,} and {len(fitting[1]):,} are left")
-    return fitting
+    say(f"            {over}: they are left out, {len(short_enough[0]):,} and {len(short_enough[1]):,} are left")
+    return short_enough
 
 
 def new_tokenizer():
@@ -2840,7 +2840,7 @@ def stream_weights(model, device):
 # again, half as much at a time. All processes decide together: if one repeats alone, the others wait for ever.
 
 
-def fitting(args, limit, function, model, *rest):
+def retry_with_less(args, limit, function, model, *rest):
     """Call function(args, model, *rest) and return (args, its result). If memory runs out, halve the limit in args,
     which is generate_rows or micro_batch_tokens, and call again.
 
@@ -2889,8 +2889,8 @@ def free_memory(device):
 
 def bytes_needed(args, size):
     """About how many bytes of a GPU a run takes for a model of `size` parameters. For each parameter: its weight and,
-    if they lie there, its gradient, the optimizer's state and the reference. 2 GB are for all else, of which fitting()
-    takes less if it must. benchmarks/memory_plan.py counts exactly."""
+    if they lie there, its gradient, the optimizer's state and the reference. 2 GB are for all else. Where they are too
+    few, retry_with_less() computes less at a time. benchmarks/memory_plan.py counts exactly."""
     width = 4 if args.dtype == "float32" else 2
     each = {"none": width, "int8": 1, "nf4": 0.6}[args.quantize]
     if not args.lora_rank and not args.offload:
@@ -3957,12 +3957,16 @@ def check_characters(tokenizer, problems):
 
 # Evaluate
 
+NUM_TOGETHER = 16  # problems between two moves of --evaluate's progress bar
+
 
 def compare_models(args):
     """--evaluate: how well one or more models answer the same problems with the same noise, as one table.
 
     Returns for each model the list that scores_of() made. The intervals are those of interval() and paired_interval().
     """
+    from tqdm import tqdm
+
     policies = [policy_of(name) for name in args.evaluate]
     problems = problems_to_evaluate(args, policies)
     args = choose_to_look(args, policies[0], problems)
@@ -3972,8 +3976,15 @@ def compare_models(args):
         say(f"model {string.ascii_uppercase[number % 26]}     {name}")
         own = settings_of_model(args, *policy)
         model, tokenizer, eos_ids = load_policy(own, policy[0])
-        given = model, tokenizer, eos_ids, problems, range(len(problems))
-        tables.append(fitting(own, "generate_rows", scores_of, *given)[1])
+        rows, bar = [], tqdm(total=len(problems), desc="evaluate", unit="problem")
+        for start in range(0, len(problems), NUM_TOGETHER):
+            numbers = range(len(problems))[start : start + NUM_TOGETHER]
+            given = model, tokenizer, eos_ids, [problems[i] for i in numbers], numbers
+            own, scores = retry_with_less(own, "generate_rows", scores_of, *given)
+            rows += scores
+            bar.update(len(scores))
+        bar.close()
+        tables.append(rows)
         del model, given  # before the next one is loaded
     print_scores(args, tables)
     return tables

@@ -7,6 +7,7 @@ The equals sign is needed. After a space, pytest takes the file for a file of te
 directory, and so does not know the option.
 """
 
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,29 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
         return grpo.Args(**{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture
+def no_picture(grpo, monkeypatch):
+    """The curves would take four fifths of the time."""
+    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
+
+
+@pytest.fixture
+def command(grpo, monkeypatch, capsys):
+    """Run the command line of grpo_llm.py in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grpo_llm.py", *map(str, arguments)])
+        status = 0
+        try:
+            grpo.main()
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

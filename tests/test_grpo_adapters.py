@@ -4,22 +4,19 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 INPUTS = torch.tensor([[3, 4, 5, 13, 6, 7]])
-
-
-@pytest.fixture(autouse=True)
-def no_picture(grpo, monkeypatch):
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +52,6 @@ def scored(grpo, monkeypatch):
             patch.setattr(grpo, "score", score)
             seen.metrics = grpo.train(args)
         return seen
-
-    return run
-
-
-@pytest.fixture
-def command(grpo, monkeypatch, capsys):
-    def run(args):
-        words = ["grpo_llm.py"]
-        for name, value in vars(args).items():
-            if value != getattr(grpo.Args(), name):
-                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            grpo.main()
-        return ended.value.code, capsys.readouterr().err
 
     return run
 
@@ -117,8 +99,8 @@ def test_all_weights_of_a_merged_adapter_learn(grpo, tiny_grpo, adapter):
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
-def test_another_rank_is_refused(tiny_grpo, adapter, command):
-    status, error = command(tiny_grpo(model=adapter, lora_rank=8))
+def test_another_rank_is_refused(grpo, tiny_grpo, adapter, command):
+    status, _, error = command(*flags(grpo, tiny_grpo(model=adapter, lora_rank=8)))
     assert status == 2 and "an adapter of rank 4: --lora-rank 4 trains it further" in error
     assert not Path(tiny_grpo().run_dir).exists() and "Traceback" not in error
 
@@ -135,11 +117,11 @@ def test_another_rank_is_refused(tiny_grpo, adapter, command):
         ({"peft_type": "IA3", "feedforward_modules": []}, "of the kind IA3, and only LoRA can be trained further"),
     ],
 )
-def test_adapters_that_cannot_be_used(tiny_grpo, adapter, command, tmp_path, config, message):
+def test_adapters_that_cannot_be_used(grpo, tiny_grpo, adapter, command, tmp_path, config, message):
     shutil.copytree(adapter, tmp_path / "odd")
     path = tmp_path / "odd" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    status, error = command(tiny_grpo(model=str(tmp_path / "odd")))
+    status, _, error = command(*flags(grpo, tiny_grpo(model=str(tmp_path / "odd"))))
     assert status == 2 and message in error.splitlines()[-1] and "Traceback" not in error
     assert not Path(tiny_grpo().run_dir).exists()
 

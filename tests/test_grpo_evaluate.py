@@ -11,12 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 SUMS = [{"prompt": f"{i}+{j}", "answer": i + j} for i in range(5) for j in range(6)]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(grpo, monkeypatch):
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
 
 
 @pytest.fixture
@@ -28,21 +25,6 @@ def settings(grpo, monkeypatch):
         return grpo.parse_args()
 
     return parse
-
-
-@pytest.fixture
-def command(grpo, monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["grpo_llm.py", *map(str, words)])
-        status = 0
-        try:
-            grpo.main()
-        except SystemExit as error:
-            status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def write_rows(path, rows):
@@ -117,6 +99,18 @@ def test_without_a_run_all_problems_of_a_file_are_used(grpo, tiny_lm, settings, 
     args = settings(*words, "--eval-problems", "7")
     assert len(grpo.problems_to_evaluate(args, [(tiny_lm, None)])) == 7
     assert f"problems    --eval-problems 7 of the 30 of {data}\n" in capsys.readouterr().out
+
+
+def test_a_bar_shows_how_far_the_evaluation_is(grpo, tiny_lm, settings, tmp_path, bars, monkeypatch):
+    """It moves every 16 problems, and the scores are those of all problems at once."""
+    data = write_rows(tmp_path / "d.jsonl", SUMS)
+    args = settings("--evaluate", tiny_lm, "--task", "jsonl", "--data", data, "--dtype", "float32")
+    (rows,) = grpo.compare_models(args)
+    monkeypatch.setattr(grpo, "NUM_TOGETHER", 100)
+    (at_once,) = grpo.compare_models(args)
+    bar = bars[0]
+    assert (bar.n, bar.options["desc"], len(rows)) == (30, "evaluate", 30)
+    assert str(rows) == str(at_once) and any(row["greedy"] or row["pass@1"] for row in rows)  # as text nan equals nan
 
 
 def test_problems_that_a_named_run_learned_from_are_left_out(grpo, tiny_grpo, settings, tmp_path, capsys):

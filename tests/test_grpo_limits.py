@@ -1,10 +1,8 @@
 """When memory or time runs out: grpo_llm repeats a step in halves, and ends early with everything saved."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import two_processes
 from contract import ROOT
 from transformers import AutoModelForCausalLM
 
-
-@pytest.fixture(autouse=True)
-def no_picture(grpo, monkeypatch):
-    """The curves would take four fifths of the time."""
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def trained(run_dir):
@@ -137,7 +132,7 @@ def test_words_that_say_that_memory_ran_out(grpo, tiny_grpo, message, capsys):
             raise RuntimeError(message)
         return "done"
 
-    args, result = grpo.fitting(tiny_grpo(generate_rows=7), "generate_rows", function, None)
+    args, result = grpo.retry_with_less(tiny_grpo(generate_rows=7), "generate_rows", function, None)
     assert (args.generate_rows, result, calls) == (3, "done", [7, 3])
 
 
@@ -183,24 +178,7 @@ g.sample_groups, g.minibatch_gradient = sample_or_fail, learn_or_fail
         args = tiny_grpo(name, **options)
         given = {key: x for key, x in asdict(args).items() if x != getattr(grpo.Args(), key)}
         code = f"{patch}\ng.parse_args = lambda: g.Args(**{given!r})\ng.main()"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                cwd=ROOT,
-                env={**common, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        found = [process.communicate(timeout=300) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], found
-        outputs[name] = found[0][0]
+        outputs[name] = two_processes("-c", code)[0][0]
     assert "ran out" not in outputs["room"]
     said = re.findall(r"ran out: (--[a-z-]+ \d+)", outputs["none"])
     assert sorted(said) == ["--generate-rows 4", "--micro-batch-tokens 1024"]

@@ -10,11 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-@pytest.fixture(autouse=True)
-def no_picture(grpo, monkeypatch):
-    """The curves would take four fifths of the time."""
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def samples(args):

@@ -3,25 +3,18 @@
 import itertools
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import flags, two_processes
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 import gae_reference
 
-
-@pytest.fixture(autouse=True)
-def no_picture(grpo, monkeypatch):
-    """The curves would take four fifths of the time."""
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 @pytest.fixture
@@ -728,26 +721,7 @@ def test_two_processes_train_as_one(grpo, tiny_grpo, tmp_path):
     options |= {"reduction": "token", "truncated": "mask", "eval_problems": 5}
     alone, both = tiny_grpo("alone", **options), tiny_grpo("both", **options)
     one = grpo.train(alone)
-    words = []
-    for name, value in vars(both).items():
-        if value is not None and value != getattr(grpo.Args(), name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, grpo.__file__, *words],
-            env={**environment, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = two_processes(grpo.__file__, *flags(grpo, both))
     two = [json.loads(line) for line in (Path(both.run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert len(one) == len(two) == 3
     for row, other in zip(one, two, strict=True):

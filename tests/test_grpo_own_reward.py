@@ -43,29 +43,6 @@ CHAT = "{% for m in messages %}({{ m['role'][0] }}{{ m['content'] }}){% endfor %
 
 
 @pytest.fixture
-def no_picture(grpo, monkeypatch):
-    """The curves would take four fifths of the time."""
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
-
-
-@pytest.fixture
-def command(grpo, monkeypatch, capsys):
-    """Run the script's command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["grpo_llm.py", *map(str, arguments)])
-        status = 0
-        try:
-            grpo.main()
-        except SystemExit as error:
-            status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def own(tiny_grpo, tmp_path):
     """own(code, …): Args of a run with these functions as the reward, on rows without answers."""
 

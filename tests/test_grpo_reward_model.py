@@ -8,11 +8,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 
-@pytest.fixture
-def no_picture(grpo, monkeypatch):
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
-
-
 @pytest.fixture(scope="module")
 def stage_3(rlhf, tiny_gpt2, tmp_path_factory):
     """Run directory of stages 1 and 2, a few steps each, with a policy `sft` and its `reward`."""

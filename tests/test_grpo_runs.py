@@ -17,45 +17,12 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from commands import flags
 from contract import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"  # real material, of which nothing is in the project
-
-
-@pytest.fixture
-def no_picture(grpo, monkeypatch):
-    """The curves would take four fifths of the time."""
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
-
-
-@pytest.fixture
-def command(grpo, monkeypatch, capsys):
-    """Run the script's command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["grpo_llm.py", *map(str, arguments)])
-        status = 0
-        try:
-            grpo.main()
-        except SystemExit as error:
-            status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-def flags(grpo, args, *left_out):
-    """Command-line flags of what these settings change."""
-    words = []
-    for name, value in vars(args).items():
-        if value == getattr(grpo.Args(), name) or name in left_out:
-            continue
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return words
 
 
 def weights(run_dir):

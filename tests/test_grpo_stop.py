@@ -15,11 +15,6 @@ WORDS = ["a", "b", "</", "an", "s", ">", "x>b", "b</a", "ns>a", "\n", "a\nb", ".
 NEVER = 10**6  # an EOS that the model cannot write
 
 
-@pytest.fixture
-def no_picture(grpo, monkeypatch):
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
-
-
 @pytest.fixture(scope="module")
 def byte_lm(tmp_path_factory):
     """A model whose tokens are bytes and pieces of text, as those of most models are."""
