@@ -28,7 +28,7 @@ Shapes   one sequence of T steps is a list of T numbers; a group of G outputs is
 import os
 import sys
 from io import TextIOWrapper
-from math import exp, sqrt
+from math import exp, log, prod, sqrt, tanh
 
 
 def td_errors(rewards, values, next_values, terminated, gamma):
@@ -174,6 +174,61 @@ def grpo_objective(logprobs, old_logprobs, ref_logprobs, advantages, clip_low, c
     if reduction == "constant":
         return total / (len(outputs) * max_tokens)
     raise ValueError(f"reduction {reduction!r} is none of sequence, token, constant")
+
+
+def cispo_slope(ratio, advantage, clip_high):
+    """What ln π of a token gets as gradient of CISPO's objective (MiniMax-M1 Eq. 4 and 5). The clipped surrogate's is
+    ρ times its derivative by ρ: 0 where it clips."""
+    return ratio * advantage if ratio <= 1 + clip_high else (1 + clip_high) * advantage
+
+
+def sapo_objective(ratio, advantage, tau_positive=1.0, tau_negative=1.05):
+    """(SAPO's objective of a token, its derivative by the ratio), with tanh for the paper's sigmoid."""
+    tau = tau_positive if advantage > 0 else tau_negative
+    gate = tanh(tau * (ratio - 1) / 2)
+    return 2 / tau * (1 + gate) * advantage, (1 - gate**2) * advantage
+
+
+def sampler_weights(probabilities, sampler_probabilities, level, cap, is_masked=False):
+    """The weight of each token of one sequence: π_old/π_sampler, or for "sequence" the product of all of them."""
+    weights = [p / q for p, q in zip(probabilities, sampler_probabilities, strict=True)]
+    if level == "sequence":
+        weights = [prod(weights)] * len(weights)
+    return [weight if weight <= cap else 0.0 if is_masked else cap for weight in weights]
+
+
+def stays_in_the_loss(probabilities, sampler_probabilities, advantage, limit):
+    """DeepSeek-V3.2's mask of one sequence. A bad answer leaves the loss if π gives it far less than the sampler."""
+    differences = [log(q) - log(p) for p, q in zip(probabilities, sampler_probabilities, strict=True)]
+    return advantage >= 0 or sum(differences) / len(differences) <= limit
+
+
+def reinforce_pp_advantages(rewards, logprobs, ref_logprobs, kl_coef):
+    """REINFORCE++ Eq. 8 to 10: rewards of B sequences, lists of B lists for the tokens → B lists of advantages."""
+    returns = []
+    for reward, own, reference in zip(rewards, logprobs, ref_logprobs, strict=True):
+        kl = [p - q for p, q in zip(own, reference, strict=True)]
+        returns.append([reward - kl_coef * sum(kl[t:]) for t in range(len(kl))])
+    mean, std = mean_and_std([x for row in returns for x in row])
+    return [[(x - mean) / std for x in row] for row in returns]
+
+
+def decoupled_advantages(parts, weights):
+    """GDPO for one group, before the batch is normalised. parts[k][i]: reward k of answer i, None if it has none."""
+    totals = [0.0 for _ in parts[0]]
+    for rewards, weight in zip(parts, weights, strict=True):
+        found = iter(group_advantages([reward for reward in rewards if reward is not None]))
+        totals = [x if reward is None else x + weight * next(found) for x, reward in zip(totals, rewards, strict=True)]
+    return totals
+
+
+def soft_overlong_punishment(num_tokens, max_tokens, buffer):
+    """DAPO Eq. 13, its three cases."""
+    if num_tokens <= max_tokens - buffer:
+        return 0.0
+    if num_tokens <= max_tokens:
+        return ((max_tokens - buffer) - num_tokens) / buffer
+    return -1.0
 
 
 # Six steps of one environment. The time limit cuts an episode at t=2, another ends in failure at t=4, and the rollout

@@ -16,7 +16,7 @@
 # ///
 """GRPO for language models: groups of answers instead of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation. Its details are tagged [G1]..[G30] where each happens (docs/details.md)
+Teaches  group relative policy optimisation. Its details are tagged [G1]..[G38] where each happens (docs/details.md)
 Run      python grpo_llm.py
          python grpo_llm.py --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k   (it chooses what you do not give)
 Read     from here to the heading "Machinery": that is all of GRPO, in its plainest form, and right for any causal
@@ -38,11 +38,11 @@ Departs  from the settings of DeepSeekMath. β is 0, not 0.04 (--beta), so no re
     k3ᵢₜ = π_ref/π − ln(π_ref/π) − 1                                          DeepSeekMath Eq. 4
     L    = −1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ, 1−ε_low, 1+ε_high) Âᵢₜ) − β k3ᵢₜ }      DeepSeekMath Eq. 3
 
-Which flags make which algorithm. Most combinations work, the others are refused with the reason:
+Which flags make which algorithm (docs/4_grpo.md has more). Combinations that make no sense are refused:
 
-    GRPO       --reduction sequence --scale-by-std --clip-low 0.2 --clip-high 0.2, the defaults, and --beta above 0
-    DAPO       --reduction token --clip-high 0.28 --dynamic-sampling 4 --truncated mask, --beta 0
-    Dr. GRPO   --reduction constant --no-scale-by-std, --beta 0
+    GRPO       --reduction sequence --scale group --clip-low 0.2 --clip-high 0.2, the defaults, and --beta above 0
+    DAPO       --reduction token --clip-high 0.28 --dynamic-sampling 4 --truncated mask --overlong-buffer 8, --beta 0
+    Dr. GRPO   --reduction constant --scale none, --beta 0
     GSPO       --importance sequence --clip-low 3e-4 --clip-high 4e-4, --beta 0
 
 Shapes   P prompts, G completions of each, B = P·G sequences, at most T tokens in a completion. (B, T) are completion
@@ -74,7 +74,7 @@ import unicodedata
 import warnings
 import weakref
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -126,7 +126,7 @@ class Args:
     clip_low: NonNegativeFloat = 0.2  # ε_low: below a ratio of 1 − ε_low a bad answer has no gradient
     clip_high: PositiveFloat = 0.2  # ε_high: above a ratio of 1 + ε_high a good answer has no gradient
     beta: NonNegativeFloat = 0.0  # β, weight of the KL to the reference in the loss; with 0 no reference is kept
-    scale_by_std: bool = True  # divide advantages by the standard deviation of the group
+    scale: Literal["group", "batch", "none"] = "group"  # advantages are divided by the standard deviation of this
     reduction: Literal["sequence", "token", "constant"] = "sequence"  # what the token losses are averaged over
     # the update
     warmup_steps: NonNegativeInt = 0  # rollouts over which the learning rate rises to its value
@@ -163,10 +163,17 @@ class Args:
     quantize: Literal["none", "int8", "nf4"] = "none"  # with --lora-rank: keep the frozen weights in 8 or 4 bits
     save_merged: bool = False  # with --lora-rank: also write the model with the adapter merged into it, as merged
     # other algorithms
-    algorithm: Literal["grpo", "reinforce", "rloo", "rft"] = "grpo"  # how rewards become advantages
+    algorithm: Literal["grpo", "reinforce", "rloo", "rft", "reinforce++"] = "grpo"  # how rewards become advantages
     supervision: Literal["outcome", "process"] = "outcome"  # one reward for an answer, or one for each of its steps
     importance: Literal["token", "sequence"] = "token"  # one ratio for each token, or one for the sequence (GSPO)
+    policy_loss: Literal["clip", "cispo", "sapo"] = "clip"  # what a ratio far from 1 does: clip it, or by CISPO or SAPO
+    unbiased_kl: bool = False  # weigh the KL's estimate by the ratio, so that its gradient is the KL's (DeepSeek-V3.2)
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: computed by the trainer or by the sampler
+    sampler_correction: Literal["none", "token", "sequence"] = "none"  # weigh by π_old/π of the sampler, one for each
+    sampler_cap: PositiveFloat = 2.0  # the largest such weight: a larger one is cut to it
+    sampler_mask: bool = False  # make a weight above --sampler-cap 0 instead
+    off_policy_limit: ChosenFloat = None  # leave out bad answers that π has left by more than so many nats a token
+    staleness: NonNegativeInt = 0  # learn from answers that the policy of so many steps ago sampled, as async runs do
     dynamic_sampling: NonNegativeInt = 0  # the most further rounds of prompts to replace groups without variance (DAPO)
     truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: keep, leave out, or pay less
     truncation_penalty: NonNegativeFloat = 1.0  # with --truncated penalise: subtracted from their reward
@@ -174,6 +181,8 @@ class Args:
     # further rewards; all are added up, and the verifier's has weight 1
     format_weight: NonNegativeFloat = 0.0  # reward of a completion that matches --format-pattern
     format_pattern: str = r"(?s).*# *-?[\d,.]+\s*"  # regular expression that the whole completion must match
+    overlong_buffer: NonNegativeInt = 0  # the last tokens before --max-tokens cost up to 1 in reward (DAPO); 0: nothing
+    decouple_rewards: bool = False  # scale each reward within its group before they are added up (GDPO)
     length_weight: NonNegativeFloat = 0.0  # subtracted for a completion of T tokens; for a shorter one in proportion
     reward_model: str | None = None  # Hub id or directory of a classifier with one output, R_φ, e.g. stage 3's reward
     reward_model_weight: float = 1.0  # weight of its score
@@ -402,6 +411,8 @@ def reward_parts(args, problem, completion, num_tokens, is_truncated):
         parts["format"] = args.format_weight * bool(re.fullmatch(args.format_pattern, completion))
     if args.length_weight:
         parts["length"] = -args.length_weight * num_tokens / args.max_tokens
+    if args.overlong_buffer:
+        parts["overlong"] = soft_overlong_punishment(num_tokens, args.max_tokens, args.overlong_buffer)
     if args.truncated == "penalise":
         parts["truncation"] = -args.truncation_penalty * is_truncated  # [G12]
     return parts
@@ -436,42 +447,28 @@ def has_variance(args, rating):
     """Do the rewards of a group differ? If not, its advantages of GRPO are all 0 and it teaches nothing [G10]."""
     if args.supervision == "process":
         return len({reward for rewards in rating.step_rewards for reward in rewards}) > 1
-    return len(set(rating.rewards.tolist())) > 1
+    rewards = rating.parts.values() if args.decouple_rewards else [rating.rewards]
+    return any(len(set(part[~part.isnan()].tolist())) > 1 for part in rewards)
 
 
-def advantages_of(args, rewards):
-    """Rewards (B,) → advantages (B,). Older algorithms keep GRPO's loss, whose gradient at ρ = 1 is the policy's."""
-    if args.algorithm == "reinforce":  # baseline: the mean of all rewards (Williams 1992)
+def advantages_of(args, ratings):
+    """Advantages (B,) of the groups with these ratings. The algorithms that are not GRPO keep its loss, whose gradient
+    at ρ = 1 is the policy gradient."""
+    rewards = torch.cat([rating.rewards for rating in ratings])
+    if args.decouple_rewards:  # GDPO
+        return normalised_over_batch(decoupled_advantages(args, ratings), torch.ones_like(rewards))
+    if args.algorithm in ("reinforce", "reinforce++"):  # baseline: the mean of all rewards (Williams 1992)
         total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
         return rewards - total / count
     if args.algorithm == "rloo":  # baseline: the mean of the other G − 1 (Kool et al. 2019; Ahmadian et al. 2024)
         return group_advantages(rewards, args.group_size, False) * args.group_size / (args.group_size - 1)
     if args.algorithm == "rft":  # imitate the right answers (DeepSeekMath §5.2.1)
         return (rewards > 0).float()
-    return group_advantages(rewards, args.group_size, args.scale_by_std)
+    advantages = group_advantages(rewards, args.group_size, args.scale == "group")
+    return normalised_over_batch(advantages, torch.ones_like(rewards)) if args.scale == "batch" else advantages
 
 
 # ---- Model ----
-
-
-def new_model(tokenizer):
-    """A Qwen3 of 0.4M parameters with random weights. Large models take the same path through the code."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
 
 
 def load_model(args, name, is_compared=True):
@@ -493,18 +490,6 @@ def load_model(args, name, is_compared=True):
     model.stops = find_stops(args, model, tokenizer)  # None without --stop
     model.plain_because = why_plain(args, model, tokenizer, name) if is_compared else ""
     return model, tokenizer, eos_ids
-
-
-def without_dropout(model):
-    """Turn off dropout and jitter, in modules and configs [G14]: else the ratio compares two different networks."""
-    modules = list(model.modules())
-    for owner in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
-        if isinstance(owner, torch.nn.modules.dropout._DropoutNd):
-            owner.p = 0.0
-        for name, value in list(vars(owner).items()):
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(owner, name, 0.0)
-    return model
 
 
 # ---- Sampling and log-probabilities ----
@@ -715,24 +700,54 @@ def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, 
     for micro_batch in micro_batches:
         logprob = micro_batch_logprobs(args, policy, prompts, tokens, mask, micro_batch)
         mb = [i for row in micro_batch for i in row]  # its answers
-        columns = mask, rollout.advantages, rollout.old_logprobs
-        mb_mask, advantage, old_logprob = (x[mb].to(args.device) for x in columns)
+        columns = mask, rollout.advantages, rollout.old_logprobs, rollout.sampler_logprobs
+        mb_mask, advantage, old_logprob, sampler_logprob = (x[mb].to(args.device) for x in columns)
         if args.old_logprobs == "recomputed" and args.updates == 1:
             old_logprob = logprob.detach()  # [G6] every ratio is 1; its gradient is not 0
         is_gspo = args.importance == "sequence"
         ratio_logprob = sequence_logprob(logprob, old_logprob, mb_mask) if is_gspo else logprob
-        clip_range = args.clip_low, args.clip_high
-        # the KL is added below: GSPO changes the ratio but not the KL
-        token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0)
+        if args.policy_loss == "clip":  # the KL is added below: GSPO changes the ratio but not the KL
+            clip_range = args.clip_low, args.clip_high
+            token_loss = grpo_token_loss(ratio_logprob, old_logprob, None, advantage, *clip_range, 0.0)
+        else:
+            token_loss = other_token_loss(args, logprob, old_logprob, advantage)
+        weight = off_policy_weight(args, logprob, old_logprob, sampler_logprob, advantage, mb_mask)
+        token_loss = token_loss if weight is None else weight * token_loss
         kl = kl_k3(logprob, rollout.ref_logprobs[mb].to(args.device)) if args.beta else None
-        if args.beta:
-            token_loss = token_loss + args.beta * kl
+        if args.beta and args.algorithm != "reinforce++":  # which has the KL in the reward
+            token_loss = token_loss + args.beta * ((logprob - old_logprob).exp() * kl if args.unbiased_kl else kl)
         loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, args.max_tokens)
         loss.backward()
-        gap = logprob.cpu() - rollout.sampler_logprobs[mb] if is_first else None  # later the weights differ too
-        add_statistics(args, statistics, mb_mask, ratio_logprob - old_logprob, advantage, kl, loss, gap)
+        gap = logprob - sampler_logprob if is_first else None  # later the weights differ too
+        add_statistics(args, statistics, mb_mask, ratio_logprob - old_logprob, advantage, kl, loss, gap, weight)
     run_idle_passes(args, policy, num_idle)
     return statistics
+
+
+def sample_rollout(args, policy, tokenizer, eos_ids, reward_model, problems, cursor, step):
+    """Sample G answers to each of P questions [G1] and rate them. Returns (args, where the stream of problems stands,
+    (the groups to learn from, their ratings, all groups with their ratings)).
+
+    DAPO's dynamic sampling replaces groups without variance by answers to further questions, until there are P groups
+    or no rounds left [G11]. retry_with_less() calls a function, again if memory runs out.
+    """
+    groups, ratings, seen, P = [], [], [], len(own_share(range(args.prompts_per_step)))
+    for _ in range(1 + args.dynamic_sampling):
+        positions = own_share(range(cursor, cursor + args.prompts_per_step))
+        names = [("train", position) for position in positions]
+        asked = problems_from(problems, positions, args.seed)
+        given = policy, tokenizer, eos_ids, asked, args.group_size, args.temperature, names
+        args, sampled = retry_with_less(args, "generate_rows", sample_groups, *given)
+        for group in with_own_rewards(args, sampled, step):
+            rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
+            seen.append((group, rating))
+            if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
+                groups.append(group)
+                ratings.append(rating)
+        cursor += args.prompts_per_step
+        if over_ranks(torch.tensor(len(groups)), "MIN") == P:
+            break
+    return args, cursor, (groups, ratings, seen)
 
 
 def train(args: Args) -> list[dict]:
@@ -765,6 +780,7 @@ def train(args: Args) -> list[dict]:
 
     # 4. A first evaluation; a resumed run has its own already
     first, cursor, metrics = restore(saved, optimizer, reward_model)
+    waiting = restore_waiting(args, saved, problems, tokenizer, eos_ids, reward_model)  # rollouts, for --staleness
     writer = open_log(args, run_dir, first)
     if not metrics:
         args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
@@ -777,25 +793,13 @@ def train(args: Args) -> list[dict]:
         optimizer.param_groups[0]["lr"] = learning_rate_of(args, step)
         clock = [time.perf_counter()]
 
-        # 5. Sample G answers to each of P questions [G1] and rate them. DAPO's dynamic sampling replaces groups without
-        # variance by answers to further questions, until there are P groups or no rounds left [G11]. `seen` are all
-        # groups, `groups` those to learn from. retry_with_less() calls a function, again if memory runs out
-        groups, ratings, seen = [], [], []
-        for _ in range(1 + args.dynamic_sampling):
-            positions = own_share(range(cursor, cursor + args.prompts_per_step))
-            names = [("train", position) for position in positions]
-            asked = problems_from(problems, positions, args.seed)
-            given = policy, tokenizer, eos_ids, asked, G, args.temperature, names
-            args, sampled = retry_with_less(args, "generate_rows", sample_groups, *given)
-            for group in with_own_rewards(args, sampled, step):
-                rating = rate_group(args, group, tokenizer, eos_ids, reward_model, step)
-                seen.append((group, rating))
-                if len(groups) < P and (has_variance(args, rating) or not args.dynamic_sampling):
-                    groups.append(group)
-                    ratings.append(rating)
-            cursor += args.prompts_per_step
-            if over_ranks(torch.tensor(len(groups)), "MIN") == P:
-                break
+        # 5. Sample G answers to each of P questions and rate them. `seen` are all groups, `groups` those to learn from.
+        # With --staleness some rollouts wait, and the oldest is taken
+        while len(waiting) <= args.staleness:
+            given = policy, tokenizer, eos_ids, reward_model, problems, cursor, step
+            args, cursor, rollout = sample_rollout(args, *given)
+            waiting.append(rollout)
+        groups, ratings, seen = waiting.popleft()
         row = describe(args, seen)
         if args.reward_model_steps:
             reward_model.pairs += [pair for group, rating in seen for pair in pairs_of(args, group, rating)]
@@ -813,13 +817,13 @@ def train(args: Args) -> list[dict]:
             step_ids = torch.cat([rating.step_ids for rating in ratings])
             advantages = process_advantages(step_rewards, step_ids, G).float()
         else:
-            advantages = advantages_of(args, torch.cat([rating.rewards for rating in ratings]))[:, None].expand(-1, T)
+            advantages = advantages_of(args, ratings)[:, None].expand(-1, T)
         if args.truncated == "mask":
             mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]
 
         # 7. Each epoch splits the groups into minibatches. An answer whose advantage is 0 has no gradient and is left
         # out, unless the KL gives it one [G10]
-        teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0))
+        teaches = mask.any(-1) & ((advantages != 0).any(-1) | (args.beta > 0) | (args.algorithm == "reinforce++"))
         lengths, minibatches = lengths_of(mask), []  # each: (its answers, {answer: length} of those that teach)
         for _ in range(args.num_epochs):
             for chosen in torch.randperm(len(groups)).tensor_split(args.num_minibatches):
@@ -834,6 +838,8 @@ def train(args: Args) -> list[dict]:
         if args.beta:
             given = reference, adapter, sequences, first_epoch
             args, ref_logprobs = retry_with_less(args, "micro_batch_tokens", score_reference, *given)
+        if args.algorithm == "reinforce++":
+            advantages = reinforce_pp_advantages(args, ratings, old_logprobs, ref_logprobs, mask)
         rollout = Rollout(sequences, advantages, sampler_logprobs, old_logprobs, ref_logprobs)
 
         # 9. Update: one optimizer step for each minibatch
@@ -875,7 +881,7 @@ def train(args: Args) -> list[dict]:
         show_answers(args, run_dir, writer, bar, metrics, groups, ratings, advantages)
         warn_without_variance(args, bar, metrics)
         if is_last or is_due(args.checkpoint_every, done):
-            progress = {"step": done, "cursor": cursor, "metrics": metrics}
+            progress = {"step": done, "cursor": cursor, "metrics": metrics, "waiting": packed(waiting)}
             save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model)
         if is_ending:
             break
@@ -892,6 +898,156 @@ def train(args: Args) -> list[dict]:
 
 
 # ==== Machinery: the same mathematics, fast and large; files, logs, flags. A first reader can stop here ====
+
+
+# ---- Other losses, advantages and rewards ----
+#
+# What GRPO itself does not have: a small function for each thing that a flag adds (docs/4_grpo.md, "Which settings are
+# which algorithm"). With the default flags none of them is called.
+
+
+def cispo_token_loss(logprob, old_logprob, advantage, clip_high):
+    """−sg(min(ρ, 1 + ε_high)) Â ln π for each token [G31] (CISPO: MiniMax-M1, arXiv 2506.13585, Eq. 4 and 5).
+
+    logprob, old_logprob (B, T), advantage (B,) or (B, T) → (B, T). sg: the weight has no gradient. So no token is left
+    without a gradient, as the clipped loss leaves it. A large ratio only counts for less.
+    """
+    advantage = advantage.unsqueeze(-1) if advantage.dim() < logprob.dim() else advantage
+    weight = (logprob - old_logprob).exp().clamp(max=1 + clip_high).detach()
+    return -weight * advantage * logprob
+
+
+def sapo_token_loss(logprob, old_logprob, advantage, tau_positive=1.0, tau_negative=1.05):
+    """−4/τ σ(τ (ρ − 1)) Â for each token [G31] (SAPO: Gao et al. 2025, arXiv 2511.20347; its τ).
+
+    logprob, old_logprob (B, T), advantage (B,) or (B, T) → (B, T). At ρ = 1 the gradient is that of ρ Â. It fades as ρ
+    leaves 1, a little faster where Â is not positive, where the clipped loss cuts it off at once.
+    """
+    advantage = advantage.unsqueeze(-1) if advantage.dim() < logprob.dim() else advantage
+    tau = torch.full_like(advantage, tau_negative).masked_fill(advantage > 0, tau_positive)
+    return -4 / tau * (tau * ((logprob - old_logprob).exp() - 1)).sigmoid() * advantage
+
+
+def other_token_loss(args, logprob, old_logprob, advantage):
+    """(B, T) by --policy-loss."""
+    if args.policy_loss == "cispo":
+        return cispo_token_loss(logprob, old_logprob, advantage, args.clip_high)
+    return sapo_token_loss(logprob, old_logprob, advantage)
+
+
+def sampler_weights(old_logprob, sampler_logprob, mask, level, cap, is_masked=False):
+    """w = π_old/π_sampler, cut to the cap, or 0 above it with is_masked [G32]. No gradient.
+
+    old_logprob, sampler_logprob, mask (B, T) → (B, T) with level "token"; (B, 1) with "sequence", the product of the
+    ratios of its tokens. Truncated importance sampling (Yao et al. 2025), masked importance sampling (Liu et al. 2025).
+    The sampler may differ from the trainer's π_old by its arithmetic, or by being some steps old.
+    """
+    log_ratio = torch.where(mask.bool(), old_logprob - sampler_logprob, 0.0).detach()
+    weights = (log_ratio.sum(-1, keepdim=True) if level == "sequence" else log_ratio).exp()
+    return torch.where(weights > cap, 0.0 if is_masked else cap, weights)
+
+
+def is_near_policy(logprob, sampler_logprob, advantage, mask, limit):
+    """Which tokens stay in the loss [G33] (DeepSeek-V3.2, arXiv 2512.02556, off-policy sequence masking).
+
+    logprob, sampler_logprob, mask (B, T), advantage (B,) or (B, T) → (B, T) bool. An answer with a negative advantage
+    leaves the loss if the mean of ln π_sampler − ln π over its tokens is above the limit, in nats.
+    """
+    advantage = advantage.unsqueeze(-1) if advantage.dim() < logprob.dim() else advantage
+    mask = mask.bool()
+    difference = torch.where(mask, sampler_logprob - logprob, 0.0).detach()
+    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return (advantage >= 0) | (mean <= limit)
+
+
+def off_policy_weight(args, logprob, old_logprob, sampler_logprob, advantage, mask):
+    """The factor of each token's loss, (B, T) or (B, 1), by --sampler-correction and --off-policy-limit; else None."""
+    weight = None
+    if args.sampler_correction != "none":
+        cap = args.sampler_cap, args.sampler_mask
+        weight = sampler_weights(old_logprob, sampler_logprob, mask, args.sampler_correction, *cap)
+    if args.off_policy_limit is not None:
+        kept = is_near_policy(logprob, sampler_logprob, advantage, mask, args.off_policy_limit).to(logprob.dtype)
+        weight = kept if weight is None else weight * kept
+    return weight
+
+
+def normalised_over_batch(x, mask):
+    """(x − mean) / std over all entries whose mask is 1, of the whole batch and all processes [G34]; 0 off the mask and
+    where all are equal. x, mask (B,) or (B, T). REINFORCE++ Eq. 10 (Hu et al. 2025, arXiv 2501.03262); std over N."""
+    own = x[mask.bool()].double()
+    total, count = over_ranks(torch.stack([own.sum(), torch.tensor(float(len(own)), dtype=own.dtype)]))
+    centred = own - total / count
+    std = (over_ranks(centred.square().sum()) / count).sqrt()
+    is_equal = -over_ranks(-own.min(), "MAX") == over_ranks(own.max(), "MAX")
+    result = torch.zeros_like(x)
+    result[mask.bool()] = (torch.zeros_like(own) if is_equal else centred / std).to(x.dtype)
+    return result
+
+
+def rewards_less_kl(rewards, log_ratio, mask, kl_coef):
+    """R − β Σ ln π_old/π_ref over a token and those after it [G34] (REINFORCE++ Eq. 8 and 9), (B, T).
+
+    rewards (B,), log_ratio (B, T) = ln π_old − ln π_ref, mask (B, T). The KL stands in the reward, as in PPO's RLHF.
+    """
+    log_ratio = torch.where(mask.bool(), log_ratio, 0.0)
+    return rewards[:, None] - kl_coef * log_ratio.flip(-1).cumsum(-1).flip(-1)
+
+
+def reinforce_pp_advantages(args, ratings, old_logprobs, ref_logprobs, mask):
+    """Advantages (B, T) of REINFORCE++: R less the KL to come, normalised over all tokens of the batch [G34]. With one
+    update a rollout ln π_old is the sampler's."""
+    log_ratio = old_logprobs - ref_logprobs if args.beta else torch.zeros_like(old_logprobs)
+    rewards = torch.cat([rating.rewards for rating in ratings])
+    return normalised_over_batch(rewards_less_kl(rewards, log_ratio, mask, args.beta), mask)
+
+
+def decoupled_advantages(args, ratings):
+    """Σ of the advantages of each reward by itself, times its weight [G35] (GDPO: Liu et al. 2026, arXiv 2601.05242),
+    (B,). A reward that does not apply to a completion, NaN, takes no part in its group.
+
+    Added up first, a reward of 0 or 2 hides one of 0 or 1: two answers may differ in both and have the same sum.
+    """
+    weights = {"format": args.format_weight, "length": args.length_weight, "truncation": args.truncation_penalty}
+    weights["model"] = abs(args.reward_model_weight)
+    advantages = []
+    for rating in ratings:
+        total = torch.zeros_like(rating.rewards)
+        for name, part in rating.parts.items():
+            applies = ~part.isnan()
+            if applies.any():
+                total[applies] += weights.get(name, 1.0) * group_advantages(part[applies], int(applies.sum()))
+        advantages.append(total)
+    return torch.cat(advantages)
+
+
+def soft_overlong_punishment(num_tokens, max_tokens, buffer):
+    """0 while `buffer` tokens are left, then linearly down to −1 at max_tokens [G36] (DAPO Eq. 13)."""
+    return -max(num_tokens - (max_tokens - buffer), 0) / buffer
+
+
+def packed(waiting):
+    """Rollouts that wait to be learned from (--staleness [G37]), as plain data for the checkpoint."""
+    rollouts = []
+    for groups, _, seen in waiting:
+        columns = [(x.problem.prompt, x.tokens, x.logprobs, x.mask, x.own_rewards) for x, _ in seen]
+        rollouts.append((columns, [i for i, (group, _) in enumerate(seen) if any(group is x for x in groups)]))
+    return rollouts
+
+
+def restore_waiting(args, saved, problems, tokenizer, eos_ids, reward_model):
+    """The rollouts that waited when the checkpoint was written: texts and ratings are found again."""
+    waiting, by_prompt = deque(), {problem.prompt: problem for problem in problems}
+    for columns, chosen in saved.get("waiting", ()) if saved else ():
+        seen = []
+        for name, tokens, logprobs, mask, own_rewards in columns:
+            completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
+            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            prompt = encode_prompt(args, tokenizer, by_prompt[name])
+            group = Group(by_prompt[name], prompt, tokens, logprobs, mask, texts, own_rewards)
+            seen.append((group, rate_group(args, group, tokenizer, eos_ids, reward_model, saved["step"])))
+        waiting.append(([seen[i][0] for i in chosen], [seen[i][1] for i in chosen], seen))
+    return waiting
 
 
 # ---- Problems: the other tasks, files ----
@@ -1909,6 +2065,26 @@ def new_tokenizer():
     )
 
 
+def new_model(tokenizer):
+    """A Qwen3 of 0.4M parameters with random weights. Large models take the same path through the code."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
 def warm_start(args, model, tokenizer, problems, held_out):
     """Supervised steps on worked solutions, until some answers are right: GRPO can only choose among samples."""
     from tqdm import trange
@@ -1938,6 +2114,18 @@ def warm_start(args, model, tokenizer, problems, held_out):
             if right >= args.warm_start:
                 break
     bar.close()
+
+
+def without_dropout(model):
+    """Turn off dropout and jitter, in modules and configs [G14]: else the ratio compares two different networks."""
+    modules = list(model.modules())
+    for owner in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
+        if isinstance(owner, torch.nn.modules.dropout._DropoutNd):
+            owner.p = 0.0
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(owner, name, 0.0)
+    return model
 
 
 def load_reference(args, name, plain_because=""):
@@ -3047,6 +3235,8 @@ REMOVED = {
     "plan": "python benchmarks/memory_plan.py --plan took its place",
     "gpu_memory": "python benchmarks/memory_plan.py --gpu-memory took its place",
     "row_tokens": "the row length is chosen from the lengths now",
+    "scale_by_std": "--scale group, batch or none took its place",
+    "no_scale_by_std": "--scale none took its place",
 }
 
 
@@ -3233,20 +3423,45 @@ def check_settings(args):
     needs_data = args.ask is None and not (args.evaluate and args.eval_data)
     if args.task == "jsonl" and args.data is None and needs_data:
         raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
-    if args.supervision == "process" and (args.algorithm != "grpo" or not args.scale_by_std):
+    is_plain = (args.algorithm, args.scale, args.decouple_rewards) == ("grpo", "group", False)
+    if args.supervision == "process" and not is_plain:
         raise ValueError(
-            f"supervision process is GRPO's own: algorithm {args.algorithm} and scale_by_std {args.scale_by_std} "
-            "must be grpo and True"
+            f"supervision process is GRPO's own: algorithm {args.algorithm}, scale {args.scale} and decouple_rewards "
+            f"{args.decouple_rewards} must be grpo, group and False"
         )
+    if args.algorithm != "grpo" and (args.scale == "batch" or args.decouple_rewards):
+        raise ValueError(f"scale batch and decouple_rewards are for algorithm grpo, got {args.algorithm}")
+    if args.decouple_rewards and args.scale != "group":
+        raise ValueError(
+            "decouple_rewards scales each reward within its group and then their sum over the batch: scale must be "
+            f"group, got {args.scale}"
+        )
+    if args.policy_loss != "clip" and args.importance == "sequence":
+        raise ValueError(f"importance sequence is for policy_loss clip, GSPO's, got policy_loss {args.policy_loss}")
+    if args.sampler_correction != "none" and args.old_logprobs == "sampler":
+        raise ValueError(
+            "sampler_correction weighs by π_old/π of the sampler, which old_logprobs sampler makes 1 everywhere"
+        )
+    if args.sampler_mask and args.sampler_correction == "none":
+        raise ValueError("sampler_mask changes the weights of sampler_correction, got sampler_correction none")
+    if args.unbiased_kl and (not args.beta or args.algorithm == "reinforce++"):
+        raise ValueError(
+            "unbiased_kl changes the KL in the loss: beta must be above 0, and algorithm reinforce++ has the KL in the "
+            "reward"
+        )
+    if args.overlong_buffer and args.max_tokens and args.overlong_buffer > args.max_tokens:
+        raise ValueError(f"overlong_buffer {args.overlong_buffer} must not exceed max_tokens {args.max_tokens}")
+    if args.staleness and args.reward_model_steps:
+        raise ValueError("staleness keeps rated answers for later, and reward_model_steps changes how they are rated")
     if args.supervision == "process" and args.task in ("countdown", "jsonl"):
         raise ValueError(
             f"supervision process needs the values of a solution's steps, which task {args.task} does not have"
         )
-    for_all_of_it = args.format_weight, args.length_weight, args.reward_model, args.truncated == "penalise"
-    if args.supervision == "process" and any(for_all_of_it):
+    of_the_whole = args.format_weight, args.length_weight, args.overlong_buffer, args.reward_model
+    if args.supervision == "process" and (any(of_the_whole) or args.truncated == "penalise"):
         raise ValueError(
-            "supervision process pays for each step: format_weight, length_weight, reward_model and truncated "
-            "penalise, which judge a whole completion, would do nothing"
+            "supervision process pays for each step: format_weight, length_weight, overlong_buffer, reward_model and "
+            "truncated penalise, which judge a whole completion, would do nothing"
         )
     needs_verifier = args.supervision == "process" or args.algorithm == "rft" or args.reward_model_steps
     if args.reward and needs_verifier:
@@ -3518,6 +3733,8 @@ def start_run(args, held_out):
         raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {count} processes")
     if args.shard and count == 1:
         raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
+    if count > 1 and args.staleness:
+        raise InputError(f"--staleness works in one process, there are {count}")
     if count > 1 and args.reward_model_steps:
         raise InputError(f"--reward-model-steps trains in one process: {count} would have a reward model each")
     if len(held_out) < count:
@@ -3680,14 +3897,15 @@ def new_statistics():
     """Sums over the tokens of a rollout's updates, and the largest ratio, by name. The same names in all processes."""
     names = (
         "tokens policy/ratio_mean policy/ratio_max policy/clip_low policy/clip_high kl/reference policy/loss "
-        "first_update_tokens policy/sampler_gap"
+        "first_update_tokens policy/sampler_gap policy/sampler_weight"
     )
     return {name: torch.zeros(()) for name in names.split()}
 
 
 @torch.no_grad()
-def add_statistics(args, statistics, mask, log_ratio, advantage, kl, loss, gap):
-    """Add those of a micro-batch. kl: None without β; gap, ln π minus the sampler's: None after the first update."""
+def add_statistics(args, statistics, mask, log_ratio, advantage, kl, loss, gap, weight):
+    """Add those of a micro-batch. kl: None without β; gap, ln π minus the sampler's: None after the first update;
+    weight: that of the loss, None if no flag changes it."""
     mask = mask.bool()
     ratio, side = log_ratio.exp()[mask], advantage[mask]
     found = {
@@ -3700,7 +3918,9 @@ def add_statistics(args, statistics, mask, log_ratio, advantage, kl, loss, gap):
     if kl is not None:
         found["kl/reference"] = kl[mask]
     if gap is not None:
-        found |= {"first_update_tokens": torch.ones_like(ratio), "policy/sampler_gap": gap.abs()[mask.cpu()]}
+        found |= {"first_update_tokens": torch.ones_like(ratio), "policy/sampler_gap": gap.abs()[mask]}
+    if weight is not None:
+        found["policy/sampler_weight"] = weight.expand(mask.shape)[mask]
     for name, x in found.items():
         statistics[name] += x.sum().float().cpu()
     statistics["policy/ratio_max"] = torch.maximum(statistics["policy/ratio_max"], ratio.max().cpu())
@@ -3713,6 +3933,8 @@ def update_metrics(args, statistics, norms):
     row, num_updates = {}, max(len(norms), 1)
     if statistics["tokens"]:
         names = ["policy/ratio_mean", "policy/clip_low", "policy/clip_high"] + ["kl/reference"] * (args.beta > 0)
+        has_weight = args.sampler_correction != "none" or args.off_policy_limit is not None
+        names += ["policy/sampler_weight"] * has_weight
         row = {name: float(statistics[name] / statistics["tokens"]) for name in names}
         row["policy/ratio_max"] = float(statistics["policy/ratio_max"])
         first = statistics["first_update_tokens"].clamp(min=1)

@@ -35,12 +35,21 @@ def pytest_addoption(parser):
     parser.addoption("--mutant", type=path, help="run the suite on this file instead of the script of its name")
 
 
+def order_event_files():
+    """TensorBoard numbers the files of events that a process writes in one second 1, 2, … 10, and reads them in the
+    order of their names. From 1,000 on the names of all that a test run writes are in the order of the numbers."""
+    from tensorboard.summary.writer import event_file_writer
+
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
+
+
 def refuse(sentence):
     pytest.exit(f"error: {sentence}", returncode=2)
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    order_event_files()
     for option in ("--script", "--mutant"):
         path = config.getoption(option)
         if path is None:

@@ -252,7 +252,7 @@ def test_help_says_what_a_flag_takes(grpo, rlhf, monkeypatch, capsys):
         "--group-size INT G",
         "--learning-rate FLOAT AdamW's",
         "--model STR Hub",
-        "--scale-by-std, --no-scale-by-std divide",
+        "--scale {group,batch,none} advantages",
         "--gradient-checkpointing, --no-gradient-checkpointing keep",
     ):
         assert words in out

@@ -236,7 +236,8 @@ def test_dynamic_sampling(watch, grpo, tiny_grpo, monkeypatch):
     assert 2 <= rounds <= 7 and len(ratings) == 3 * rounds and spoiled
     differ = [rating for rating in ratings if len(set(rating.rewards.tolist())) > 1][:3]
     (call,) = seen.calls["advantages_of"]
-    assert torch.equal(call.arguments[1], torch.cat([rating.rewards for rating in differ])) and len(differ) == 3
+    assert len(differ) == len(call.arguments[1]) == 3
+    assert all(one is other for one, other in zip(call.arguments[1], differ))
     assert (call.result.view(3, 4).abs().sum(-1) > 0).all()
     zero = sum(len(set(rating.rewards.tolist())) == 1 for rating in ratings) / len(ratings)
     assert seen.metrics[1]["groups/zero_variance"] == pytest.approx(zero) and zero > 0.2
@@ -363,8 +364,8 @@ def test_one_ratio_for_the_sequence(watch, tiny_grpo):
     ],
 )
 def test_advantages_of_the_baselines(grpo, tiny_grpo, algorithm, expected):
-    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
-    found = grpo.advantages_of(tiny_grpo(algorithm=algorithm), rewards)
+    ratings = [SimpleNamespace(rewards=x) for x in torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])]
+    found = grpo.advantages_of(tiny_grpo(algorithm=algorithm), ratings)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6)
 
 
@@ -380,10 +381,114 @@ def test_imitation_of_the_right_answers(watch, grpo, tiny_grpo, monkeypatch):
 
 
 def test_undivided_advantages(watch, tiny_grpo):
-    seen = watch(tiny_grpo(scale_by_std=False, steps=1))
+    seen = watch(tiny_grpo(scale="none", steps=1))
     (call,) = seen.calls["advantages_of"]
-    groups = call.arguments[1].view(3, 4)
+    groups = torch.stack([rating.rewards for rating in call.arguments[1]])
+    assert groups.shape == (3, 4)
     torch.testing.assert_close(call.result, (groups - groups.mean(-1, keepdim=True)).flatten())
+
+
+# ---- Other losses, corrections and advantages (test_grpo_other_algorithms.py has their equations) ----
+
+
+def second_update(watch, tiny_grpo, grpo, token_slope, **options):
+    """The gradient of the second update of one rollout, and the same from plain forward passes: token_slope(ratio,
+    advantage) is the derivative of a token's loss by ln π."""
+    seen = watch(tiny_grpo(steps=1, num_epochs=2, learning_rate=3e-3, **options, **FREE))
+    start, policy = base_model(seen.args), model_with(seen.args, seen.steps[1].weights)
+    loss = 0.0
+    for group, rating in zip(seen.groups[0], [call.result for call in seen.calls["rate_group"]], strict=True):
+        advantages = gae_reference.group_advantages(rating.rewards.tolist())
+        for own, old, advantage in zip(plain_logprobs(policy, group), plain_logprobs(start, group), advantages):
+            found = [token_slope(float(x), advantage) for x in (own - old).detach().exp()]
+            loss = loss + (torch.tensor(found) * own).mean() / 12
+    return flat(seen.steps[1].gradients), slopes(policy, loss)
+
+
+def test_gradient_of_cispo(watch, tiny_grpo, grpo):
+    slope = lambda ratio, advantage: -gae_reference.cispo_slope(ratio, advantage, 0.02)  # noqa: E731
+    assert_same_gradient(*second_update(watch, tiny_grpo, grpo, slope, policy_loss="cispo", clip_high=0.02))
+
+
+def test_gradient_of_sapo(watch, tiny_grpo, grpo):
+    slope = lambda ratio, advantage: -ratio * gae_reference.sapo_objective(ratio, advantage)[1]  # noqa: E731
+    assert_same_gradient(*second_update(watch, tiny_grpo, grpo, slope, policy_loss="sapo"))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradient_with_an_old_sampler(watch, tiny_grpo, grpo, level):
+    """[G32] [G37] With --staleness 1 the second step learns from what the first weights sampled, at π_old of the second
+    ones, and each token's loss has the weight π_old/π_sampler, cut at the cap."""
+    options = {"staleness": 1, "steps": 2, "learning_rate": 1e-2, "sampler_cap": 1.1}
+    seen = watch(tiny_grpo(sampler_correction=level, **options, **FREE))
+    first, second = base_model(seen.args), model_with(seen.args, seen.steps[1].weights)
+    assert len(seen.groups) == 3  # two rollouts before the first step, one before the second
+    ratings = [call.result for call in seen.calls["rate_group"]][3:6]
+    loss, cut = 0.0, 0
+    for group, rating in zip(seen.groups[1], ratings, strict=True):
+        advantages = gae_reference.group_advantages(rating.rewards.tolist())
+        for own, sampler, advantage in zip(plain_logprobs(second, group), plain_logprobs(first, group), advantages):
+            given = [x.detach().double().exp().tolist() for x in (own, sampler)]
+            weights = gae_reference.sampler_weights(*given, level, 1.1)
+            cut += weights.count(1.1)
+            loss = loss - (torch.tensor(weights) * advantage * own).mean() / 12
+    assert cut > 0
+    assert_same_gradient(flat(seen.steps[1].gradients), slopes(second, loss))
+    assert seen.metrics[1]["policy/sampler_weight"] == pytest.approx(1, abs=1e-4)
+    assert abs(seen.metrics[2]["policy/sampler_weight"] - 1) > 1e-3 and seen.metrics[2]["policy/sampler_gap"] > 1e-2
+
+
+def test_bad_answers_far_from_the_policy_are_left_out(watch, tiny_grpo):
+    """[G33] By the distance of the policy from the sampler, which is a step old."""
+    assert watch(tiny_grpo(steps=1, off_policy_limit=1e-4)).metrics[1]["policy/sampler_weight"] == 1  # none has moved
+    options = {"staleness": 1, "steps": 2, "learning_rate": 3e-2, "off_policy_limit": 1e-3}
+    seen = watch(tiny_grpo("stale", **options, **FREE))
+    assert 0.2 < seen.metrics[2]["policy/sampler_weight"] < 0.95
+
+
+def test_the_kl_is_weighted_by_the_ratio(watch, tiny_grpo):
+    """[G38] The token loss is that of the policy plus β ρ k3."""
+    options = {"beta": 0.3, "unbiased_kl": True, "num_epochs": 2, "learning_rate": 1e-2, "steps": 1}
+    seen = watch(tiny_grpo(**options, **FREE))
+    losses, kls = seen.calls["reduce_loss"], seen.calls["kl_k3"]
+    assert len(losses) == len(kls) == len(seen.calls["grpo_token_loss"]) == 2
+    far = 0.0
+    for call, kl, loss in zip(seen.calls["grpo_token_loss"], kls, losses):
+        ratio = (call.arguments[0] - call.arguments[1]).exp()
+        mask = loss.arguments[1].bool()
+        torch.testing.assert_close(loss.arguments[0][mask], (call.result + 0.3 * ratio * kl.result)[mask])
+        far = max(far, float((ratio[mask] - 1).abs().max()))
+    assert far > 0.05
+
+
+def test_reinforce_pp_reaches_the_loss(watch, tiny_grpo):
+    """[G34] Advantages of the definition, from sampled and reference log-probabilities; no KL in the loss."""
+    options = {"algorithm": "reinforce++", "beta": 0.2, "steps": 2, "num_epochs": 2, "learning_rate": 1e-2}
+    seen = watch(tiny_grpo(**options, **FREE))
+    start, policy = base_model(seen.args), model_with(seen.args, seen.steps[2].weights)  # of the second rollout
+    ratings = [call.result for call in seen.calls["rate_group"]][3:]
+    rewards = torch.cat([rating.rewards for rating in ratings]).tolist()
+    rows = [[x.tolist() for group in seen.groups[1] for x in plain_logprobs(m, group)] for m in (policy, start)]
+    expected = gae_reference.reinforce_pp_advantages(rewards, *rows, 0.2)
+    calls = [call for call in seen.calls["grpo_token_loss"] if call.step == 2]
+    found = sorted(row[row != 0].tolist() for row in torch.cat([call.arguments[3] for call in calls]))
+    assert len(found) == len(expected) == 12
+    for own, other in zip(found, sorted(expected)):
+        assert own == pytest.approx(other, abs=5e-3)
+    losses = [call.arguments[0] for call in seen.calls["reduce_loss"] if call.step == 2]
+    for call, loss in zip(calls, losses, strict=True):
+        assert torch.equal(loss, call.result)  # the clipped loss alone, without β k3
+
+
+def test_stale_rollouts_are_learned_from_in_their_order(watch, tiny_grpo):
+    seen = watch(tiny_grpo(staleness=2, steps=4))
+    calls = [call for call in seen.calls["sample_groups"] if call.arguments[7][0][0] == "train"]
+    assert [call.step for call in calls] == [0, 0, 0, 1, 2, 3]
+    fresh = watch(tiny_grpo("fresh", steps=4))
+    lengths = [row["completion/length"] for row in seen.metrics[1:]]
+    assert lengths[0] == fresh.metrics[1]["completion/length"] and len(lengths) == 4
+    sampled = [sum(float(group.mask.sum()) for group in groups) / 12 for groups in seen.groups]
+    assert lengths == pytest.approx(sampled[:4])
 
 
 # ---- Epochs and minibatches ----

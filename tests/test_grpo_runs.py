@@ -72,7 +72,7 @@ def test_default_command_line(command, grpo, tmp_path, monkeypatch, task, proces
 def test_help(command):
     status, out, _ = command("--help")
     assert status == 0 and "groups of answers instead of a critic" in out
-    for flag in ("--group-size", "--clip-high", "--no-scale-by-std", "--reduction", "--resume"):
+    for flag in ("--group-size", "--clip-high", "--scale", "--reduction", "--resume"):
         assert flag in out
     text = re.sub(r"[\s│]+", " ", out)
     assert "completions of each prompt" in text
@@ -170,6 +170,7 @@ RESUMED = {
     "plain": {"num_epochs": 2, "num_minibatches": 2, "temperature": 0.9},
     "reference": {"beta": 0.1, "reference_every": 1, "dynamic_sampling": 2},
     "bfloat16": {"dtype": "bfloat16", "optimizer": "adamw8bit", "beta": 0.1, "learning_rate": 1e-3},
+    "old sampler": {"staleness": 2, "sampler_correction": "token", "dynamic_sampling": 1},
     "lora": {"lora_rank": 4, "beta": 0.1},
     "lora, quantized": {"lora_rank": 4, "beta": 0.1, "quantize": "int8"},
 }
@@ -717,7 +718,29 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--quantize", "int8"], "quantize int8 freezes the weights, and lora_rank 0 adds none that could learn"),
         (["--lora-rank", "4", "--beta", "1", "--reference-every", "3"], "reference_every must be 0"),
         (["--supervision", "process", "--algorithm", "rloo"], "supervision process is GRPO's own"),
-        (["--supervision", "process", "--no-scale-by-std"], "scale_by_std False must be grpo and True"),
+        (["--supervision", "process", "--scale", "none"], "scale none and decouple_rewards False must be grpo, group"),
+        (
+            ["--algorithm", "rloo", "--scale", "batch"],
+            "scale batch and decouple_rewards are for algorithm grpo, got rloo",
+        ),
+        (["--decouple-rewards", "--scale", "batch"], "scale must be group, got batch"),
+        (
+            ["--policy-loss", "cispo", "--importance", "sequence"],
+            "is for policy_loss clip, GSPO's, got policy_loss cispo",
+        ),
+        (
+            ["--sampler-correction", "token", "--old-logprobs", "sampler"],
+            "which old_logprobs sampler makes 1 everywhere",
+        ),
+        (["--sampler-mask"], "sampler_mask changes the weights of sampler_correction, got sampler_correction none"),
+        (["--unbiased-kl"], "unbiased_kl changes the KL in the loss: beta must be above 0"),
+        (
+            ["--unbiased-kl", "--beta", "1", "--algorithm", "reinforce++"],
+            "algorithm reinforce++ has the KL in the reward",
+        ),
+        (["--overlong-buffer", "41"], "overlong_buffer 41 must not exceed max_tokens 40"),
+        (["--off-policy-limit", "0"], "off_policy_limit must be above 0, got 0.0"),
+        (["--no-scale-by-std"], "--no-scale-by-std was removed: --scale none took its place"),
         (["--supervision", "process", "--length-weight", "1"], "which judge a whole completion, would do nothing"),
         (["--supervision", "process", "--task", "countdown"], "which task countdown does not have"),
         (["--data", "d.jsonl"], "data is read for task gsm8k and jsonl; task arithmetic writes its own problems"),
