@@ -3,6 +3,8 @@
 A real trainer on a tiny model; only its log-probabilities are given, so that everything after them is TRL's own.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from check import check
@@ -54,7 +56,7 @@ def trl_trainer(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    def make(micro_batches=1, **settings):
+    def make(micro_batches=1, reward_funcs=None, **settings):
         config = GRPOConfig(
             output_dir=str(tmp_path),
             use_cpu=True,
@@ -69,7 +71,7 @@ def trl_trainer(tiny_model, tmp_path):
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model),
             processing_class=AutoTokenizer.from_pretrained(tiny_model),
-            reward_funcs=lambda completions, reward, **_: reward,
+            reward_funcs=reward_funcs or (lambda completions, reward, **_: reward),
             args=config,
             train_dataset=Dataset.from_list([{"prompt": "a b", "reward": 0.0}] * B),
         )
@@ -96,7 +98,7 @@ def batch():
     }
 
 
-def trl_loss(trainer, batch):
+def trl_loss(trainer, batch, weights=None):
     """Loss and gradient by the log-probabilities, summed over the micro-batches of one optimiser step."""
     logprob = batch["logprob"].clone().requires_grad_()
     size = trainer.args.per_device_train_batch_size
@@ -115,6 +117,9 @@ def trl_loss(trainer, batch):
             "ref_per_token_logps": batch["ref_logprob"][part],
             "num_items_in_batch": batch["mask"].sum(),
         }
+        if weights is not None:  # as if a separate sampler had been used, by vLLM
+            trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+            inputs["importance_sampling_ratio"] = weights[part]
         total = total + trainer.compute_loss(trainer.model, inputs)
     return total.detach(), torch.autograd.grad(total, logprob)[0]
 
@@ -148,6 +153,67 @@ def test_loss_and_gradient_are_trls(grpo, trl_trainer, batch, preset, micro_batc
     case = f"{preset}, {micro_batches} micro-batches"
     check(own_value, value, "the loss is TRL's", case)
     check(own_gradient, gradient, "its gradient is TRL's", case)
+
+
+OTHERS = {  # ours as a token loss of (grpo, batch, log-probabilities), reduction, settings of TRL's
+    "CISPO": (  # TRL's epsilon_high is the largest ratio itself
+        lambda grpo, batch, x: grpo.cispo_token_loss(x, batch["old_logprob"], batch["advantage"], 0.2),
+        "token",
+        {"loss_type": "cispo", "epsilon_high": 1.2},
+    ),
+    "SAPO": (
+        lambda grpo, batch, x: grpo.sapo_token_loss(x, batch["old_logprob"], batch["advantage"]),
+        "sequence",
+        {"loss_type": "sapo"},
+    ),
+    "unbiased KL": (
+        lambda grpo, batch, x: 0.3 * (x - batch["old_logprob"]).exp() * grpo.kl_k3(x, batch["ref_logprob"]),
+        "sequence",
+        {"loss_type": "grpo", "epsilon": 0.2, "beta": 0.3, "use_bias_correction_kl": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_losses_are_trls(grpo, trl_trainer, batch, name):
+    ours, reduction, theirs = OTHERS[name]
+    if "KL" in name:  # the KL alone
+        batch["advantage"] = torch.zeros(B, dtype=torch.float64)
+    value, gradient = trl_loss(trl_trainer(**theirs), batch)
+    logprob = batch["logprob"].clone().requires_grad_()
+    token_loss = ours(grpo, batch, logprob)
+    own = grpo.reduce_loss(token_loss, batch["mask"], reduction, batch["mask"].sum(), B, MAX_TOKENS)
+    assert value != 0
+    near = {"rtol": 1e-6, "atol": 1e-6} if name == "SAPO" else {}  # TRL's temperatures are float32
+    check(own, value, "the loss is TRL's", name, **near)
+    check(torch.autograd.grad(own, logprob)[0], gradient, "its gradient is TRL's", name, **near)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sampler_weights_enter_the_loss_as_in_trl(grpo, trl_trainer, batch, level):
+    """Without β. With it TRL, like ours, leaves the KL without a weight."""
+    sampler = batch["old_logprob"] + 0.3 * torch.randn(B, T, generator=torch.Generator().manual_seed(1)).double()
+    weights = grpo.sampler_weights(batch["old_logprob"], sampler, batch["mask"], level, 1.3)
+    assert (weights == 1.3).any() and (weights < 1.3).any()
+    value, gradient = trl_loss(trl_trainer(**PRESETS["GRPO"][1]), batch, weights)
+    logprob = batch["logprob"].clone().requires_grad_()
+    given = logprob, batch["old_logprob"], None, batch["advantage"], 0.2, 0.2, 0.0
+    token_loss = weights * grpo.grpo_token_loss(*given) + 0.04 * grpo.kl_k3(logprob, batch["ref_logprob"])
+    own = grpo.reduce_loss(token_loss, batch["mask"], "sequence", batch["mask"].sum(), B, MAX_TOKENS)
+    check(own, value, "the weighted loss is TRL's", level)
+    check(torch.autograd.grad(own, logprob)[0], gradient, "its gradient is TRL's", level)
+
+
+def test_off_policy_mask_is_trls(grpo, trl_trainer, batch):
+    trainer = trl_trainer()
+    found = set()
+    for limit in (-0.2, 0.0, 0.1, 0.3):
+        given = batch["logprob"], batch["old_logprob"]
+        theirs = trainer.get_off_policy_mask(batch["advantage"][:, None], *given, batch["mask"], limit)
+        own = grpo.is_near_policy(*given, batch["advantage"], batch["mask"], limit)
+        check(own.double(), theirs.tolist(), "which sequences stay in the loss is TRL's", f"limit {limit}")
+        found.add(int(theirs.sum()))
+    assert len(found) >= 3 and min(found) < B
 
 
 def test_kl_gradient_is_trls(grpo, trl_trainer, batch):
@@ -196,6 +262,29 @@ def test_advantages_with_scaling_are_trls_but_for_its_standard_deviation(grpo, t
     factor = (biased / (unbiased + 1e-4)).repeat_interleave(GROUP)
     check(own * factor, theirs, "ours · σ_G / (σ_(G−1) + 1e-4) is TRL's", "two groups of 4", rtol=1e-5, atol=1e-6)
     assert torch.allclose(factor, torch.tensor(((GROUP - 1) / GROUP) ** 0.5), rtol=1e-3)
+
+
+def test_scale_over_the_batch_is_trls_but_for_its_standard_deviation(grpo, trl_trainer):
+    """TRL divides by the deviation of the rewards, ours, as REINFORCE++ with a baseline, by that of R − mean."""
+    theirs = trl_advantages(trl_trainer(scale_rewards="batch"), REWARDS)
+    centred = grpo.group_advantages(REWARDS, GROUP, scale_by_std=False)
+    own = grpo.normalised_over_batch(centred, torch.ones(B))
+    factor = centred.std(correction=0) / (REWARDS.std() + 1e-4)
+    check(own * factor, theirs, "ours · σ(R − mean) / (σ(R) + 1e-4) is TRL's", "two groups of 4", rtol=1e-5, atol=1e-6)
+
+
+def test_decoupled_rewards_are_trls_but_for_its_standard_deviations(grpo, trl_trainer):
+    """GDPO of two rewards. TRL's deviations are over N − 1 and have 1e-4 added."""
+    second = torch.tensor([0.1, 0.9, 0.2, 0.2, 0.5, 0.4, 0.3, 0.2])
+    functions = [lambda completions, reward, **_: reward, lambda completions, other, **_: other]
+    trainer = trl_trainer(reward_funcs=functions, multi_objective_aggregation="normalize_then_sum")
+    rows = [{"prompt": "a b", "reward": float(x), "other": float(y)} for x, y in zip(REWARDS, second)]
+    theirs = trainer._generate_and_score_completions(rows)["advantages"]
+    parts = [{"some_reward": x, "other_reward": y} for x, y in zip(REWARDS.view(-1, GROUP), second.view(-1, GROUP))]
+    ratings = [SimpleNamespace(parts=part, rewards=part["some_reward"] + part["other_reward"]) for part in parts]
+    own = grpo.advantages_of(grpo.Args(decouple_rewards=True), ratings)
+    check(own * ((B - 1) / B) ** 0.5, theirs, "GDPO's advantages are TRL's", "two groups of 4", rtol=2e-3, atol=1e-3)
+    assert theirs.abs().max() > 0.5
 
 
 def test_equal_rewards_give_no_advantage_in_both(grpo, trl_trainer):
