@@ -16,7 +16,7 @@
 # ///
 """GRPO for language models: groups of answers instead of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation. Its details are tagged [G1]..[G38] where each happens (docs/details.md)
+Teaches  group relative policy optimisation. Its details are tagged [G1]..[G39] where each happens (docs/details.md)
 Run      python grpo_llm.py
          python grpo_llm.py --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k   (it chooses what you do not give)
 Read     from here to the heading "Machinery": that is all of GRPO, in its plainest form, and right for any causal
@@ -157,6 +157,7 @@ class Args:
     # your own model
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
     system: str | None = None  # system message before every prompt; a prompt that has one already is refused
+    tools: Literal["none", "calculator"] = "none"  # calculator: the result is written behind <calc>12*34</calc>
     stop: tuple[str, ...] = ()  # texts such as "</answer>" that end a completion, as EOS does; they stay in it
     reward: str | None = None  # rewards.py or rewards.py:name,name: its functions are the reward, not the verifier
     dtype: Literal["float32", "bfloat16"] | None = None  # type of the weights; chosen for you
@@ -304,21 +305,6 @@ def sequence_logprob(logprob, old_logprob, mask):
     return old_logprob + log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
-def pass_at_k(num_samples, num_right, k):
-    """Chance that at least one of k samples is right: an unbiased estimate [G21] (Chen et al. 2021, Eq. 1)."""
-    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
-
-
-def majority_at_k(answers, right, k):
-    """maj@k [G21] (Wang et al. 2023): split the answers into ballots of k; in each the most frequent answer wins, and
-    None is no vote. Returns the share of ballots that a right answer wins."""
-    starts, won = range(0, len(answers) - k + 1, k), 0
-    for start in starts:
-        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
-        won += bool(votes) and right[answers.index(votes.most_common(1)[0][0], start)]
-    return won / len(starts)
-
-
 # ---- Problems and rewards ----
 
 
@@ -430,7 +416,7 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
     """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
     has_ended = torch.isin(group.tokens, torch.tensor(eos_ids, dtype=torch.long)).any(-1)
     is_truncated = ~(has_ended | torch.tensor([has_stop(args.stop, text) for text in group.texts]))
-    columns = zip(group.texts, group.mask.sum(-1).tolist(), is_truncated.tolist())
+    columns = zip(group.texts, lengths_of(group.mask), is_truncated.tolist())
     parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
     if reward_model:
         scores = reward_model.score(answers_of(args, group, is_truncated))
@@ -488,6 +474,7 @@ def load_model(args, name, is_compared=True):
         quantize(model, args.quantize, args.device)
     model = without_dropout(model).to(args.device).eval()
     model.stops = find_stops(args, model, tokenizer)  # None without --stop
+    model.tool = find_tool(args, model, tokenizer)  # None without --tools
     model.plain_because = why_plain(args, model, tokenizer, name) if is_compared else ""
     return model, tokenizer, eos_ids
 
@@ -521,7 +508,7 @@ def sample_groups(args, model, tokenizer, eos_ids, problems, group_size, tempera
                 pieces.append([x.cpu().view(rows.shape) for x in output])
             columns = (torch.cat(own, 1) for own in zip(*pieces))
             for problem, prompt, tokens, logprobs, mask in zip(problems[part], prompts[part], *columns):
-                completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
+                completions = [row[:length].tolist() for row, length in zip(tokens, lengths_of(mask))]
                 texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
                 groups.append(Group(problem, prompt, tokens, logprobs, mask, texts))
     return groups
@@ -566,7 +553,7 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
     ids = torch.tensor([[pad_id] * (Q - len(prompt)) + prompt for prompt in prompts], device=device)
     attention_mask = torch.tensor([[0] * (Q - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     eos, cache = torch.tensor(eos_ids, dtype=torch.long, device=device), None
-    going = torch.ones_like(ids[:, 0]).bool()  # (B,) which sequences have not ended yet
+    going, calls = torch.ones_like(ids[:, 0]).bool(), ToolCalls(model, eos)  # (B,) which sequences have not ended yet
     tokens = torch.full((B, T), pad_id, device=device)
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros_like(tokens)
     for t in range(T):
@@ -579,10 +566,11 @@ def plain_sample(model, prompts, noise, temperature, eos_ids, pad_id):
             use_cache=True,
             logits_to_keep=1,
         )
-        token, logprob = sample_token(output.logits[:, -1], noise[:, t], temperature)
-        tokens[going, t], logprobs[going, t], mask[going, t] = token[going], logprob[going], 1
+        token, logprob, chosen = calls.write(*sample_token(output.logits[:, -1], noise[:, t], temperature))  # --tools
+        tokens[going, t], logprobs[going, t], mask[going, t] = token[going], logprob[going], chosen[going]
         going &= ~torch.isin(token, eos)
         going = without_stopped(model, going, tokens, t)  # --stop
+        calls.read(tokens, t, going)
         if not going.any():
             break
         ids, cache = token[:, None], output.past_key_values
@@ -1041,7 +1029,7 @@ def restore_waiting(args, saved, problems, tokenizer, eos_ids, reward_model):
     for columns, chosen in saved.get("waiting", ()) if saved else ():
         seen = []
         for name, tokens, logprobs, mask, own_rewards in columns:
-            completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]
+            completions = [row[:length].tolist() for row, length in zip(tokens, lengths_of(mask))]
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             prompt = encode_prompt(args, tokenizer, by_prompt[name])
             group = Group(by_prompt[name], prompt, tokens, logprobs, mask, texts, own_rewards)
@@ -1600,7 +1588,7 @@ def math_verifier():
 def step_ids_of(tokenizer, group, step_of_line):
     """(G, T): the step of each token is that of its line. A newline belongs to the line that it ends."""
     ids = torch.full(group.tokens.shape, -1)
-    for i, (row, length) in enumerate(zip(group.tokens.tolist(), group.mask.sum(-1).tolist())):
+    for i, (row, length) in enumerate(zip(group.tokens.tolist(), lengths_of(group.mask))):
         line = 0
         for t, text in enumerate(tokenizer.batch_decode([[token] for token in row[:length]], skip_special_tokens=True)):
             ids[i, t] = step_of_line[i][min(line, len(step_of_line[i]) - 1)]
@@ -2376,16 +2364,22 @@ def special_stops(texts, tokenizer):
 
 def find_stops(args, model, tokenizer):
     """What without_stopped() needs, None without --stop. can_end is true for a token that has the last letter of a stop
-    text. A token may be a part of a letter, decoded as U+FFFD, and may lose a space at its beginning: true as well."""
+    text."""
     if not args.stop:
         return None
-    last_letters = {text[-1] for text in args.stop}
-    can_end = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.bool)
-    tokens = range(min(len(tokenizer), len(can_end)))
+    can_end = tokens_with({text[-1] for text in args.stop}, model, tokenizer)
+    return Stops(args.stop, tokenizer, can_end.to(args.device))
+
+
+def tokens_with(letters, model, tokenizer):
+    """(V,) bool: which tokens may hold one of the letters. True also for a token that is a part of a letter, decoded as
+    U+FFFD, and for one that may lose a space at its beginning."""
+    found = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.bool)
+    tokens = range(min(len(tokenizer), len(found)))
     pieces = tokenizer.batch_decode([[token] for token in tokens], skip_special_tokens=True)
     for token, piece in enumerate(pieces):
-        can_end[token] = " " in last_letters or not last_letters.isdisjoint(piece) or "\ufffd" in piece
-    return Stops(args.stop, tokenizer, can_end.to(args.device))
+        found[token] = " " in letters or not letters.isdisjoint(piece) or "\ufffd" in piece
+    return found
 
 
 def without_stopped(model, going, tokens, t, rows=None):
@@ -2400,6 +2394,71 @@ def without_stopped(model, going, tokens, t, rows=None):
     are_stopped = [has_stop(stops.texts, text) for text in texts]
     going[looked_at] = ~torch.tensor(are_stopped, dtype=torch.bool, device=going.device)
     return going
+
+
+# ---- A calculator in the loop (--tools) ----
+#
+# An answer of several turns is still one row of tokens. The policy writes <calc>12*34</calc>, the calculator writes 408
+# behind it, and the policy goes on. What the policy did not write has a mask of 0 [G39]. It is read and not scored: it
+# is in no loss, in no ratio and in no mean, and has no gradient. Nothing else changes.
+
+CALL = r"<calc>([^<>]*)</calc>$"  # at the end of what is written so far
+
+
+class Tool(NamedTuple):
+    tokenizer: object
+    can_end: torch.Tensor  # (V,) which tokens may end a call
+    compute: object  # text of a call → text of the answer
+
+
+def find_tool(args, model, tokenizer):
+    """The tool of --tools, None without it."""
+    if args.tools == "none":
+        return None
+    return Tool(tokenizer, tokens_with({">"}, model, tokenizer).to(args.device), calculate)
+
+
+def calculate(expression):
+    """The value of an expression of + - * / and integers as text: 408, -3, 2.5, 1/3. Empty if there is none, or if it
+    is longer than 20 characters. The expression is parsed, never evaluated [G20]."""
+    found = value_and_numbers(expression)
+    if found is None:
+        return ""
+    value = found[0]
+    is_decimal = not (value * 1000).denominator > 1
+    text = str(float(value)) if is_decimal and value.denominator > 1 and abs(value) < 1e9 else str(value)
+    return text if len(text) <= 20 else ""
+
+
+class ToolCalls:
+    """The calls of the tool while a batch is sampled. Without --tools it changes nothing."""
+
+    def __init__(self, model, eos):
+        self.tool, self.eos = getattr(model, "tool", None), eos
+        self.waiting = {}  # sequence → tokens of the tool's answer that are still to be written
+
+    def write(self, token, logprob, rows=None):
+        """(token, logprob, mask), each (B,), for sampled ones: where a tool's answer waits, its next token, 0 and 0.
+        rows: which sequences these are, if not the first, the second and so on."""
+        chosen = torch.ones_like(token)
+        if self.waiting:
+            for i, row in enumerate(range(len(token)) if rows is None else rows.tolist()):
+                if self.waiting.get(row):
+                    token[i], logprob[i], chosen[i] = self.waiting[row].pop(0), 0.0, 0
+        return token, logprob, chosen
+
+    def read(self, tokens, t, going, rows=None):
+        """Now that token t is written: compute what the sequences that end with a call ask for."""
+        if self.tool is None:
+            return
+        self.waiting = {row: answer for row, answer in self.waiting.items() if answer}
+        sequences = torch.arange(len(tokens), device=going.device) if rows is None else rows
+        asking = sequences[going & self.tool.can_end[tokens[sequences, t]]]
+        texts = self.tool.tokenizer.batch_decode(tokens[asking, : t + 1].tolist(), skip_special_tokens=True)
+        for row, text in zip(asking.tolist(), texts):
+            if row not in self.waiting and (call := re.search(CALL, text)):
+                answer = self.tool.tokenizer(self.tool.compute(call[1]), add_special_tokens=False)["input_ids"]
+                self.waiting[row] = [token for token in answer if token not in self.eos]
 
 
 # ---- Is the fast path right for this model? ----
@@ -2631,12 +2690,14 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
     logprobs, mask = torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.long, device=device)
     rows = torch.arange(B, device=device)  # the sequence that each row of the batch holds
     going, columns, step = torch.ones_like(rows, dtype=torch.bool), torch.arange(Q + T, device=device), None
+    calls = ToolCalls(model, eos)
     for t in range(T):
-        token, logprob = sample_token(logits, noise[rows, t], temperature)
+        token, logprob, chosen = calls.write(*sample_token(logits, noise[rows, t], temperature), rows)
         on = rows[going]
-        tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1
+        tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], chosen[going]
         going &= ~torch.isin(token, eos)
         going = without_stopped(model, going, tokens, t, rows)
+        calls.read(tokens, t, going, rows)
         live = int(going.sum())
         if live == 0 or t + 1 == T:
             break
@@ -3356,7 +3417,7 @@ def draw_curves(metrics, path):
 def print_samples(group, rating, count=4):
     right = "" if group.problem.answer is None else f"    right is {group.problem.answer}"
     print(f"\n{group.problem.prompt}{right}\n  reward  tokens  completion")
-    for text, reward, length in list(zip(group.texts, rating.rewards.tolist(), group.mask.sum(-1).tolist()))[:count]:
+    for text, reward, length in list(zip(group.texts, rating.rewards.tolist(), lengths_of(group.mask)))[:count]:
         print(f"  {reward:6.2f}  {length:6d}  {' / '.join(text.splitlines())[:100]}")
 
 
@@ -3471,6 +3532,8 @@ def check_settings(args):
         )
     if args.model is None and (args.system is not None or args.stop) and not only_looks:
         raise ValueError("system and stop are for --model: the small model has no chat form, and ends by itself")
+    if args.tools != "none" and args.supervision == "process":
+        raise ValueError("supervision process pays for the steps that the policy writes, and tools write some of them")
     if "" in args.stop:
         raise ValueError("stop needs texts that end a completion, got an empty one")
     if args.reference_every and not (args.beta or args.reward_model_steps):
@@ -3863,6 +3926,21 @@ def check_gradient(norm, run_dir, step):
 # What train() shows and keeps: docs/metrics.md explains each name with its healthy range.
 
 
+def pass_at_k(num_samples, num_right, k):
+    """Chance that at least one of k samples is right: an unbiased estimate [G21] (Chen et al. 2021, Eq. 1)."""
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def majority_at_k(answers, right, k):
+    """maj@k [G21] (Wang et al. 2023): split the answers into ballots of k; in each the most frequent answer wins, and
+    None is no vote. Returns the share of ballots that a right answer wins."""
+    starts, won = range(0, len(answers) - k + 1, k), 0
+    for start in starts:
+        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
+        won += bool(votes) and right[answers.index(votes.most_common(1)[0][0], start)]
+    return won / len(starts)
+
+
 def describe(args, seen):
     """What a reader wants to know of the sampled (group, rating)s, each a mean over all processes' share of it."""
     rewards = torch.stack([rating.rewards for _, rating in seen])  # (P, G)
@@ -3876,7 +3954,7 @@ def describe(args, seen):
     row |= {
         "reward/steps": torch.tensor(steps),
         "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]),
-        "completion/length": mask.sum(-1),
+        "completion/length": torch.tensor(lengths_of(mask)),
         "completion/truncated": truncated,
         "completion/eos_rate": 1 - truncated,
         "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
@@ -4034,7 +4112,7 @@ def print_summary(args, run_dir, metrics, held_out, seen, seconds):
 SOURCES = ("task", "data", "eval_data", "terms", "max_term", "operators", "num_problems", "seed")
 
 # The settings that decide how a model is asked
-ASKED = ("task", "instruction", "system", "stop", "max_tokens", "temperature")
+ASKED = ("task", "instruction", "system", "stop", "tools", "max_tokens", "temperature")
 
 # What a run's settings are without the run
 NO_RUN = {"run_dir": None, "resume": None, "track": False, "offload": False, "shard": False}
@@ -4332,7 +4410,7 @@ def ask_policy(args):
         rating = rate_group(args, group, tokenizer, eos_ids, reward_model, 0)
         with torch.no_grad():
             logprobs = policy_logprobs(args, model, [group.prompt], group.tokens, group.mask).cpu().sum(-1).tolist()
-        columns = rating.rewards.tolist(), logprobs, group.mask.sum(-1).tolist(), (~rating.is_truncated).tolist()
+        columns = rating.rewards.tolist(), logprobs, lengths_of(group.mask), (~rating.is_truncated).tolist()
         for number, (text, reward, *row) in enumerate(zip(group.texts, *columns), start=1):
             name = f"{kind} {number}" if count > 1 else kind
             answers.append((name, text, reward if is_known else None, *row))
@@ -4420,7 +4498,7 @@ def sample_row(args, step, group, rating, advantages):
     row = {"step": step, "prompt": group.problem.prompt, "answer": group.problem.answer, "completions": []}
     for i, text in enumerate(group.texts):
         rewards = {name: None if part[i].isnan() else round(part[i].item(), 6) for name, part in rating.parts.items()}
-        answer = {"text": text, "tokens": int(group.mask[i].sum()), "rewards": rewards}
+        answer = {"text": text, "tokens": lengths_of(group.mask[i : i + 1])[0], "rewards": rewards}
         answer["reward"] = round(rating.rewards[i].item(), 6)
         answer["advantage"] = round(advantages[i][group.mask[i].bool()].mean().item(), 6)
         answer["truncated"] = bool(rating.is_truncated[i])

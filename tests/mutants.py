@@ -40,6 +40,7 @@ SUITES = {
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
         *(f"tests/test_grpo_{name}.py" for name in ("limits", "own_reward", "stop", "evaluate", "look")),
+        "tests/test_grpo_other_algorithms.py",
         "tests/test_track.py",
     ],
 }
@@ -998,6 +999,74 @@ GRPO = [
     ("a warning at each step without variance", "    if len(stretch) != steps or", "    if len(stretch) < steps or"),
     ("a warning after steps that are not in a row", "list(takewhile(", "list(filter("),
     ("a warning where equal rewards teach", 'args.algorithm in ("reinforce", "rft")', "False"),
+    ("CISPO's weight has a gradient", "clamp(max=1 + clip_high).detach()", "clamp(max=1 + clip_high)"),
+    (
+        "CISPO's weight is not cut",
+        "(logprob - old_logprob).exp().clamp(max=1 + clip_high).detach()",
+        "(logprob - old_logprob).exp().detach()",
+    ),
+    (
+        "SAPO's temperatures the wrong way round",
+        "torch.full_like(advantage, tau_negative).masked_fill(advantage > 0, tau_positive)",
+        "torch.full_like(advantage, tau_positive).masked_fill(advantage > 0, tau_negative)",
+    ),
+    (
+        "the sampler's weight upside down",
+        "torch.where(mask.bool(), old_logprob - sampler_logprob, 0.0).detach()",
+        "torch.where(mask.bool(), sampler_logprob - old_logprob, 0.0).detach()",
+    ),
+    (
+        "the sampler's weight has a gradient",
+        "torch.where(mask.bool(), old_logprob - sampler_logprob, 0.0).detach()",
+        "torch.where(mask.bool(), old_logprob - sampler_logprob, 0.0)",
+    ),
+    (
+        "the product of a sequence's ratios counts padding",
+        "torch.where(mask.bool(), old_logprob - sampler_logprob, 0.0).detach()",
+        "(old_logprob - sampler_logprob).detach()",
+    ),
+    ("good answers far from the policy are left out too", "(advantage >= 0) | (mean <= limit)", "mean <= limit"),
+    (
+        "the distance from the sampler counts padding",
+        "torch.where(mask, sampler_logprob - logprob, 0.0).detach()",
+        "(sampler_logprob - logprob).detach()",
+    ),
+    ("a token pays for the KL before it", "log_ratio.flip(-1).cumsum(-1).flip(-1)", "log_ratio.cumsum(-1)"),
+    ("the batch's mean over padding too", "own = x[mask.bool()].double()", "own = x.flatten().double()"),
+    (
+        "equal advantages over the batch are divided",
+        "torch.zeros_like(own) if is_equal else centred / std",
+        "centred / std",
+    ),
+    ("REINFORCE++ has the KL in the loss too", 'if args.beta and args.algorithm != "reinforce++":', "if args.beta:"),
+    ("a reward's weight is undone by the scaling", "weights.get(name, 1.0) * group_advantages(", "group_advantages("),
+    (
+        "a reward that does not apply is scaled as 0",
+        "applies = ~part.isnan()",
+        "part, applies = part.nan_to_num(), ~part.isinf()",
+    ),
+    (
+        "a group whose parts alone differ is left out",
+        "rating.parts.values() if args.decouple_rewards else [rating.rewards]",
+        "[rating.rewards]",
+    ),
+    (
+        "the punishment of long answers at the limit alone",
+        "-max(num_tokens - (max_tokens - buffer), 0) / buffer",
+        "-float(num_tokens >= max_tokens)",
+    ),
+    ("the KL is not weighted by the ratio", "((logprob - old_logprob).exp() * kl if args.unbiased_kl else kl)", "kl"),
+    (
+        "the sampler's weight does not reach the loss",
+        "token_loss = token_loss if weight is None else weight * token_loss",
+        "token_loss = token_loss",
+    ),
+    ("the newest rollout is learned from", "waiting.popleft()", "waiting.pop()"),
+    (
+        "rollouts that waited are lost when a run resumes",
+        'in saved.get("waiting", ()) if saved else ():',
+        "in () if saved else ():",
+    ),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 

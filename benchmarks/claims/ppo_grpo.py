@@ -116,6 +116,7 @@ def run_grpo(job):
     settings |= {"steps": job["iterations"], "prompts_per_step": job["batch"] // GROUP, "group_size": GROUP}
     settings |= {"max_tokens": T, "num_epochs": 2, "num_minibatches": 2, "checkpoint_every": 0, "eval_every": 0}
     settings |= {"eval_problems": 1, "eval_samples": 1, "eval_k": 1, "micro_batch_tokens": 28 * job["micro"]}
+    settings |= {"device": "cpu", "dtype": "float32", "optimizer": "adamw", "torch_threads": 1, "generate_rows": 2048}
     args = grpo.Args(**settings)
     before = resident("VmRSS")
     metrics = grpo.train(args)
