@@ -41,6 +41,7 @@ SUITES = {
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
         *(f"tests/test_grpo_{name}.py" for name in ("limits", "own_reward", "stop", "evaluate", "look")),
         "tests/test_grpo_other_algorithms.py",
+        "tests/test_grpo_tools.py",
         "tests/test_track.py",
     ],
 }
@@ -1066,6 +1067,23 @@ GRPO = [
         "rollouts that waited are lost when a run resumes",
         'in saved.get("waiting", ()) if saved else ():',
         "in () if saved else ():",
+    ),
+    ("what the tool wrote is learned", "self.waiting[row].pop(0), 0.0, 0", "self.waiting[row].pop(0), logprob[i], 1"),
+    (
+        "the tool's answer in another row",
+        "(call := re.search(CALL, text)):\n                answer",
+        "(call := re.search(CALL, text)):\n                row = 0\n                answer",
+    ),
+    ("a call is answered while an answer is written", "if row not in self.waiting and (call := ", "if (call := "),
+    (
+        "the tool may end the answer",
+        "[token for token in answer if token not in self.eos]",
+        "[*answer, int(self.eos[0])]",
+    ),
+    (
+        "an answer ends at the tool's first token",
+        "completions = [row[:length].tolist() for row, length in zip(tokens, lengths_of(mask))]\n                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)\n                groups",
+        "completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]\n                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)\n                groups",
     ),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]

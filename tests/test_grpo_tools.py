@@ -1,5 +1,9 @@
 """[G39] A calculator in the loop: what it writes, where, and that none of it is learned."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -153,6 +157,11 @@ def test_a_run_with_the_tool(grpo, tiny_grpo, caller, no_picture, monkeypatch, c
     mask = torch.cat(kept)
     gaps = [row for row in mask.tolist() if 1 in row and 0 in row[: len(row) - row[::-1].index(1)]]
     assert len(gaps) > 5, "tokens of the tool stand between those of the policy"
+    for row in mask.tolist():  # two at a time: the 7 in the tool's answer is no call
+        assert set(re.findall("0+", "".join(map(str, row)).rstrip("0"))) <= {"00"}
+    lines = (Path(tiny_grpo().run_dir) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [answer for line in lines for answer in json.loads(line)["completions"]]
+    assert len(answers) == 16 and all(len(answer["text"]) >= answer["tokens"] - 1 for answer in answers)  # less EOS
     assert all(row["policy/ratio_max"] == 1 and row["policy/sampler_gap"] < 1e-4 for row in metrics[1:])
     longest = max(row["completion/length"] for row in metrics[1:])
     assert longest > float(mask.sum(-1).float().mean())
