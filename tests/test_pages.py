@@ -80,3 +80,19 @@ def test_settings_are_the_defaults_of_the_script(script, rows):
             assert float(said) == default, f"{script} --{flag}: the page says {said}, the script {default}"
         assert all(f"| `{curve}` |" in metrics for curve in re.findall(r"`([\w/@]+)`", curves)), f"{script} --{flag}"
         assert "`" in curves
+
+
+def test_glossary_has_each_word_in_both_languages():
+    rows = re.findall(
+        r"^\| (?!English|---)(.+) \| (.+) \| (.+) \| (.+) \|$", read(ROOT / "docs" / "glossary.md"), re.MULTILINE
+    )
+    words = [row[0] for row in rows]
+    assert len(rows) >= 70 and len(set(words)) == len(rows)
+    assert words == sorted(words, key=lambda word: word.lower().replace("–", "-"))
+    for word, chinese, plain, explained in rows:
+        assert re.search(r"[\u4e00-\u9fff]", explained) and not re.search(r"[\u4e00-\u9fff]", word + plain)
+        assert re.search(r"[\u4e00-\u9fff]", chinese) or chinese == word or chinese.split("（")[0].isascii()
+        assert plain.endswith(".") and explained.endswith("。")
+    for needed in ("temperature", "top-k, top-p", "LoRA", "perplexity", "chat template", "FSDP2", "advantage"):
+        assert needed in words
+    assert len([word for word in words if word.startswith("bootstrap")]) == 2
