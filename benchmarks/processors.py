@@ -6,6 +6,8 @@ Run      python benchmarks/processors.py rlhf --seeds 6 7 8 9 10 11 12 13 14 15
          python benchmarks/processors.py grpo --seeds 1 2 3 4 5
          python benchmarks/processors.py breakout --seeds 1
          python benchmarks/processors.py smollm2 --seeds 1 2 3 --model DIR     (float32; an instruct model of 135M)
+         python benchmarks/processors.py one_screen_grpo --seeds 1 2 3 4 5     (the first code of docs/4_grpo.md)
+         python benchmarks/processors.py one_screen_ppo --seeds 1 2 3 4 5      (the first code of docs/3_rlhf.md)
          python benchmarks/processors.py rlhf --table          (prints the table, redraws rlhf_processors.png)
 Writes   benchmarks/results/processors_NAME.jsonl, a line a run, added to what is there: a run that is there is left out
 
@@ -26,6 +28,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -113,7 +116,26 @@ def smollm2(args, run_dir):
     return grpo(args, run_dir, **{k: v for k, v in vars(settings).items() if k not in ("seed", "run_dir")})
 
 
-PROGRAMS = {program.__name__: program for program in (cartpole, breakout, rlhf, rlhf_no_warmup, grpo, smollm2)}
+def one_screen(args, page, first, last):
+    """The first Python block of a page with another seed: the mean of the first rollouts and of the last."""
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S)[1]
+    assert code.count("seed=1)") == 1
+    names = {}
+    exec(code.replace("seed=1)", f"seed={args.seed})").split("\nassert ")[0], names)
+    history = names["history"]
+    return {"first rollouts": sum(history[:first]) / first, "last rollouts": sum(history[-last:]) / last}
+
+
+def one_screen_grpo(args, run_dir):
+    return one_screen(args, "4_grpo.md", 5, 5)
+
+
+def one_screen_ppo(args, run_dir):
+    return one_screen(args, "3_rlhf.md", 1, 1)
+
+
+PROGRAMS = (cartpole, breakout, rlhf, rlhf_no_warmup, grpo, smollm2, one_screen_grpo, one_screen_ppo)
+PROGRAMS = {program.__name__: program for program in PROGRAMS}
 
 
 def one(args):

@@ -1,0 +1,98 @@
+"""The pages that a reader looks things up in: what they say of the scripts and of each other is so."""
+
+import dataclasses
+import re
+
+import pytest
+from contract import ROOT, load_script
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+SOURCES = [*PAGES, *sorted(ROOT.glob("*.py"))]
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", without_code(read(path)), re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]  # a link keeps its text
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_headings_that_exist(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", without_code(read(page))):
+        other = (page.parent / target).resolve() if target else page
+        if other.suffix == ".md":
+            assert anchor in anchors(other), f"{page.name} links to {target}#{anchor}"
+
+
+def test_reading_names_every_paper_that_a_page_or_a_script_names():
+    """By its number at arXiv; each is a link."""
+    number = r"\b(2[0-9]{3}\.[0-9]{5}|1[5-9][0-9]{2}\.[0-9]{5})\b"
+    named = {found for path in SOURCES for found in re.findall(rf"arXiv[: ]{{1,2}}{number}", read(path))}
+    named |= {found for path in SOURCES for found in re.findall(rf"arxiv\.org/abs/{number}", read(path))}
+    linked = set(re.findall(rf"\]\(https://arxiv\.org/abs/{number}\)", read(ROOT / "docs" / "reading.md")))
+    assert len(named) >= 20
+    assert named - linked == set()
+
+
+SETTINGS = {
+    "## Stages 1 and 2": ["ppo_cartpole.py", "ppo_atari.py"],
+    "## Stage 3": ["rlhf_gpt2_ppo.py"],
+    "## Stage 4": ["grpo_llm.py"],
+}
+
+
+def tables_of_settings():
+    """[(script, [(flag, default as the page says it, metrics)])] of docs/settings.md."""
+    text, found = read(ROOT / "docs" / "settings.md"), []
+    for heading, scripts in SETTINGS.items():
+        section = text[text.index(heading) :].split("\n## ")[0]
+        tables = re.split(r"^\| setting \|.*\n\|---.*\n", section, flags=re.MULTILINE)[1:]
+        assert len(tables) == len(scripts)
+        for script, table in zip(scripts, tables):
+            rows = re.findall(r"^\| `--([\w-]+)` \| ([^|]+) \|.*\| ([^|]+) \|$", table, re.MULTILINE)
+            found.append((script, rows))
+    return found
+
+
+@pytest.mark.parametrize(("script", "rows"), tables_of_settings(), ids=lambda x: x if isinstance(x, str) else "")
+def test_settings_are_the_defaults_of_the_script(script, rows):
+    fields = {field.name: field.default for field in dataclasses.fields(load_script(ROOT / script).Args)}
+    metrics = read(ROOT / "docs" / "metrics.md")
+    assert len(rows) >= 10
+    for flag, said, curves in rows:
+        default = fields[flag.replace("-", "_")]
+        if said in ("chosen", "none"):
+            assert default is None, f"{script} --{flag}"
+        elif isinstance(default, bool):
+            assert said == ("on" if default else "off"), f"{script} --{flag}"
+        elif isinstance(default, str):
+            assert said == default, f"{script} --{flag}"
+        else:
+            assert float(said) == default, f"{script} --{flag}: the page says {said}, the script {default}"
+        assert all(f"| `{curve}` |" in metrics for curve in re.findall(r"`([\w/@]+)`", curves)), f"{script} --{flag}"
+        assert "`" in curves
+
+
+def test_glossary_has_each_word_in_both_languages():
+    rows = re.findall(
+        r"^\| (?!English|---)(.+) \| (.+) \| (.+) \| (.+) \|$", read(ROOT / "docs" / "glossary.md"), re.MULTILINE
+    )
+    words = [row[0] for row in rows]
+    assert len(rows) >= 70 and len(set(words)) == len(rows)
+    assert words == sorted(words, key=lambda word: word.lower().replace("–", "-"))
+    for word, chinese, plain, explained in rows:
+        assert re.search(r"[\u4e00-\u9fff]", explained) and not re.search(r"[\u4e00-\u9fff]", word + plain)
+        assert re.search(r"[\u4e00-\u9fff]", chinese) or chinese == word or chinese.split("（")[0].isascii()
+        assert plain.endswith(".") and explained.endswith("。")
+    for needed in ("temperature", "top-k, top-p", "LoRA", "perplexity", "chat template", "FSDP2", "advantage"):
+        assert needed in words
+    assert len([word for word in words if word.startswith("bootstrap")]) == 2
