@@ -702,7 +702,9 @@ def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, 
         weight = off_policy_weight(args, logprob, old_logprob, sampler_logprob, advantage, mb_mask)
         token_loss = token_loss if weight is None else weight * token_loss
         kl = kl_k3(logprob, rollout.ref_logprobs[mb].to(args.device)) if args.beta else None
-        if args.beta and args.algorithm != "reinforce++":  # which has the KL in the reward
+        if (
+            args.beta and args.algorithm != "reinforce++"
+        ):  # which has the KL in the reward; [G38] the ratio
             token_loss = token_loss + args.beta * ((logprob - old_logprob).exp() * kl if args.unbiased_kl else kl)
         loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, args.max_tokens)
         loss.backward()

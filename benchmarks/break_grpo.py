@@ -28,7 +28,7 @@ SCORED_AT_1 = (
     "token_logprobs(logits.float(), ids[:, first:], 1.0)",
 )
 NO_EOS = (
-    "tokens[going, t], logprobs[going, t], mask[going, t] = token[going], logprob[going], 1",
+    "tokens[going, t], logprobs[going, t], mask[going, t] = token[going], logprob[going], chosen[going]",
     "tokens[going, t], logprobs[going, t] = token[going], logprob[going]\n"
     "        mask[going, t] = (~torch.isin(token[going], eos)).long()",
 )
