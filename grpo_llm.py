@@ -16,7 +16,7 @@
 # ///
 """GRPO for language models: groups of answers instead of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation. Its details are tagged [G1]..[G39] where each happens (docs/details.md)
+Teaches  group relative policy optimisation. Its details are tagged [G1]..[G41] where each happens (docs/details.md)
 Run      python grpo_llm.py
          python grpo_llm.py --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k   (it chooses what you do not give)
 Read     from here to the heading "Machinery": that is all of GRPO, in its plainest form, and right for any causal
@@ -704,7 +704,7 @@ def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, 
         kl = kl_k3(logprob, rollout.ref_logprobs[mb].to(args.device)) if args.beta else None
         if (
             args.beta and args.algorithm != "reinforce++"
-        ):  # which has the KL in the reward; [G38] the ratio
+        ):  # which has the KL in the reward; [G40] the ratio
             token_loss = token_loss + args.beta * ((logprob - old_logprob).exp() * kl if args.unbiased_kl else kl)
         loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, args.max_tokens)
         loss.backward()
@@ -897,7 +897,7 @@ def train(args: Args) -> list[dict]:
 
 
 def cispo_token_loss(logprob, old_logprob, advantage, clip_high):
-    """−sg(min(ρ, 1 + ε_high)) Â ln π for each token [G31] (CISPO: MiniMax-M1, arXiv 2506.13585, Eq. 4 and 5).
+    """−sg(min(ρ, 1 + ε_high)) Â ln π for each token [G33] (CISPO: MiniMax-M1, arXiv 2506.13585, Eq. 4 and 5).
 
     logprob, old_logprob (B, T), advantage (B,) or (B, T) → (B, T). sg: the weight has no gradient. So no token is left
     without a gradient, as the clipped loss leaves it. A large ratio only counts for less.
@@ -908,7 +908,7 @@ def cispo_token_loss(logprob, old_logprob, advantage, clip_high):
 
 
 def sapo_token_loss(logprob, old_logprob, advantage, tau_positive=1.0, tau_negative=1.05):
-    """−4/τ σ(τ (ρ − 1)) Â for each token [G31] (SAPO: Gao et al. 2025, arXiv 2511.20347; its τ).
+    """−4/τ σ(τ (ρ − 1)) Â for each token [G33] (SAPO: Gao et al. 2025, arXiv 2511.20347; its τ).
 
     logprob, old_logprob (B, T), advantage (B,) or (B, T) → (B, T). At ρ = 1 the gradient is that of ρ Â. It fades as ρ
     leaves 1, a little faster where Â is not positive, where the clipped loss cuts it off at once.
@@ -926,7 +926,7 @@ def other_token_loss(args, logprob, old_logprob, advantage):
 
 
 def sampler_weights(old_logprob, sampler_logprob, mask, level, cap, is_masked=False):
-    """w = π_old/π_sampler, cut to the cap, or 0 above it with is_masked [G32]. No gradient.
+    """w = π_old/π_sampler, cut to the cap, or 0 above it with is_masked [G34]. No gradient.
 
     old_logprob, sampler_logprob, mask (B, T) → (B, T) with level "token"; (B, 1) with "sequence", the product of the
     ratios of its tokens. Truncated importance sampling (Yao et al. 2025), masked importance sampling (Liu et al. 2025).
@@ -938,7 +938,7 @@ def sampler_weights(old_logprob, sampler_logprob, mask, level, cap, is_masked=Fa
 
 
 def is_near_policy(logprob, sampler_logprob, advantage, mask, limit):
-    """Which tokens stay in the loss [G33] (DeepSeek-V3.2, arXiv 2512.02556, off-policy sequence masking).
+    """Which tokens stay in the loss [G35] (DeepSeek-V3.2, arXiv 2512.02556, off-policy sequence masking).
 
     logprob, sampler_logprob, mask (B, T), advantage (B,) or (B, T) → (B, T) bool. An answer with a negative advantage
     leaves the loss if the mean of ln π_sampler − ln π over its tokens is above the limit, in nats.
@@ -963,7 +963,7 @@ def off_policy_weight(args, logprob, old_logprob, sampler_logprob, advantage, ma
 
 
 def normalised_over_batch(x, mask):
-    """(x − mean) / std over all entries whose mask is 1, of the whole batch and all processes [G34]; 0 off the mask and
+    """(x − mean) / std over all entries whose mask is 1, of the whole batch and all processes [G36]; 0 off the mask and
     where all are equal. x, mask (B,) or (B, T). REINFORCE++ Eq. 10 (Hu et al. 2025, arXiv 2501.03262); std over N."""
     own = x[mask.bool()].double()
     total, count = over_ranks(torch.stack([own.sum(), torch.tensor(float(len(own)), dtype=own.dtype)]))
@@ -976,7 +976,7 @@ def normalised_over_batch(x, mask):
 
 
 def rewards_less_kl(rewards, log_ratio, mask, kl_coef):
-    """R − β Σ ln π_old/π_ref over a token and those after it [G34] (REINFORCE++ Eq. 8 and 9), (B, T).
+    """R − β Σ ln π_old/π_ref over a token and those after it [G36] (REINFORCE++ Eq. 8 and 9), (B, T).
 
     rewards (B,), log_ratio (B, T) = ln π_old − ln π_ref, mask (B, T). The KL stands in the reward, as in PPO's RLHF.
     """
@@ -985,7 +985,7 @@ def rewards_less_kl(rewards, log_ratio, mask, kl_coef):
 
 
 def reinforce_pp_advantages(args, ratings, old_logprobs, ref_logprobs, mask):
-    """Advantages (B, T) of REINFORCE++: R less the KL to come, normalised over all tokens of the batch [G34]. With one
+    """Advantages (B, T) of REINFORCE++: R less the KL to come, normalised over all tokens of the batch [G36]. With one
     update a rollout ln π_old is the sampler's."""
     log_ratio = old_logprobs - ref_logprobs if args.beta else torch.zeros_like(old_logprobs)
     rewards = torch.cat([rating.rewards for rating in ratings])
@@ -993,7 +993,7 @@ def reinforce_pp_advantages(args, ratings, old_logprobs, ref_logprobs, mask):
 
 
 def decoupled_advantages(args, ratings):
-    """Σ of the advantages of each reward by itself, times its weight [G35] (GDPO: Liu et al. 2026, arXiv 2601.05242),
+    """Σ of the advantages of each reward by itself, times its weight [G37] (GDPO: Liu et al. 2026, arXiv 2601.05242),
     (B,). A reward that does not apply to a completion, NaN, takes no part in its group.
 
     Added up first, a reward of 0 or 2 hides one of 0 or 1: two answers may differ in both and have the same sum.
@@ -1012,12 +1012,12 @@ def decoupled_advantages(args, ratings):
 
 
 def soft_overlong_punishment(num_tokens, max_tokens, buffer):
-    """0 while `buffer` tokens are left, then linearly down to −1 at max_tokens [G36] (DAPO Eq. 13)."""
+    """0 while `buffer` tokens are left, then linearly down to −1 at max_tokens [G38] (DAPO Eq. 13)."""
     return -max(num_tokens - (max_tokens - buffer), 0) / buffer
 
 
 def packed(waiting):
-    """Rollouts that wait to be learned from (--staleness [G37]), as plain data for the checkpoint."""
+    """Rollouts that wait to be learned from (--staleness [G39]), as plain data for the checkpoint."""
     rollouts = []
     for groups, _, seen in waiting:
         columns = [(x.problem.prompt, x.tokens, x.logprobs, x.mask, x.own_rewards) for x, _ in seen]
@@ -2401,7 +2401,7 @@ def without_stopped(model, going, tokens, t, rows=None):
 # ---- A calculator in the loop (--tools) ----
 #
 # An answer of several turns is still one row of tokens. The policy writes <calc>12*34</calc>, the calculator writes 408
-# behind it, and the policy goes on. What the policy did not write has a mask of 0 [G39]. It is read and not scored: it
+# behind it, and the policy goes on. What the policy did not write has a mask of 0 [G41]. It is read and not scored: it
 # is in no loss, in no ratio and in no mean, and has no gradient. Nothing else changes.
 
 CALL = r"<calc>([^<>]*)</calc>$"  # at the end of what is written so far

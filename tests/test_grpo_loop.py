@@ -417,7 +417,7 @@ def test_gradient_of_sapo(watch, tiny_grpo, grpo):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_gradient_with_an_old_sampler(watch, tiny_grpo, grpo, level):
-    """[G32] [G37] With --staleness 1 the second step learns from what the first weights sampled, at π_old of the second
+    """[G34] [G39] With --staleness 1 the second step learns from what the first weights sampled, at π_old of the second
     ones, and each token's loss has the weight π_old/π_sampler, cut at the cap."""
     options = {"staleness": 1, "steps": 2, "learning_rate": 1e-2, "sampler_cap": 1.1}
     seen = watch(tiny_grpo(sampler_correction=level, **options, **FREE))
@@ -439,7 +439,7 @@ def test_gradient_with_an_old_sampler(watch, tiny_grpo, grpo, level):
 
 
 def test_bad_answers_far_from_the_policy_are_left_out(watch, tiny_grpo):
-    """[G33] By the distance of the policy from the sampler, which is a step old."""
+    """[G35] By the distance of the policy from the sampler, which is a step old."""
     assert watch(tiny_grpo(steps=1, off_policy_limit=1e-4)).metrics[1]["policy/sampler_weight"] == 1  # none has moved
     options = {"staleness": 1, "steps": 2, "learning_rate": 3e-2, "off_policy_limit": 1e-3}
     seen = watch(tiny_grpo("stale", **options, **FREE))
@@ -447,7 +447,7 @@ def test_bad_answers_far_from_the_policy_are_left_out(watch, tiny_grpo):
 
 
 def test_the_kl_is_weighted_by_the_ratio(watch, tiny_grpo):
-    """[G38] The token loss is that of the policy plus β ρ k3."""
+    """[G40] The token loss is that of the policy plus β ρ k3."""
     options = {"beta": 0.3, "unbiased_kl": True, "num_epochs": 2, "learning_rate": 1e-2, "steps": 1}
     seen = watch(tiny_grpo(**options, **FREE))
     losses, kls = seen.calls["reduce_loss"], seen.calls["kl_k3"]
@@ -462,7 +462,7 @@ def test_the_kl_is_weighted_by_the_ratio(watch, tiny_grpo):
 
 
 def test_reinforce_pp_reaches_the_loss(watch, tiny_grpo):
-    """[G34] Advantages of the definition, from sampled and reference log-probabilities; no KL in the loss."""
+    """[G36] Advantages of the definition, from sampled and reference log-probabilities; no KL in the loss."""
     options = {"algorithm": "reinforce++", "beta": 0.2, "steps": 2, "num_epochs": 2, "learning_rate": 1e-2}
     seen = watch(tiny_grpo(**options, **FREE))
     start, policy = base_model(seen.args), model_with(seen.args, seen.steps[2].weights)  # of the second rollout

@@ -32,7 +32,7 @@ def own_gradient(loss, logprob):
 
 @given(TOKENS, st.sampled_from([-1.5, 0.0, 0.7]), st.sampled_from([0.2, 1.0]))
 def test_cispo_equals_the_reference(grpo, tokens, advantage, clip_high):
-    """[G31] The gradient by ln π is the cut ratio times the advantage, and never 0 for a clipped token."""
+    """[G33] The gradient by ln π is the cut ratio times the advantage, and never 0 for a clipped token."""
     old, shift = double(tokens).T
     logprob = (old + shift)[None]
     loss = lambda x: grpo.cispo_token_loss(x, old[None], double([advantage]), clip_high)  # noqa: E731
@@ -45,7 +45,7 @@ def test_cispo_equals_the_reference(grpo, tokens, advantage, clip_high):
 
 @given(TOKENS, st.sampled_from([-1.5, 0.0, 0.7]))
 def test_sapo_equals_the_reference(grpo, tokens, advantage):
-    """[G31] Value and slope; the derivative by ln π is ρ times that by ρ."""
+    """[G33] Value and slope; the derivative by ln π is ρ times that by ρ."""
     old, shift = double(tokens).T
     loss = lambda x: grpo.sapo_token_loss(x, old[None], double([[advantage] * len(tokens)]))  # noqa: E731
     total, gradient = own_gradient(loss, (old + shift)[None])
@@ -68,7 +68,7 @@ def test_without_a_move_every_loss_has_the_policy_gradient(grpo, tiny_grpo, name
 
 @given(TOKENS, st.sampled_from(["token", "sequence"]), st.sampled_from([0.5, 1.5, 4.0]), st.booleans())
 def test_sampler_weights_equal_the_reference(grpo, tokens, level, cap, is_masked):
-    """[G32] And what stands off the mask, even NaN, changes nothing."""
+    """[G34] And what stands off the mask, even NaN, changes nothing."""
     old, shift = double(tokens).T
     sampler = old - shift
     padding = double([math.nan])
@@ -108,7 +108,7 @@ def test_what_stays_in_the_loss_equals_the_reference(grpo, tokens, advantage, li
 
 
 def test_only_bad_answers_that_the_policy_has_left_are_left_out(grpo):
-    """[G33] A mean of 0.5 nats; the padding, a million, does not count."""
+    """[G35] A mean of 0.5 nats; the padding, a million, does not count."""
     own, sampler = double([[-1.0, -2.0, -1e6]] * 3), double([[-1.0, -1.0, 0.0]] * 3)
     mask = torch.tensor([[1, 1, 0]] * 3)
     kept = grpo.is_near_policy(own, sampler, double([-1.0, 0.0, 1.0]), mask, 0.4)
@@ -129,7 +129,7 @@ def ratings_of(parts, group_size=4):
 
 @given(st.lists(st.floats(-3, 3), min_size=4, max_size=4), st.lists(TOKENS, min_size=4, max_size=4), st.floats(0, 1))
 def test_reinforce_pp_equals_the_reference(grpo, rewards, rows, kl_coef):
-    """[G34] Answers of other lengths; the KL of a token counts for it and for those before it."""
+    """[G36] Answers of other lengths; the KL of a token counts for it and for those before it."""
     T = max(map(len, rows)) + 1
     own, reference, mask = (torch.zeros(4, T, dtype=torch.float64) for _ in range(3))
     own += math.inf  # padding
@@ -161,7 +161,7 @@ def test_equal_rewards_over_the_batch_give_exactly_zero(grpo):
 
 
 def test_scale_over_the_batch(grpo, tiny_grpo):
-    """[G34] The mean is the group's, the standard deviation that of the batch: √(1/8 · (12/16 + 4/4)) = 0.4677."""
+    """[G36] The mean is the group's, the standard deviation that of the batch: √(1/8 · (12/16 + 4/4)) = 0.4677."""
     ratings = ratings_of({"verifier": [1.0, 0, 0, 0, 1, 1, 0, 0]})
     found = grpo.advantages_of(tiny_grpo(scale="batch"), ratings)
     std = math.sqrt((0.75 + 1.0) / 8)
@@ -169,7 +169,7 @@ def test_scale_over_the_batch(grpo, tiny_grpo):
 
 
 def test_decoupled_rewards(grpo, tiny_grpo):
-    """[G35] Each reward is scaled by itself, by the flag's weight; a sum of them hides what differs in both."""
+    """[G37] Each reward is scaled by itself, by the flag's weight; a sum of them hides what differs in both."""
     args = tiny_grpo(decouple_rewards=True, length_weight=0.5)
     parts = {"verifier": [1.0, 0.0, 1.0, 0.0, 1, 1, 1, 1], "length": [-0.5, 0.5, -0.1, 0.3, 0.2, 0.2, 0.2, 0.2]}
     parts["some_reward"] = [None, 1.0, 0.0, None, None, None, None, None]
@@ -192,7 +192,7 @@ def test_a_group_whose_rewards_differ_in_parts_alone(grpo, tiny_grpo):
 
 
 def test_the_last_tokens_cost(grpo, tiny_grpo):
-    """[G36] 10 tokens, a buffer of 4: free up to 6, then a quarter each."""
+    """[G38] 10 tokens, a buffer of 4: free up to 6, then a quarter each."""
     args = tiny_grpo(overlong_buffer=4, length_weight=0.0)
     problem = grpo.Problem("1+2", "3")
     found = [grpo.reward_parts(args, problem, "3", n, False)["overlong"] for n in range(1, 11)]
@@ -205,7 +205,7 @@ def test_the_last_tokens_cost(grpo, tiny_grpo):
 
 
 def test_the_ratio_makes_the_kl_and_its_gradient_unbiased(grpo):
-    """[G38] Over the whole vocabulary, with samples of π_old: the mean of ρ k3 is KL(π‖π_ref), and so is its gradient.
+    """[G40] Over the whole vocabulary, with samples of π_old: the mean of ρ k3 is KL(π‖π_ref), and so is its gradient.
     The gradient of k3 alone is, even at π_old = π, that of KL(π_ref‖π)."""
     torch.manual_seed(0)
     scores, old, reference = (torch.randn(6, dtype=torch.float64) for _ in range(3))

@@ -1,4 +1,4 @@
-"""[G39] A calculator in the loop: what it writes, where, and that none of it is learned."""
+"""[G41] A calculator in the loop: what it writes, where, and that none of it is learned."""
 
 import re
 
