@@ -39,7 +39,7 @@ SUITES = {
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
-        *(f"tests/test_grpo_{name}.py" for name in ("limits", "own_reward", "stop", "evaluate", "look")),
+        *(f"tests/test_grpo_{name}.py" for name in ("limits", "own_reward", "stop", "evaluate", "look", "imitation")),
         "tests/test_track.py",
     ],
 }
@@ -963,8 +963,57 @@ GRPO = [
     ("a run evaluated on what it learned from", "if problem.prompt not in learned]", "if True]"),
     (
         "the small model asked with an instruction",
-        "    if saved and saved.model is None:\n        return replace(args, model=None, system",
-        "    if saved is None:\n        return replace(args, model=None, system",
+        "    if is_small(directory):\n        return replace(args, model=None, system",
+        "    if False:\n        return replace(args, model=None, system",
+    ),
+    (
+        "imitation: completions averaged, not tokens",
+        "torch.where(mask.bool(), logprob, 0.0).sum() / total_tokens",
+        "(logprob.sum(-1) / mask.sum(-1)).mean()",
+    ),
+    (
+        "imitation maximised",
+        "return -torch.where(mask.bool(), logprob, 0.0)",
+        "return torch.where(mask.bool(), logprob, 0.0)",
+    ),
+    (
+        "imitation of padding",
+        "-torch.where(mask.bool(), logprob, 0.0).sum() / total_tokens",
+        "-logprob.sum() / total_tokens",
+    ),
+    (
+        "imitation: each micro-batch by its own tokens",
+        "mask[order].to(args.device), total_tokens)",
+        "mask[order].to(args.device), mask[order].sum())",
+    ),
+    ("imitation: the tokens of one process", "total_tokens = over_ranks(mask.sum())", "total_tokens = mask.sum()"),
+    (
+        "prompt tokens in the imitation",
+        "example = Example(prompt, encode_completion(tokenizer, eos_ids, text))",
+        "example = Example(prompt[:1], prompt[1:] + encode_completion(tokenizer, eos_ids, text))",
+    ),
+    ("EOS left out of the imitation", "ids if ids and ids[-1] in eos_ids else ids + eos", "ids"),
+    (
+        "an instruction around a prompt that has one",
+        'plain = replace(args, instruction="{}", system=None)',
+        "plain = replace(args, system=None)",
+    ),
+    ("held-out prompts imitated", "        if tuple(prompt) in not_learned:\n", "        if False:\n"),
+    ("imitated at the temperature of the sampling", "at_1 = replace(args, temperature=1.0)", "at_1 = replace(args)"),
+    (
+        "wrong answers kept",
+        "        if right and readable and not is_truncated:\n",
+        "        if readable and not is_truncated:\n",
+    ),
+    (
+        "unreadable answers kept",
+        "        if right and readable and not is_truncated:\n",
+        "        if right and not is_truncated:\n",
+    ),
+    (
+        "answers that were cut off kept",
+        "        if right and readable and not is_truncated:\n",
+        "        if right and readable:\n",
     ),
     ("gsm8k evaluated on its training split", '"--eval-data", "test"))', '"--eval-data", "train"))'),
     ("shares taken for yes and no", "        n *= p * (1 - p) / variance\n", "        pass\n"),
