@@ -16,7 +16,7 @@
 # ///
 """GRPO for language models: groups of answers instead of a critic, from a toy on a laptop to full size on one GPU.
 
-Teaches  group relative policy optimisation. Its details are tagged [G1]..[G30] where each happens (docs/details.md)
+Teaches  group relative policy optimisation. Its details are tagged [G1]..[G32] where each happens (docs/details.md)
 Run      python grpo_llm.py
          python grpo_llm.py --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k   (it chooses what you do not give)
 Read     from here to the heading "Machinery": that is all of GRPO, in its plainest form, and right for any causal
@@ -3891,7 +3891,7 @@ def newest_run():
             load(policy.parent / "checkpoint.pt")
             print(f"run         {policy.parent}, the newest in runs")
             return str(policy.parent)
-    raise InputError("the directory runs holds no finished run of this script, so --model must name a run")
+    raise InputError("the directory runs holds no finished run of this script, so a run must be named")
 
 
 def model_to_train(name, instruction):
