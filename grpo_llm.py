@@ -153,9 +153,7 @@ class Args:
     wandb_project: str = "grpo-llm"  # project there
     # without training: evaluate models, keep samples of one, ask one
     evaluate: tuple[str, ...] = ()  # models or run directories: print how well they answer, side by side; train nothing
-    sample_to: str | None = (
-        None  # write right, readable samples of --model or of the newest run to this file, for --sft-data
-    )
+    sample_to: str | None = None  # write right, readable samples of --model, or of the newest run, to this file
     ask: str | None = None  # a question: print some answers of --model, or of the newest run in runs; train nothing
     # your own model
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]

@@ -1,14 +1,14 @@
 """DeepSeek-R1's recipe at the smallest size: RL, keep right and readable samples, imitate them, RL again.
 
-Run      python benchmarks/r1.py                     (five seeds, about forty minutes on one busy core)
+Run      python benchmarks/r1.py                     (five seeds, about half an hour on one core)
          python benchmarks/r1.py --seeds 1           (some seeds; the others' kept lines stay)
          python benchmarks/r1.py --show              (tables and figure from the kept results)
 Writes   benchmarks/results/r1.jsonl (a line a seed), docs/figures/r1.png
 
 The recipe: sums of five one-digit numbers, the script's defaults. `zero` is 50 steps of GRPO from the warm-started
 model, `sft` imitates in 100 supervised steps what was kept of 6,400 samples of `zero`, again from the warm-started
-model, `r1` is 50 steps of GRPO from there. Beside it GRPO alone with the same 32,000 samples: `alone` in one run from
-the warm-started model, `continued` as a second run from `zero`.
+model, `r1` is 50 steps of GRPO from there. Beside it `alone`, GRPO in one run from the warm-started model with the
+same 32,000 samples.
 
 Readability: the same from a model that mixes two notations, 3+4=7 and 3,4:7, a line in the one, a line in the other.
 It is the warm-started model after 50 supervised steps on worked solutions in which a coin chose each line's notation.
@@ -37,7 +37,6 @@ RECIPE = [
     ("sft", "--model {zero}/start --sft-data {kept} --steps 100"),
     ("r1", "--model {sft} --steps 50"),
     ("alone", "--model {zero}/start --steps 125"),
-    ("continued", "--model {zero} --steps 75"),
 ]
 READABILITY = [
     ("mixed", "--model {zero}/start --sft-data {solutions} --steps 50"),
@@ -78,7 +77,7 @@ def run(stage, flags, paths, seed):
     if stage.endswith("kept"):
         command += ["--sample-to", str(paths[stage])]
     else:
-        command += ["--run-dir", str(paths[stage]), "--seed", str(seed), "--eval-every", "0", "--checkpoint-every", "0"]
+        command += ["--run-dir", str(paths[stage]), "--seed", str(seed), "--eval-every", "0", "--eval-samples", "8"]
         command += ["--instruction", "{}"] if "--model" in words else []
     result = subprocess.run(command, capture_output=True, text=True)
     if stage.endswith("kept"):
