@@ -169,6 +169,26 @@ def test_the_gradient_of_a_file_is_that_of_its_definition(grpo, tuning, micro_ba
     assert (found - slope).norm() < 1e-4 * slope.norm() and slope.norm() > 0.1
 
 
+def test_trl_reads_the_file_as_we_do(grpo, tuning, tmp_path):
+    """Its SFTTrainer takes the same tokens from the lines that --sample-to writes, and has the same loss."""
+    pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"prompt": f"{prompt}\n", "completion": text} for prompt, text in SUMS]
+    args = tuning(rows=rows)
+    model, tokenizer, eos_ids = grpo.load_model(args, args.model)
+    examples = grpo.examples_of(args, model, tokenizer, eos_ids, grpo.read_completions(args), [])
+    loss, _ = grpo.supervised_gradient(args, model, grpo.new_optimizer(args, model), examples)
+    config = SFTConfig(str(tmp_path / "trl"), per_device_train_batch_size=5, use_cpu=True, report_to=[], bf16=False)
+    trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    for example, theirs in zip(examples, trainer.train_dataset, strict=True):
+        assert theirs["input_ids"] == example.prompt + example.completion
+        assert theirs["labels"] == [-100] * len(example.prompt) + example.completion
+    (batch,) = trainer.get_train_dataloader()
+    assert float(trainer.compute_loss(trainer.model, batch).detach()) == pytest.approx(loss, rel=1e-4)
+
+
 # ---- Lines of a file ----
 
 
