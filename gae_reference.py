@@ -17,6 +17,7 @@ Departs  nowhere: it uses no batch, no recursion and no trick. It is slow on pur
     Âᵢ = (rᵢ − mean(r)) / std(r)                                      DeepSeekMath §4.1.2
     Âᵢₜ = Σ over the steps j that end at token t or later of r̃ᵢⱼ        DeepSeekMath §4.1.3
     J = 1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ) Âᵢₜ) − β k3ᵢₜ }     DeepSeekMath Eq. 3–4
+    L_SFT = −1/Σᵢ|oᵢ| Σᵢ Σₜ ln π(oᵢₜ | q, oᵢ,₍<t₎)                     DeepSeekMath Eq. 6, by token
 
 Papers   GAE: Schulman et al. 2015, arXiv:1506.02438.  PPO: Schulman et al. 2017, arXiv:1707.06347.
          DeepSeekMath: Shao et al. 2024, arXiv:2402.03300.  DAPO: Yu et al. 2025, arXiv:2503.14476.
@@ -229,6 +230,15 @@ def soft_overlong_punishment(num_tokens, max_tokens, buffer):
     if num_tokens <= max_tokens:
         return ((max_tokens - buffer) - num_tokens) / buffer
     return -1.0
+
+
+def supervised_loss(logprobs):
+    """Cross-entropy in nats a token, of completions that a model is to imitate; logprobs: a list of numbers for each.
+
+    Each completion's own mean of −ln π counts by its share of all the tokens. It is the logarithm of the perplexity.
+    """
+    num_tokens = sum(len(own) for own in logprobs)
+    return sum(len(own) / num_tokens * (-sum(own) / len(own)) for own in logprobs)
 
 
 # Six steps of one environment. The time limit cuts an episode at t=2, another ends in failure at t=4, and the rollout

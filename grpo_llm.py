@@ -151,8 +151,9 @@ class Args:
     verbose: bool = False  # at each step show the best and the worst completion on the screen
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "grpo-llm"  # project there
-    # without training: evaluate models, ask one
+    # without training: evaluate models, keep samples of one, ask one
     evaluate: tuple[str, ...] = ()  # models or run directories: print how well they answer, side by side; train nothing
+    sample_to: str | None = None  # write right, readable samples of --model, or of the newest run, to this file
     ask: str | None = None  # a question: print some answers of --model, or of the newest run in runs; train nothing
     # your own model
     instruction: str | None = None  # what --model is told; {} stands for the problem; default INSTRUCTIONS[task]
@@ -165,6 +166,7 @@ class Args:
     save_merged: bool = False  # with --lora-rank: also write the model with the adapter merged into it, as merged
     # other algorithms
     algorithm: Literal["grpo", "reinforce", "rloo", "rft", "reinforce++"] = "grpo"  # how rewards become advantages
+    sft_data: str | None = None  # file of lines {"prompt", "completion"}: take --steps supervised steps on it, no RL
     supervision: Literal["outcome", "process"] = "outcome"  # one reward for an answer, or one for each of its steps
     importance: Literal["token", "sequence"] = "token"  # one ratio for each token, or one for the sequence (GSPO)
     policy_loss: Literal["clip", "cispo", "sapo"] = "clip"  # what a ratio far from 1 does: clip it, or by CISPO or SAPO
@@ -414,8 +416,7 @@ class Rating(NamedTuple):
 
 def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
     """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
-    has_ended = torch.isin(group.tokens, torch.tensor(eos_ids, dtype=torch.long)).any(-1)
-    is_truncated = ~(has_ended | torch.tensor([has_stop(args.stop, text) for text in group.texts]))
+    is_truncated = truncated_rows(args, group, eos_ids)
     columns = zip(group.texts, lengths_of(group.mask), is_truncated.tolist())
     parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
     if reward_model:
@@ -702,9 +703,7 @@ def minibatch_gradient(args, policy, optimizer, rollout, minibatch, statistics, 
         weight = off_policy_weight(args, logprob, old_logprob, sampler_logprob, advantage, mb_mask)
         token_loss = token_loss if weight is None else weight * token_loss
         kl = kl_k3(logprob, rollout.ref_logprobs[mb].to(args.device)) if args.beta else None
-        if (
-            args.beta and args.algorithm != "reinforce++"
-        ):  # which has the KL in the reward; [G40] the ratio
+        if args.beta and args.algorithm != "reinforce++":  # which has the KL in the reward; [G40] the ratio
             token_loss = token_loss + args.beta * ((logprob - old_logprob).exp() * kl if args.unbiased_kl else kl)
         loss = reduce_loss(token_loss, mb_mask, args.reduction, total_tokens, total_sequences, args.max_tokens)
         loss.backward()
@@ -744,6 +743,8 @@ def train(args: Args) -> list[dict]:
     """Run GRPO. Returns the metrics of each step and of each evaluation, oldest first."""
     from tqdm import trange
 
+    if args.sft_data:
+        return fine_tune(args)  # imitates a file instead (Machinery)
     started = time.perf_counter()
 
     # 1. Problems, processes, run directory
@@ -1115,17 +1116,12 @@ def read_problem(args, row):
     columns = tuple((name, x) for name, x in row.items() if name != names[0]) if args.reward else ()
     messages = ()
     if args.task == "jsonl" and isinstance(prompt, list):
-        messages = tuple(prompt)
-        are_whole = all(isinstance(x, dict) and None not in (x.get("role"), x.get("content")) for x in messages)
-        if not messages or not are_whole or not messages[-1]["content"]:
-            raise InputError(f"each message needs role and content, found {shortened(prompt)}")
-        if messages[-1]["role"] == "assistant":
-            raise InputError("the last message must not be the assistant's, which the model is to write")
+        messages = read_messages(prompt)
         if args.instruction is not None:
             raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
         if args.system is not None and messages[0]["role"] in ("system", "developer"):
             raise InputError(f"--system adds a system turn, and this prompt has one: {shortened(messages[0])}")
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        prompt = as_one_text(messages)
     if not isinstance(prompt, str) or not prompt.strip():
         kinds = "a text" if args.task == "gsm8k" else "a text or a list of messages"
         raise InputError(f"{names[0]} must be {kinds}, found {shortened(prompt)}")
@@ -1144,6 +1140,21 @@ def read_problem(args, row):
     solution = re.sub(r"<<[^<>]*>>", "", worked).strip() + f"\n#### {final}"
     columns = tuple((name, x) for name, x in columns if name != "answer")  # functions get the number after ####
     return Problem(prompt, final, values, solution, columns=columns)
+
+
+def read_messages(prompt):
+    """The messages of a chat, {"role", "content"} each, the last of which the model is to answer."""
+    messages = tuple(prompt)
+    are_whole = all(isinstance(x, dict) and None not in (x.get("role"), x.get("content")) for x in messages)
+    if not messages or not are_whole or not messages[-1]["content"]:
+        raise InputError(f"each message needs role and content, found {shortened(prompt)}")
+    if messages[-1]["role"] == "assistant":
+        raise InputError("the last message must not be the assistant's, which the model is to write")
+    return messages
+
+
+def as_one_text(messages):
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def shortened(value, length=60):
@@ -1585,6 +1596,12 @@ def math_verifier():
 
 
 # ---- The steps of a completion; what a reward must be ----
+
+
+def truncated_rows(args, group, eos_ids):
+    """(G,) which completions of a group have neither an EOS nor a --stop within max_tokens."""
+    has_ended = torch.isin(group.tokens, torch.tensor(eos_ids, dtype=torch.long)).any(-1)
+    return ~(has_ended | torch.tensor([has_stop(args.stop, text) for text in group.texts]))
 
 
 def step_ids_of(tokenizer, group, step_of_line):
@@ -2080,7 +2097,7 @@ def warm_start(args, model, tokenizer, problems, held_out):
     from tqdm import trange
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos = tokenizer.eos_token_id
     bar = trange(args.warm_start_steps, desc="warm start")
     for step in bar:
         optimizer.param_groups[0]["lr"] = args.warm_start_learning_rate * min((step + 1) / 50, 1.0)
@@ -2088,10 +2105,9 @@ def warm_start(args, model, tokenizer, problems, held_out):
         batch = problems_from(problems, range(step * count, (step + 1) * count), f"{args.seed} warm start")
         prompts = [encode_prompt(args, tokenizer, problem) for problem in batch]
         solutions = [[*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], eos] for problem in batch]
-        longest = max(map(len, solutions))
-        tokens = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in solutions])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in solutions])
-        loss = -policy_logprobs(replace(args, temperature=1.0), model, prompts, tokens, mask).sum() / mask.sum()
+        tokens, mask = padded(solutions)
+        logprob = policy_logprobs(replace(args, temperature=1.0), model, prompts, tokens, mask)
+        loss = supervised_loss(logprob, mask, mask.sum())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -3102,7 +3118,7 @@ def retry_with_less(args, limit, function, model, *rest):
         try:
             result = function(args, model, *rest)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or (args.shard and function is minibatch_gradient):
+            if not is_out_of_memory(error) or (args.shard and function in (minibatch_gradient, supervised_gradient)):
                 raise  # in FSDP's backward pass the other processes wait for this one
             error_line = one_line(error)
         if not over_ranks(torch.tensor(len(error_line)), "MAX"):
@@ -3401,7 +3417,7 @@ def draw_curves(metrics, path):
         ("completion/length",),
         ("policy/entropy", "kl/"),
         ("policy/ratio", "policy/sampler_gap"),
-        ("policy/grad_norm",),
+        ("policy/grad_norm", "sft/"),
         ("time/generate", "time/train"),
         ("memory/",),
     )
@@ -3439,6 +3455,14 @@ def peak_memory(device):
 #
 # Settings that contradict each other, or that would do nothing, are refused before anything is loaded.
 
+# The settings that do nothing in supervised steps (--sft-data)
+RL_ONLY = (
+    "num_epochs num_minibatches clip_low clip_high beta scale reduction algorithm supervision importance policy_loss "
+    "unbiased_kl old_logprobs sampler_correction sampler_mask off_policy_limit staleness dynamic_sampling truncated "
+    "truncation_penalty reference_every format_weight length_weight overlong_buffer decouple_rewards reward_model "
+    "reward_model_weight reward_model_steps reward_model_learning_rate"
+)
+
 
 def check_bounds(args):
     """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
@@ -3470,11 +3494,19 @@ def check_settings(args):
         raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {args.optimizer}")
     if args.shard and (args.optimizer == "adamw" or args.offload or args.lora_rank):
         raise ValueError("shard needs optimizer adamw8bit, and works with neither offload nor lora_rank")
-    only_looks = bool(args.evaluate) or args.ask is not None
-    if args.evaluate and args.ask is not None:
-        raise ValueError("evaluate and ask are two commands: give one of them")
-    if only_looks and (args.resume or args.run_dir or args.track):
-        raise ValueError("evaluate and ask train nothing and write nothing: resume, run_dir and track exclude them")
+    looks = bool(args.evaluate), args.ask is not None, args.sample_to is not None
+    only_looks = any(looks)
+    if sum(looks) > 1:
+        raise ValueError("evaluate, ask and sample_to are separate commands: give one of them")
+    if only_looks and (args.resume or args.run_dir or args.track or args.sft_data):
+        raise ValueError("evaluate, ask and sample_to train nothing: resume, run_dir, track and sft_data exclude them")
+    if args.sft_data and args.model is None:
+        raise ValueError("sft_data trains a model that is there, such as the start of an earlier run: got no model")
+    idle = [name for name in RL_ONLY.split() if args.sft_data and getattr(args, name) != getattr(Args, name)]
+    if idle:
+        raise ValueError(
+            f"sft_data imitates a file, and samples nothing to learn from: {', '.join(idle)} would do nothing"
+        )
     if args.task in ("gsm8k", "jsonl") and args.model is None and not only_looks:
         raise ValueError(f"task {args.task} needs a model that can read, got no model")
     if args.data and args.task not in ("gsm8k", "jsonl"):
@@ -3534,6 +3566,8 @@ def check_settings(args):
         )
     if args.model is None and (args.system is not None or args.stop) and not only_looks:
         raise ValueError("system and stop are for --model: the small model has no chat form, and ends by itself")
+    if args.tools != "none" and args.sft_data:
+        raise ValueError("sft_data imitates every token of a completion, and tools would have written some of them")
     if args.tools != "none" and args.supervision == "process":
         raise ValueError("supervision process pays for the steps that the policy writes, and tools write some of them")
     if "" in args.stop:
@@ -3545,10 +3579,10 @@ def check_settings(args):
     if args.lora_rank and args.reference_every:
         raise ValueError("lora_rank keeps the model without the adapter as the reference: reference_every must be 0")
     names = args.model, args.data, args.resume, args.run_dir, args.reward_model, args.reward, args.eval_data
-    if "" in (*names, *args.evaluate):
+    if "" in (*names, *args.evaluate, args.sft_data, args.sample_to):
         raise ValueError(
-            "model, data, eval_data, resume, run_dir, reward, reward_model and evaluate need a name or a path, got an "
-            "empty one"
+            "model, data, eval_data, sft_data, sample_to, resume, run_dir, reward, reward_model and evaluate need a "
+            "name or a path, got an empty one"
         )
     if args.ask is not None and not args.ask.strip():
         raise ValueError("ask needs a question, got an empty one")
@@ -3579,11 +3613,12 @@ def chosen(args, problems=(), size=None, free=None):
     free: the bytes that are free on the GPU; None asks it.
     """
     why, has_gpu = {}, torch.cuda.is_available()
-    if args.model is None:
+    if args.model is None or is_small(args.model):
         reason, off = "enough for the small model", {"gradient_checkpointing": False, "offload": False}
         args = choose(args, why, reason, device="cpu", torch_threads=1, dtype="float32", **off)
         reason, P, samples = "found for the small model", prompts_for(args, 32, problems), max(16, args.eval_k)
-        args = choose(args, why, reason, learning_rate=3e-4, prompts_per_step=P, group_size=8, max_tokens=40)
+        args = choose(args, why, reason, learning_rate=1e-3 if args.sft_data else 3e-4, prompts_per_step=P)
+        args = choose(args, why, reason, group_size=8, max_tokens=40)
         args = choose(args, why, reason, generate_rows=2048, eval_samples=samples)
 
     # The machine
@@ -3611,7 +3646,9 @@ def chosen(args, problems=(), size=None, free=None):
         size = num_parameters(args.model)
     if args.learning_rate is None:
         reason = f"for {size / 1e9:.2g}B parameters" + ", ten times as much for LoRA" * bool(args.lora_rank)
-        args = choose(args, why, reason, learning_rate=learning_rate_for(size, args.lora_rank > 0))
+        reason += ", ten times as much for supervised steps" * bool(args.sft_data)
+        rate = learning_rate_for(size, args.lora_rank > 0) * (10 if args.sft_data else 1)
+        args = choose(args, why, reason, learning_rate=float(f"{rate:.2g}"))
     reason = "saves memory, takes time: for 1B parameters and more"
     args = choose(args, why, reason, gradient_checkpointing=(size or 0) > 1e9)
     if args.offload is None:
@@ -4085,13 +4122,15 @@ def print_summary(args, run_dir, metrics, held_out, seen, seconds):
     if seen:
         print_samples(*seen[0])
     print(f"\ncurves      {run_dir / 'curves.png'}")
-    print(f"samples     {run_dir / 'samples.jsonl'}, answers of every step")
+    if not args.sft_data:
+        print(f"samples     {run_dir / 'samples.jsonl'}, answers of every step")
     print(f"policy      {run_dir / 'policy'}, for from_pretrained")
     if args.save_merged:
         print(f"merged      {run_dir / 'merged'}, the same without PEFT")
     spent = sum(row.get("time/step_seconds", 0.0) for row in metrics)
     done = metrics[-1]["step"]
-    print(f"seconds     {seconds:.1f} in all, {spent:.1f} of them in {done} steps of GRPO")
+    kind = "supervised steps" if args.sft_data else "steps of GRPO"
+    print(f"seconds     {seconds:.1f} in all, {spent:.1f} of them in {done} {kind}")
     if done < args.steps:
         again = shlex.join(["python", Path(__file__).name, "--resume", str(run_dir)])
         print(f"ended       early, after {done} of {args.steps} steps: {again} continues")
@@ -4117,7 +4156,7 @@ SOURCES = ("task", "data", "eval_data", "terms", "max_term", "operators", "num_p
 ASKED = ("task", "instruction", "system", "stop", "tools", "max_tokens", "temperature")
 
 # What a run's settings are without the run
-NO_RUN = {"run_dir": None, "resume": None, "track": False, "offload": False, "shard": False}
+NO_RUN = {"run_dir": None, "resume": None, "track": False, "offload": False, "shard": False, "sft_data": None}
 
 # Settings of training, which need not be chosen here
 UNUSED = {
@@ -4153,34 +4192,46 @@ def newest_run():
             load(policy.parent / "checkpoint.pt")
             print(f"run         {policy.parent}, the newest in runs")
             return str(policy.parent)
-    raise InputError("--ask: the directory runs holds no finished run of this script, so a run must be named")
+    raise InputError("the directory runs holds no finished run of this script, so a run must be named")
 
 
 def model_to_train(name, instruction):
     """The model that --model means: of a run its policy, which is trained further."""
     if name is None:
         return None
-    directory, saved = policy_of(name)
-    if saved and saved.model is None and instruction != "{}":
+    directory = policy_of(name)[0]
+    if is_small(name) and instruction != "{}":
         raise InputError(f'--model {name} is the small model of a run, which reads no words: add --instruction "{{}}"')
     return directory
 
 
+def is_small(name):
+    """Is it the small model that the script makes itself, or was it trained from that, in however many runs?"""
+    with suppress(InputError):
+        while saved := policy_of(name)[1]:
+            if saved.model is None:
+                return True
+            name = saved.model
+    return False
+
+
 def settings_to_look(words):
-    """The defaults of the flags of --evaluate and --ask: the settings of the first run that is named, or the usual.
-    None if the command line has neither of the two, or a mistake that is reported later."""
+    """The defaults of the flags of --evaluate, --ask and --sample-to: the settings of the first run that is named, or
+    the usual. None if the command line has none of the three, or a mistake that is reported later."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--evaluate", nargs="*", default=[])
-    for flag in ("--ask", "--model", "--resume", "--data"):
+    for flag in ("--ask", "--sample-to", "--model", "--resume", "--data"):
         parser.add_argument(flag, nargs="?")
     look, _ = parser.parse_known_args(words)
-    if bool(look.evaluate) == bool((look.ask or "").strip()) or look.resume or "" in (*look.evaluate, look.model):
+    commands = look.evaluate, (look.ask or "").strip(), look.sample_to
+    if sum(map(bool, commands)) != 1 or look.resume or "" in (*look.evaluate, look.model, look.sample_to):
         return None
     if look.evaluate and look.model:
         raise InputError(f"--evaluate takes the names of all models: write {look.model} behind it, without --model")
     names = look.evaluate or [look.model or newest_run()]
     saved = next((saved for _, saved in map(policy_of, names) if saved), None)
-    settings = {"evaluate": tuple(look.evaluate), "ask": look.ask, "model": look.ask and names[0]}
+    settings = {"evaluate": tuple(look.evaluate), "ask": look.ask, "sample_to": look.sample_to}
+    settings["model"] = None if look.evaluate else names[0]
     if not saved:
         return Args(**settings)
     settings |= NO_RUN
@@ -4195,7 +4246,7 @@ def settings_to_look(words):
 
 def settings_of_model(args, directory, saved):
     """args for one model. The small model of a run reads the problem alone, any other reads the instruction too."""
-    if saved and saved.model is None:
+    if is_small(directory):
         return replace(args, model=None, system=None, stop=())  # it has no chat form, and ends by itself
     return replace(args, model=directory)
 
@@ -4207,8 +4258,10 @@ def choose_to_look(args, policy, problems):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if num_processes() > 1:
-        raise InputError("--evaluate and --ask work in one process: start them without torchrun")
+        raise InputError("--evaluate, --ask and --sample-to work in one process: start them without torchrun")
     unused = {name: x for name, x in UNUSED.items() if getattr(args, name) is None}
+    if args.sample_to:  # it samples as many prompts at a time, and completions of each, as a run does
+        unused = {name: x for name, x in unused.items() if name not in ("prompts_per_step", "group_size")}
     if "prompts_per_step" in unused:
         unused["prompts_per_step"] = args.num_minibatches
     args = choose_settings(replace(settings_of_model(args, *policy), **unused), None, problems)
@@ -4306,7 +4359,8 @@ def problems_to_evaluate(args, policies):
         problems, source = held_out + learned, f"of {args.data or f'task {args.task}, seed {args.seed}'}"
     count, notes = len(problems), []
     for name, saved in runs:
-        if differing := [x for x in (*ASKED, "quantize", "dtype") if getattr(saved, x) != getattr(runs[0][1], x)]:
+        asked = [x for x in (*ASKED, "quantize", "dtype") if x != "instruction" or not is_small(name)]
+        if differing := [x for x in asked if getattr(saved, x) != getattr(runs[0][1], x)]:
             notes.append(f"{name} was trained with another {', '.join(differing)}; here {runs[0][0]}'s holds for all")
         try:
             learned = {problem.prompt for problem in load_problems(replace(saved, **look))[0]}
@@ -4462,6 +4516,272 @@ def print_answers(question, answer, answers):
         paid = "" if reward is None else f"reward {reward:.2f}  "
         print(f"\n{name:10}  {paid}ln π {logprob:.2f} nats  {length} tokens{'' if has_ended else ', not ended'}")
         show(text, "    ")
+
+
+# ---- Imitation: samples to keep (--sample-to), supervised steps on a file (--sft-data) ----
+#
+# The two stages of DeepSeek-R1's recipe that are not RL (docs/4_grpo.md, "R1's recipe"). Rejection sampling keeps what
+# the verifier calls right and a reader can read; supervised fine-tuning makes any model imitate it. The loss must count
+# the tokens that the model is to write, EOS included, and no token of a prompt.
+
+
+def supervised_loss(logprob, mask, total_tokens):
+    """−Σ ln π(token) / total_tokens over the tokens of completions [G31]: logprob, mask (B, T) → scalar, nats a token.
+
+    It is the cross-entropy with a file's completions: the mean over tokens, not over completions. total_tokens is that
+    of the whole optimizer step, so the losses of its micro-batches add up to its loss.
+    """
+    return -torch.where(mask.bool(), logprob, 0.0).sum() / total_tokens
+
+
+def padded(completions):
+    """(tokens, mask), (B, T) each, of B token lists, which stand on the left."""
+    longest = max(map(len, completions))
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in completions])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in completions])
+    return tokens, mask
+
+
+# Samples to keep
+
+
+def keep_samples(args):
+    """--sample-to: sample problems of training, --steps times as many as a rollout has, and write what is right and
+    readable as lines {"prompt", "completion"} [G32]. Returns {what: how many}."""
+    from tqdm import trange
+
+    path, policy = Path(args.sample_to), policy_of(args.model)
+    if path.exists() or not path.parent.is_dir():
+        raise InputError(f"--sample-to {path} {'exists: choose another' if path.exists() else 'lies in no directory'}")
+    if args.reward:
+        raise InputError("--sample-to keeps what the verifier judges right, and --reward takes the verifier's place")
+    problems, _ = load_problems(args)
+    args = choose_to_look(args, policy, problems)
+    problems = problems_for_all(args, [policy], problems)
+    model, tokenizer, eos_ids = load_policy(args, policy[0])
+    counts, rows = Counter(), {}
+    for step in trange(args.steps, desc="sample"):
+        positions = range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step)
+        names = [("sample", position) for position in positions]  # other noise than the training's
+        asked = problems_from(problems, positions, args.seed)
+        given = model, tokenizer, eos_ids, asked, args.group_size, args.temperature, names
+        args, groups = retry_with_less(args, "generate_rows", sample_groups, *given)
+        for group in groups:
+            prompt = messages_of(args, group.problem) if tokenizer.chat_template else f"{told(args, group.problem)}\n"
+            for text in kept_texts(args, group, eos_ids, counts):
+                rows[group.problem.prompt, text] = {"prompt": prompt, "completion": text}  # equal ones once
+    counts["written"] = len(rows)
+    print_kept(args, counts, len({prompt for prompt, _ in rows}))
+    with written_aside(path) as temporary:
+        lines = [f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows.values()]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return dict(counts)
+
+
+def kept_texts(args, group, eos_ids, counts):
+    """The completions of a group that are right, match --format-pattern and have ended. Adds to the counts."""
+    kept = []
+    for text, is_truncated in zip(group.texts, truncated_rows(args, group, eos_ids).tolist()):
+        right = is_right(group.problem, before_stop(args, text))
+        readable = bool(re.fullmatch(args.format_pattern, text))
+        counts.update(sampled=1, right=right, readable=readable, ended=not is_truncated)
+        if right and readable and not is_truncated:
+            kept.append(text)
+    counts["kept"] += len(kept)
+    return kept
+
+
+def print_kept(args, counts, num_prompts):
+    """What --sample-to has kept, or the refusal of a file without lines."""
+    shares = f"{counts['right']:,} are right, {counts['readable']:,} match --format-pattern, {counts['ended']:,} ended"
+    if not counts["written"]:
+        raise InputError(
+            f"--sample-to: of {counts['sampled']:,} completions {shares}, and none is all three. --format-pattern "
+            f"{args.format_pattern!r} says what is readable"
+        )
+    say(f"\nsampled     {counts['sampled']:,} completions: {shares}")
+    num_equal = counts["kept"] - counts["written"]
+    say(f"kept        {counts['kept']:,} are all three, {num_equal:,} of them equal to another one and not written")
+    say(f"written     {args.sample_to}: {counts['written']:,} lines for {num_prompts:,} prompts")
+    words = ["python", Path(__file__).name, "--model", "MODEL", "--sft-data", args.sample_to]
+    words += ["--instruction", "{}"] if args.model is None else []
+    say(f"next        {shlex.join(words)}")
+
+
+# Supervised steps
+
+
+class Example(NamedTuple):
+    prompt: list  # tokens that are read
+    completion: list  # tokens that are imitated, with the EOS that ends them
+
+
+def read_completion(row):
+    """(problem, completion) of a row {"prompt", "completion"}. The prompt is a text or the messages of a chat, the
+    completion a text or the assistant's one message."""
+    if not isinstance(row, dict) or not {"prompt", "completion"} <= row.keys():
+        found = ", ".join(row) if isinstance(row, dict) else shortened(row)
+        raise InputError(f"--sft-data needs rows with prompt and completion, found {found}")
+    prompt, completion, messages = row["prompt"], row["completion"], ()
+    if isinstance(prompt, list):
+        messages = read_messages(prompt)
+        prompt = as_one_text(messages)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"prompt must be a text or a list of messages, found {shortened(prompt)}")
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        completion = completion[0].get("content") if completion[0].get("role") == "assistant" else completion
+    if not isinstance(completion, str) or not completion.strip():
+        raise InputError(f"completion must be a text or one message of the assistant, found {shortened(completion)}")
+    return Problem(prompt.removesuffix("\n"), None, messages=messages), completion  # encode_prompt() adds the newline
+
+
+def read_completions(args):
+    """[(where it stands, problem, completion)] of the lines of --sft-data."""
+    rows = []
+    for where, row in read_rows(args.sft_data, "--sft-data"):
+        try:
+            rows.append((where, *read_completion(row)))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    if not rows:
+        raise InputError(f"--sft-data {args.sft_data} has no rows")
+    return rows
+
+
+def encode_completion(tokenizer, eos_ids, text):
+    """The tokens of a completion and the EOS that ends it [G31]. Without that the model would never learn to stop."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    own = tokenizer.eos_token_id
+    eos = [own if own in eos_ids else eos_ids[0]] if eos_ids else []  # there is none where only --stop ends an answer
+    ids = ids if ids and ids[-1] in eos_ids else ids + eos
+    if set(ids[:-1]) & set(eos_ids):
+        raise InputError("the completion has an EOS token before its end")
+    if tokenizer.unk_token_id in set(ids) - set(eos_ids):
+        raise InputError(f"the tokenizer does not know a part of the completion {shortened(text)}")
+    return ids
+
+
+def examples_of(args, model, tokenizer, eos_ids, rows, held_out):
+    """The Examples of such rows. A file's prompt is complete, so no --instruction is added; --system is, where the
+    prompt has no system turn. Says what is left out, and why."""
+    plain = replace(args, instruction="{}", system=None)
+    with_system = replace(plain, system=args.system)
+    not_learned = {tuple(encode_prompt(args, tokenizer, problem)) for problem in held_out}
+    examples, num_held_out, num_over, num_long, context = [], 0, 0, 0, context_of(model)
+    for where, problem, text in rows:
+        has_system = problem.messages and problem.messages[0]["role"] in ("system", "developer")
+        try:
+            prompt = encode_prompt(plain if has_system else with_system, tokenizer, problem)
+            example = Example(prompt, encode_completion(tokenizer, eos_ids, text))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if tuple(prompt) in not_learned:
+            num_held_out += 1
+        elif len(prompt) + len(example.completion) > context:
+            num_over += 1
+        else:
+            num_long += len(example.completion) > args.max_tokens
+            examples.append(example)
+    epochs = args.steps * args.prompts_per_step / max(len(examples), 1)
+    say(f"sft-data    {len(rows):,} lines; {args.steps} steps of {args.prompts_per_step} are {epochs:.2g} epochs")
+    notes = {
+        "are left out because their prompts are held out": num_held_out,
+        f"are left out because they exceed the model's context of {context:,} tokens": num_over,
+        f"are longer than --max-tokens {args.max_tokens}, where an evaluation cuts an answer": num_long,
+    }
+    for note, count in notes.items():
+        if count:
+            say(f"            {count:,} {note}")
+    if not examples:
+        raise InputError(f"--sft-data {args.sft_data} has no line to learn from: all are left out")
+    return examples
+
+
+def supervised_gradient(args, policy, optimizer, examples):
+    """The gradient of one batch of examples, added up over micro-batches that fit into memory. Returns the loss and
+    the number of tokens, of this process's part; the losses of all processes add up to the loss of the step."""
+    prompts, completions = zip(*examples)
+    tokens, mask = padded(completions)
+    total_tokens = over_ranks(mask.sum())
+    lengths = dict(enumerate(map(len, completions)))
+    micro_batches = plan_for(args, policy, list(map(len, prompts)), lengths, 1)
+    num_idle, total = idle_passes(micro_batches), 0.0
+    optimizer.zero_grad()
+    for rows in micro_batches:
+        logprob = micro_batch_logprobs(args, policy, prompts, tokens, mask, rows)
+        order = [i for row in rows for i in row]
+        loss = supervised_loss(logprob, mask[order].to(args.device), total_tokens)
+        loss.backward()
+        total += loss.item()
+    run_idle_passes(args, policy, num_idle)
+    return total, int(mask.sum())
+
+
+def fine_tune(args):
+    """--sft-data: supervised steps on a file's completions. It reads, evaluates, logs, saves and resumes as train()
+    does, whose steps 5 to 9 are one here. Returns the metrics of each step and of each evaluation, oldest first."""
+    from tqdm import trange
+
+    started = time.perf_counter()
+    saved = load_checkpoint(args)
+    rows = read_completions(args)
+    problems, held_out = load_problems(args)
+    args = choose_settings(args, saved, problems)
+    args, run_dir = start_run(args, held_out)
+    policy, tokenizer, eos_ids = load_model(args, args.model)
+    problems, held_out = those_that_fit(args, policy, tokenizer, problems, held_out)
+    examples = examples_of(args, policy, tokenizer, eos_ids, rows, held_out)
+    adapter = prepare_policy(args, policy, tokenizer, saved)
+    optimizer = new_optimizer(args, policy)
+    parameters = optimizer.param_groups[0]["params"]
+    first, _, metrics = restore(saved, optimizer, None)
+    writer = open_log(args, run_dir, first)
+    if not metrics:
+        args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+        log(writer, metrics, 0, mean_over_ranks(scores))
+    ending = Ending(args, started)
+    bar = trange(first, args.steps, desc="sft", initial=first, total=args.steps, disable=process_rank() > 0)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = learning_rate_of(args, step)
+        begun = time.perf_counter()
+        positions = own_share(range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step))
+        batch = problems_from(examples, positions, args.seed)
+        at_1 = replace(args, temperature=1.0)  # what is imitated was not sampled at --temperature
+        policy.train()
+        at_1, (loss, count) = retry_with_less(at_1, "micro_batch_tokens", supervised_gradient, policy, optimizer, batch)
+        args = replace(args, micro_batch_tokens=at_1.micro_batch_tokens)
+        sum_gradients(args, parameters)
+        norm = cut_gradients(parameters, args.max_grad_norm, args.shard)
+        check_gradient(norm, run_dir, step)
+        seed_torch(args.seed, step, "rounding")  # all processes round alike
+        optimizer.step()
+        optimizer.zero_grad()
+        policy.eval()
+        seconds = time.perf_counter() - begun
+        row = {"sft/loss": over_ranks(torch.tensor(loss, dtype=torch.float64)).item(), "policy/grad_norm": norm}
+        row |= {"policy/learning_rate": optimizer.param_groups[0]["lr"]}
+        row |= {"time/train_tokens_per_second": count / seconds, "time/step_seconds": seconds}
+        peak, done, is_ending = peak_memory(args.device), step + 1, ending.is_due()
+        row |= {} if peak is None else {"memory/peak_gb": peak / 1e9}
+        is_last = is_ending or done == args.steps
+        if is_last or is_due(args.eval_every, done):
+            args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
+            row |= mean_over_ranks(scores)
+        bar.set_postfix(loss=f"{row['sft/loss']:.3f}", refresh=False)
+        log(writer, metrics, done, row)
+        if is_last or is_due(args.checkpoint_every, done):
+            progress = {"step": done, "cursor": done * args.prompts_per_step, "metrics": metrics}
+            save_checkpoint(args, run_dir, writer, progress, policy, optimizer, None, None)
+        if is_ending:
+            break
+    bar.close()
+    ending.restore()
+    weights = end_processes(args, policy)
+    if process_rank() == 0:
+        writer.close()
+        save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
+        print_summary(args, run_dir, metrics, held_out, [], time.perf_counter() - started)
+    return metrics
 
 
 # ---- Answers, shown during the run ----
@@ -4640,6 +4960,8 @@ def main():
         run_dir = args.resume or args.run_dir
         if args.evaluate:
             compare_models(args)
+        elif args.sample_to:
+            keep_samples(args)
         elif args.ask is not None:
             ask_policy(args)
         else:

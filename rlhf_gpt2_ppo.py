@@ -1561,7 +1561,7 @@ def newest_run():
             load(policy.parent / "checkpoint.pt")
             print(f"run         {policy.parent}, the newest in runs")
             return str(policy.parent)
-    raise InputError("--ask: the directory runs holds no finished run of this script, so a run must be named")
+    raise InputError("the directory runs holds no finished run of this script, so a run must be named")
 
 
 def asked_args(args):

@@ -39,7 +39,7 @@ SUITES = {
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
         *(f"tests/test_grpo_{name}.py" for name in ("adapters", "reward_model", "reports", "families", "choices")),
-        *(f"tests/test_grpo_{name}.py" for name in ("limits", "own_reward", "stop", "evaluate", "look")),
+        *(f"tests/test_grpo_{name}.py" for name in ("limits", "own_reward", "stop", "evaluate", "look", "imitation")),
         "tests/test_grpo_other_algorithms.py",
         "tests/test_grpo_tools.py",
         "tests/test_track.py",
@@ -532,8 +532,8 @@ GRPO = [
     ("constant reduction by the longest", "(total_sequences * max_tokens)", "(total_sequences * loss.shape[1])"),
     (
         "GSPO by the sum",
-        ".sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)\n",
-        ".sum(-1, keepdim=True)\n",
+        "return old_logprob + log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)\n",
+        "return old_logprob + log_ratio.sum(-1, keepdim=True)\n",
     ),
     (
         "pass@k biased",
@@ -586,7 +586,7 @@ GRPO = [
     ),
     (
         "EOS masked out",
-        "tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], 1\n        going &= ~torch.isin(token, eos)",
+        "tokens[on, t], logprobs[on, t], mask[on, t] = token[going], logprob[going], chosen[going]\n        going &= ~torch.isin(token, eos)",
         "tokens[on, t], logprobs[on, t], was = token[going], logprob[going], going\n        going = going & ~torch.isin(token, eos)\n        mask[on, t] = going[was].long()",
     ),
     (
@@ -662,8 +662,8 @@ GRPO = [
         'if args.old_logprobs == "recomputed" and args.updates == 1:',
         'if args.old_logprobs == "recomputed":',
     ),
-    ("β ignored in the loop", "token_loss = token_loss + args.beta * kl\n", "token_loss = token_loss + kl\n"),
-    ("KL rewarded in the loop", "token_loss + args.beta * kl\n", "token_loss - args.beta * kl\n"),
+    ("β ignored in the loop", "token_loss = token_loss + args.beta * (", "token_loss = token_loss + ("),
+    ("KL rewarded in the loop", "token_loss = token_loss + args.beta * (", "token_loss = token_loss - args.beta * ("),
     (
         "truncated completions learned from",
         "mask = mask * ~torch.cat([rating.is_truncated for rating in ratings])[:, None]  # [G12]",
@@ -676,8 +676,8 @@ GRPO = [
     ),
     (
         "the KL of groups without variance skipped",
-        "& ((advantages != 0).any(-1) | (args.beta > 0))",
-        "& (advantages != 0).any(-1)",
+        '(advantages != 0).any(-1) | (args.beta > 0) | (args.algorithm == "reinforce++")',
+        "(advantages != 0).any(-1)",
     ),
     ("dynamic sampling keeps what it has seen", "(has_variance(args, rating) or not args.dynamic_sampling)", "True"),
     (
@@ -965,8 +965,57 @@ GRPO = [
     ("a run evaluated on what it learned from", "if problem.prompt not in learned]", "if True]"),
     (
         "the small model asked with an instruction",
-        "    if saved and saved.model is None:\n        return replace(args, model=None, system",
-        "    if saved is None:\n        return replace(args, model=None, system",
+        "    if is_small(directory):\n        return replace(args, model=None, system",
+        "    if False:\n        return replace(args, model=None, system",
+    ),
+    (
+        "imitation: completions averaged, not tokens",
+        "torch.where(mask.bool(), logprob, 0.0).sum() / total_tokens",
+        "(logprob.sum(-1) / mask.sum(-1)).mean()",
+    ),
+    (
+        "imitation maximised",
+        "return -torch.where(mask.bool(), logprob, 0.0)",
+        "return torch.where(mask.bool(), logprob, 0.0)",
+    ),
+    (
+        "imitation of padding",
+        "-torch.where(mask.bool(), logprob, 0.0).sum() / total_tokens",
+        "-logprob.sum() / total_tokens",
+    ),
+    (
+        "imitation: each micro-batch by its own tokens",
+        "mask[order].to(args.device), total_tokens)",
+        "mask[order].to(args.device), mask[order].sum())",
+    ),
+    ("imitation: the tokens of one process", "total_tokens = over_ranks(mask.sum())", "total_tokens = mask.sum()"),
+    (
+        "prompt tokens in the imitation",
+        "example = Example(prompt, encode_completion(tokenizer, eos_ids, text))",
+        "example = Example(prompt[:1], prompt[1:] + encode_completion(tokenizer, eos_ids, text))",
+    ),
+    ("EOS left out of the imitation", "ids if ids and ids[-1] in eos_ids else ids + eos", "ids"),
+    (
+        "an instruction around a prompt that has one",
+        'plain = replace(args, instruction="{}", system=None)',
+        "plain = replace(args, system=None)",
+    ),
+    ("held-out prompts imitated", "        if tuple(prompt) in not_learned:\n", "        if False:\n"),
+    ("imitated at the temperature of the sampling", "at_1 = replace(args, temperature=1.0)", "at_1 = replace(args)"),
+    (
+        "wrong answers kept",
+        "        if right and readable and not is_truncated:\n",
+        "        if readable and not is_truncated:\n",
+    ),
+    (
+        "unreadable answers kept",
+        "        if right and readable and not is_truncated:\n",
+        "        if right and not is_truncated:\n",
+    ),
+    (
+        "answers that were cut off kept",
+        "        if right and readable and not is_truncated:\n",
+        "        if right and readable:\n",
     ),
     ("gsm8k evaluated on its training split", '"--eval-data", "test"))', '"--eval-data", "train"))'),
     ("shares taken for yes and no", "        n *= p * (1 - p) / variance\n", "        pass\n"),

@@ -331,9 +331,9 @@ def test_a_run_of_a_real_model_can_be_trained_further(grpo, tiny_grpo, small_run
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--evaluate", "m", "--ask", "q"], "evaluate and ask are two commands"),
-        (["--evaluate", "m", "--run-dir", "r"], "resume, run_dir and track exclude them"),
-        (["--ask", "q", "--resume", "r"], "resume, run_dir and track exclude them"),
+        (["--evaluate", "m", "--ask", "q"], "evaluate, ask and sample_to are separate commands"),
+        (["--evaluate", "m", "--run-dir", "r"], "resume, run_dir, track and sft_data exclude them"),
+        (["--ask", "q", "--resume", "r"], "resume, run_dir, track and sft_data exclude them"),
         (["--evaluate", "m", "--model", "n"], "--evaluate takes the names of all models: write n behind it"),
         (["--evaluate", "m", "--task", "jsonl"], "task jsonl needs data"),
         (["--evaluate", ""], "need a name or a path, got an empty one"),
