@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from contract import ROOT, load_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
@@ -96,3 +97,14 @@ def test_glossary_has_each_word_in_both_languages():
     for needed in ("temperature", "top-k, top-p", "LoRA", "perplexity", "chat template", "FSDP2", "advantage"):
         assert needed in words
     assert len([word for word in words if word.startswith("bootstrap")]) == 2
+
+
+def test_settings_name_the_rates_that_stage_3_chooses():
+    args = load_script(ROOT / "rlhf_gpt2_ppo.py").Args()
+    models = [torch.nn.Linear(1, size, bias=False, device="meta") for size in (10_000, 20_000_000)]
+    rows = re.findall(
+        r"^\| `--([\w-]+)` \| chosen .*ours (\S+) and ([\de-]+) ", read(ROOT / "docs" / "settings.md"), re.MULTILINE
+    )
+    assert len(rows) == 3
+    for flag, *said in rows:
+        assert [float(x) for x in said] == [args.rate(flag.replace("-", "_"), model) for model in models]

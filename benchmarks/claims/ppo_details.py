@@ -72,6 +72,22 @@ def variant(replacements, folder):
     return module
 
 
+def one_run(env_id, steps, seed, flags, replacements):
+    """(area under the learning curve, mean return of the last 100 episodes, steps until CartPole counts as solved)."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = variant(replacements, folder)
+        settings = {"env_id": env_id, "seed": seed, "total_timesteps": steps, **flags}
+        metrics = script.train(script.Args(**settings, eval_episodes=0, run_dir=f"{folder}/run"))
+    rows = [(row["global_step"], row.get("charts/episodic_return")) for row in metrics]
+    steps_before, area, last = 0, 0.0, None
+    for step, value in rows:  # a rollout in which nothing ended counts with the value before
+        last = value if value is not None else last
+        area += (last if last is not None else 0.0) * (step - steps_before)
+        steps_before = step
+    solved = [row["global_step"] for row in metrics if row.get("charts/return_100", -1e9) >= 475]
+    return round(area / steps_before, 2), metrics[-1].get("charts/return_100"), solved[0] if solved else None
+
+
 def measure(options):
     with FILE.open("w", encoding="utf-8") as file:
         head = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "steps": ENVS}
@@ -79,20 +95,9 @@ def measure(options):
         for seed in range(1, options.seeds + 1):
             for env_id, steps in ENVS.items():
                 for name, (flags, replacements) in VARIANTS.items():
-                    with tempfile.TemporaryDirectory() as folder:
-                        script = variant(replacements, folder)
-                        settings = {"env_id": env_id, "seed": seed, "total_timesteps": steps, **flags}
-                        files = {"eval_episodes": 0, "run_dir": f"{folder}/run"}
-                        metrics = script.train(script.Args(**settings, **files))
-                    rows = [(row["global_step"], row.get("charts/episodic_return")) for row in metrics]
-                    steps_before, area, last = 0, 0.0, None
-                    for step, value in rows:  # a rollout in which nothing ended counts with the value before
-                        last = value if value is not None else last
-                        area += (last if last is not None else 0.0) * (step - steps_before)
-                        steps_before = step
-                    solved = [row["global_step"] for row in metrics if row.get("charts/return_100", -1e9) >= 475]
-                    line = {"env": env_id, "variant": name, "seed": seed, "area": round(area / steps_before, 2)}
-                    line |= {"final": metrics[-1].get("charts/return_100"), "solved": solved[0] if solved else None}
+                    area, final, solved = one_run(env_id, steps, seed, flags, replacements)
+                    line = {"env": env_id, "variant": name, "seed": seed, "area": area}
+                    line |= {"final": final, "solved": solved}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
 
