@@ -330,6 +330,8 @@ def write_sum(rng, args):
         prompt += f"{operator}{term}"
         lines.append(f"{before}{operator}{term}={total}")
         values.append(str(total))
+    if args.tools == "calculator":
+        lines = [f"<calc>{prompt}</calc>{total}"]
     return Problem(prompt, str(total), (*values, str(total)), "\n".join([*lines, f"#{total}"]))
 
 
@@ -2054,14 +2056,15 @@ def those_that_fit(args, model, tokenizer, problems, held_out):
     return short_enough
 
 
-def new_tokenizer():
-    """One token for each character of arithmetic. Padding and EOS are two different tokens."""
+def new_tokenizer(has_calls=False):
+    """One token for each character of arithmetic, and one for each end of a call. Padding and EOS are two tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     characters = ["<pad>", "<eos>", "<unk>", *"0123456789+-*/()=#,.: \n"]
+    characters += ["<calc>", "</calc>"] if has_calls else []
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?calc>|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -2106,6 +2109,8 @@ def warm_start(args, model, tokenizer, problems, held_out):
         prompts = [encode_prompt(args, tokenizer, problem) for problem in batch]
         solutions = [[*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], eos] for problem in batch]
         tokens, mask = padded(solutions)
+        if args.tools != "none":
+            mask = mask * padded([[*chosen_tokens(tokenizer, problem.solution), 1] for problem in batch])[0]
         logprob = policy_logprobs(replace(args, temperature=1.0), model, prompts, tokens, mask)
         loss = supervised_loss(logprob, mask, mask.sum())
         optimizer.zero_grad()
@@ -2420,7 +2425,7 @@ def without_stopped(model, going, tokens, t, rows=None):
 # behind it, and the policy goes on. What the policy did not write has a mask of 0 [G41]. It is read and not scored: it
 # is in no loss, in no ratio and in no mean, and has no gradient. Nothing else changes.
 
-CALL = r"<calc>([^<>]*)</calc>$"  # at the end of what is written so far
+CALL = r"<calc>([^<>]*)</calc>"
 
 
 class Tool(NamedTuple):
@@ -2446,6 +2451,13 @@ def calculate(expression):
     is_decimal = not (value * 1000).denominator > 1
     text = str(float(value)) if is_decimal and value.denominator > 1 and abs(value) < 1e9 else str(value)
     return text if len(text) <= 20 else ""
+
+
+def chosen_tokens(tokenizer, solution):
+    """1 for each token of a worked solution that the policy is to write, 0 for those that the calculator writes."""
+    by_tool = [(call.end(), call.end() + len(calculate(call[1]))) for call in re.finditer(CALL, solution)]
+    places = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [int(not any(start <= place < end for start, end in by_tool)) for place, _ in places]
 
 
 class ToolCalls:
@@ -2474,7 +2486,7 @@ class ToolCalls:
         asking = sequences[going & self.tool.can_end[tokens[sequences, t]]]
         texts = self.tool.tokenizer.batch_decode(tokens[asking, : t + 1].tolist(), skip_special_tokens=True)
         for row, text in zip(asking.tolist(), texts):
-            if row not in self.waiting and (call := re.search(CALL, text)):
+            if row not in self.waiting and (call := re.search(f"{CALL}$", text)):
                 answer = self.tool.tokenizer(self.tool.compute(call[1]), add_special_tokens=False)["input_ids"]
                 self.waiting[row] = [token for token in answer if token not in self.eos]
 
@@ -3566,6 +3578,8 @@ def check_settings(args):
         )
     if args.model is None and (args.system is not None or args.stop) and not only_looks:
         raise ValueError("system and stop are for --model: the small model has no chat form, and ends by itself")
+    if args.tools != "none" and args.model is None and args.task != "arithmetic" and not only_looks:
+        raise ValueError("tools needs a model, or task arithmetic, whose worked sums show the small model how to call")
     if args.tools != "none" and args.sft_data:
         raise ValueError("sft_data imitates every token of a completion, and tools would have written some of them")
     if args.tools != "none" and args.supervision == "process":
@@ -3865,8 +3879,9 @@ def make_start_model(args, directory, problems, held_out):
     if process_rank() == 0 and not args.resume:
         make_run_dir(Path(directory).parent)
         torch.manual_seed(args.seed)
-        tokenizer = new_tokenizer()
+        tokenizer = new_tokenizer(args.tools != "none")
         model = new_model(tokenizer).to(args.device)
+        model.tool = find_tool(args, model, tokenizer)
         problems, held_out = those_that_fit(args, model, tokenizer, problems, held_out)
         num_long = sum(len(problem.solution) >= args.max_tokens for problem in problems)  # a token a character, and EOS
         if num_long:

@@ -1120,8 +1120,8 @@ GRPO = [
     ("what the tool wrote is learned", "self.waiting[row].pop(0), 0.0, 0", "self.waiting[row].pop(0), logprob[i], 1"),
     (
         "the tool's answer in another row",
-        "(call := re.search(CALL, text)):\n                answer",
-        "(call := re.search(CALL, text)):\n                row = 0\n                answer",
+        '(call := re.search(f"{CALL}$", text)):\n                answer',
+        '(call := re.search(f"{CALL}$", text)):\n                row = 0\n                answer',
     ),
     ("a call is answered while an answer is written", "if row not in self.waiting and (call := ", "if (call := "),
     (
@@ -1133,6 +1133,11 @@ GRPO = [
         "an answer ends at the tool's first token",
         "completions = [row[:length].tolist() for row, length in zip(tokens, lengths_of(mask))]\n                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)\n                groups",
         "completions = [row[:length].tolist() for row, length in zip(tokens, mask.sum(-1).tolist())]\n                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)\n                groups",
+    ),
+    (
+        "the warm start teaches what the calculator writes",
+        "mask = mask * padded([[*chosen_tokens(tokenizer, problem.solution), 1] for problem in batch])[0]",
+        "pass",
     ),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]

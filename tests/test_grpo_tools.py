@@ -137,7 +137,7 @@ def test_the_answer_is_read_and_not_scored(grpo, tiny_grpo, caller, fast):
 def test_a_run_with_the_tool(grpo, tiny_grpo, caller, no_picture, monkeypatch, capsys):
     """Here any digit calls it and it answers 7#: each answer has tokens that the policy did not write, the ratio stays
     1, they count in the length of the completion, and the loss has the mask without them."""
-    monkeypatch.setattr(grpo, "CALL", r"(\d)$")
+    monkeypatch.setattr(grpo, "CALL", r"(\d)")
     monkeypatch.setattr(grpo, "calculate", lambda text: "7#")
     kept = []
     reduce_loss = grpo.reduce_loss
@@ -177,3 +177,48 @@ def test_without_the_flag_a_call_is_text(grpo, tiny_grpo, caller):
     calls = grpo.ToolCalls(model, torch.tensor([1]))
     calls.read(torch.tensor([ids("<calc>1+1</calc>")]), 4, torch.tensor([True]))
     assert [x.item() for x in calls.write(token, logprob)] == [3, -1.0, 1]
+
+
+def test_the_small_model_learns_to_call(grpo, monkeypatch, tmp_path, capsys, command):
+    """Worked sums are calls. In the warm start the sum behind a call has no loss: it is the calculator's."""
+    args = grpo.Args(tools="calculator", terms=3, num_problems=200)
+    problem = grpo.load_problems(args)[0][0]
+    assert problem.solution == f"<calc>{problem.prompt}</calc>{problem.answer}\n#{problem.answer}"
+    tokenizer = grpo.new_tokenizer(has_calls=True)
+    kept = grpo.chosen_tokens(tokenizer, "<calc>9+8</calc>17\n#17")
+    assert kept == [1] * 5 + [0, 0] + [1] * 4
+    masks, original = [], grpo.supervised_loss
+    monkeypatch.setattr(grpo, "supervised_loss", lambda x, mask, *rest: masks.append(mask) or original(x, mask, *rest))
+    words = [
+        "--tools",
+        "calculator",
+        "--terms",
+        "2",
+        "--warm-start-steps",
+        "400",
+        "--warm-start",
+        "0.9",
+        "--steps",
+        "1",
+    ]
+    words += ["--eval-problems", "32", "--eval-samples", "2", "--eval-k", "1", "--num-problems", "2000"]
+    status, out, error = command(*words, "--run-dir", tmp_path / "run")
+    assert status == 0, error
+    first = masks[0].tolist()
+    assert all(re.search("10{1,2}1", "".join(map(str, row))) for row in first) and len(first) == 32
+    assert float(re.search(r"greedy +(\d\.\d+)", out)[1]) > 0.5 and "<calc>" in out
+    status, out, _ = command("--ask", "3+4", "--model", tmp_path / "run")
+    assert status == 0 and "<calc>3+4</calc>7" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--supervision", "process"], "supervision process pays for the steps that the policy writes"),
+        (["--task", "countdown"], "tools needs a model, or task arithmetic"),
+        (["--sft-data", "x", "--model", "m"], "sft_data imitates every token of a completion"),
+    ],
+)
+def test_where_a_tool_makes_no_sense(command, words, message):
+    status, out, error = command("--tools", "calculator", *words)
+    assert status == 2 and message.replace(" ", "") in re.sub(r"[\s│]", "", out + error) and "Traceback" not in error
