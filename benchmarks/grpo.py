@@ -87,7 +87,7 @@ def short(args):
             file.write(json.dumps(row) + "\n")
     task = ["--model", args.model, "--task", "jsonl", "--data", data]
     cpu = torch.backends.cpu.get_cpu_capability()
-    for instructions, seed, steps in product(args.sets, range(1, args.seeds + 1), (16, 6, 2)):
+    for instructions, seed, steps in product(args.sets, range(1, args.seeds + 1), args.steps):
         label = cpu if instructions == "own" else f"{instructions} on {cpu}"
         dtype = [] if instructions == "own" else ["--dtype", "float32"]
         for name, lora in (("all weights", []), ("LoRA", ["--lora-rank", 16])):
@@ -136,6 +136,7 @@ def main():
     parser.add_argument("--seeds", type=int, help="default 5, real: 3, short: 1")
     parser.add_argument("--model", help="for real and short: directory or Hub id of an instruct model")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["own"], help="instruction sets for short")
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 6, 2], help="for short")
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_grpo_NAME")
     parser.add_argument("--plot", action="store_true", help="only print the table and redraw the figure")
     args = parser.parse_args()
