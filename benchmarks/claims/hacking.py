@@ -34,6 +34,8 @@ PPO = {"num_texts": 4000, "ppo_iterations": 25, "anneal_lr": False, "ent_coef": 
 PPO |= {"warmup_iterations": 0, "learning_rate": 6e-4}
 WEAK = {"num_texts": 400, "reward_steps": 60, "ensemble": 4}
 LENGTH = {"length_penalty": 0.02}
+PPO_MAX = {"reward_clip": 5.0, "value_only_iterations": 3, "ptx_coef": 1.0}
+BOTTLENECK = {"ensemble": 1, "reward_bottleneck": 8, "bottleneck_coef": 0.1}
 ARMS = {  # name → reward models, flags of stage 3
     "β 0": ("weak", {"kl_coef": 0.0}),
     "β 0.01": ("weak", {"kl_coef": 0.01}),
@@ -45,9 +47,18 @@ ARMS = {  # name → reward models, flags of stage 3
     "ensemble, β 0.01": ("ensemble", {"kl_coef": 0.01}),
     "β 0, a third of the learning rate": ("weak", {"kl_coef": 0.0, "learning_rate": 2e-4}),
     "β 0, good reward model": ("good", {"kl_coef": 0.0}),
+    "reward model goes on learning, β 0": ("weak", {"kl_coef": 0.0, "reward_update_every": 1}),
+    "three of four layers frozen, β 0": ("weak", {"kl_coef": 0.0, "freeze_layers": 3}),
+    "PPO-max, β 0": ("weak", {"kl_coef": 0.0, **PPO_MAX}),
+    "energy penalty, β 0": ("weak", {"kl_coef": 0.0, "energy_coef": 0.1}),
+    "bottleneck, β 0": ("bottleneck", {"kl_coef": 0.0}),
+    "bottleneck, outlier penalty, β 0": ("bottleneck", {"kl_coef": 0.0, "outlier_coef": 0.3}),
+    "bottleneck, β 0.01": ("bottleneck", {"kl_coef": 0.01}),
+    "PPO-max, β 0.05": ("weak", {"kl_coef": 0.05, **PPO_MAX}),
 }
 NAMES = {"objective/scores": "score", "objective/gold": "gold", "objective/kl": "kl"}
 NAMES |= {"response/length": "length", "response/distinct_2": "distinct_2"}
+NAMES |= {"objective/outlier_index": "outliers", "objective/energy_gap": "energy_gap", "reward_update/pairs": "pairs"}
 
 
 def run(folder, **settings):
@@ -62,18 +73,26 @@ def short(row):
     return {own: round(row[name], 4) for name, own in NAMES.items() if name in row}
 
 
-def stages_before(seed, work):
-    """Stage 1 and the reward models of a seed, unless they are there: (stage 1's, {kind: directories})."""
+def stages_before(seed, work, needed, known):
+    """Stage 1 and the needed kinds of reward models of a seed, unless they are there: (stage 1's, {kind: directories}).
+
+    A kind's accuracy is kept unless it is known from an earlier series: the same seed gives the same models.
+    """
     sft = str(work / "sft" / "sft")
     if not Path(sft).is_dir():
         run(work / "sft", stage="sft", seed=seed, sft_steps=200)
     weak = [str(work / "weak" / name) for name in ("reward", "reward2", "reward3", "reward4")]
-    kinds = {"weak": weak[:1], "ensemble": weak, "good": [str(work / "good" / "reward")]}
-    for kind, settings in (("weak", WEAK), ("good", {"reward_steps": 120})):
-        if not Path(kinds[kind][-1]).is_dir():
-            metrics, seconds = run(work / kind, stage="reward", seed=seed, model=sft, **settings)
+    kinds = {"weak": weak[:1], "ensemble": weak}
+    kinds |= {kind: [str(work / kind / "reward")] for kind in ("good", "bottleneck")}
+    settings = {"weak": WEAK if "ensemble" in needed else {**WEAK, "ensemble": 1}, "good": {"reward_steps": 120}}
+    settings["bottleneck"] = {**WEAK, **BOTTLENECK}
+    for kind in sorted({"weak" if kind == "ensemble" else kind for kind in needed}):
+        if not Path(kinds["ensemble" if kind == "weak" and "ensemble" in needed else kind][-1]).is_dir():
+            metrics, seconds = run(work / kind, stage="reward", seed=seed, model=sft, **settings[kind])
             found = [round(x, 4) for row in metrics for name, x in row.items() if name.endswith("held_out_accuracy")]
-            keep({"seed": seed, "reward_models": kind, "held_out_accuracy": found, "seconds": seconds})
+            if (seed, kind) not in known:
+                known.add((seed, kind))
+                keep({"seed": seed, "reward_models": kind, "held_out_accuracy": found, "seconds": seconds})
     return sft, kinds
 
 
@@ -85,14 +104,16 @@ def keep(row):
 def measure(seeds, work):
     if not FILE.exists():
         keep({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "torch": version("torch")})
-    done = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-    done = {(row.get("seed"), row.get("arm")) for row in done}
-    for seed in range(1, seeds + 1):
-        for arm, (kind, flags) in ARMS.items():
+    rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+    done = {(row["seed"], row["arm"]) for row in rows if "arm" in row}
+    known = {(row["seed"], row["reward_models"]) for row in rows if "reward_models" in row}
+    for arm, (kind, flags) in ARMS.items():
+        for seed in range(1, seeds + 1):
             if (seed, arm) in done:
                 continue
             own = work / str(seed)
-            sft, kinds = stages_before(seed, own)
+            needed = {ARMS[name][0] for name in ARMS if (seed, name) not in done}
+            sft, kinds = stages_before(seed, own, needed, known)
             settings = {"stage": "ppo", "seed": seed, "model": sft, "reward_model": tuple(kinds[kind]), **PPO, **flags}
             metrics, seconds = run(own / "ppo", **settings)
             before, after = (short(row) for row in metrics if row["stage"] == "eval")
@@ -113,7 +134,7 @@ def draw():
     names = ("gold", "score", "kl", "length", "distinct_2")
     print("| stage 3 | truly positive | score | KL, nats | tokens | distinct-2 |")
     print("|---|---|---|---|---|---|")
-    before = list({row["seed"]: row["before"] for row in rows if ARMS[row["arm"]][0] == "weak"}.values())
+    before = [row["before"] for row in rows if row["arm"] == "β 0"]
     arms = {"before": before} | {arm: [row["after"] for row in rows if row["arm"] == arm] for arm in ARMS}
     for arm, own in arms.items():
         cells = []
