@@ -1382,18 +1382,15 @@ def outlier_index(rollout, reward_models):
 
 
 def with_bottleneck(model, name):
-    """The reward model with the bottleneck that lies in its directory, if it has one there."""
-    from safetensors import safe_open
-
-    path = Path(name) / "model.safetensors"
-    if not path.is_file():
-        return model
-    with safe_open(path, "pt") as file:
-        weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith("bottleneck.")}  # noqa: SIM118
-    if weights:
-        k = len(weights["bottleneck.known_mean"])
-        model.bottleneck = Bottleneck(model.config.hidden_size, k).to(model.device)
-        model.bottleneck.load_state_dict({key.removeprefix("bottleneck."): x for key, x in weights.items()})
+    """The reward model with the bottleneck that lies in its directory, if one does."""
+    path = Path(name) / "bottleneck.pt"
+    if path.is_file():
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            model.bottleneck = Bottleneck(model.config.hidden_size, len(weights["known_mean"])).to(model.device)
+            model.bottleneck.load_state_dict(weights)
+        except Exception as error:
+            raise InputError(f"{path} is no bottleneck of this reward model, or is damaged") from error
     return model
 
 
@@ -1743,7 +1740,10 @@ def save_model(directory, model, tokenizer):
     """Write a normal transformers directory: first under another name, then renamed, so that it is always complete."""
     with written_aside(directory) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
-        model.save_pretrained(temporary)
+        plain = {name: weights for name, weights in model.state_dict().items() if not name.startswith("bottleneck.")}
+        model.save_pretrained(temporary, state_dict=plain)
+        if bottleneck_of(model) is not None:  # beside the model, which transformers then loads without a warning
+            torch.save(model.bottleneck.state_dict(), temporary / "bottleneck.pt")
         tokenizer.save_pretrained(temporary)
 
 

@@ -215,7 +215,8 @@ def test_the_bottleneck_is_kept_beside_a_plain_reward_model(watch, rlhf, tiny, t
     model = seen.calls["finish_bottleneck"][0].arguments[1]
     options = {"output_loading_info": True, "dtype": torch.float32}
     plain, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "reward", **options)
-    assert not info["missing_keys"] and torch.equal(plain.score.weight, model.score.weight)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(plain.score.weight, model.score.weight)
     (loaded,) = seen.calls["train_ppo"][0].arguments[5]
     assert not changed(model.bottleneck.state_dict(), loaded.bottleneck.state_dict())
     assert loaded.bottleneck.known_mean.abs().max() > 0.01 and loaded.bottleneck.known_covariance[0, 1] != 0
@@ -480,3 +481,11 @@ def test_a_reward_model_without_a_bottleneck_is_refused(rlhf, tiny, tmp_path):
     dirs = {"model": str(tmp_path / "one" / "sft"), "reward_model": (str(tmp_path / "one" / "reward"),)}
     with pytest.raises(rlhf.InputError, match="--outlier-coef needs a reward model with a bottleneck"):
         rlhf.train(tiny("two", stage="ppo", outlier_coef=1.0, **dirs))
+
+
+def test_a_damaged_bottleneck_is_refused(rlhf, tiny, tmp_path):
+    rlhf.train(tiny("one", reward_bottleneck=3))
+    (tmp_path / "one" / "reward" / "bottleneck.pt").write_bytes(b"junk")
+    dirs = {"model": str(tmp_path / "one" / "sft"), "reward_model": (str(tmp_path / "one" / "reward"),)}
+    with pytest.raises(rlhf.InputError, match=r"bottleneck\.pt is no bottleneck of this reward model, or is damaged"):
+        rlhf.train(tiny("two", stage="ppo", **dirs))
