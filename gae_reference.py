@@ -18,10 +18,15 @@ Departs  nowhere: it uses no batch, no recursion and no trick. It is slow on pur
     Âᵢₜ = Σ over the steps j that end at token t or later of r̃ᵢⱼ        DeepSeekMath §4.1.3
     J = 1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ) Âᵢₜ) − β k3ᵢₜ }     DeepSeekMath Eq. 3–4
     L_SFT = −1/Σᵢ|oᵢ| Σᵢ Σₜ ln π(oᵢₜ | q, oᵢ,₍<t₎)                     DeepSeekMath Eq. 6, by token
+    KL( N(μ, σ²) ‖ N(0, 1) ) = ½ (μ² + σ² − 1 − ln σ²)                InfoRM
+    D² = (s − m)ᵀ Σ⁻¹ (s − m)                                         Mahalanobis; IBL
+    ΔE = mean over tokens of ‖h_in‖₁ − ‖h_out‖₁                       EPPO
 
 Papers   GAE: Schulman et al. 2015, arXiv:1506.02438.  PPO: Schulman et al. 2017, arXiv:1707.06347.
          DeepSeekMath: Shao et al. 2024, arXiv:2402.03300.  DAPO: Yu et al. 2025, arXiv:2503.14476.
          Dr. GRPO: Liu et al. 2025, arXiv:2503.20783.  k1, k2, k3: Schulman, "Approximating KL Divergence", 2020.
+         InfoRM: Miao et al. 2024, arXiv:2402.09345.  IBL: Miao et al. 2025, arXiv:2510.13694.
+         EPPO: Miao et al. 2025, arXiv:2501.19358.  PPO-max: Zheng et al. 2023, arXiv:2307.04964.
 
 Shapes   one sequence of T steps is a list of T numbers; a group of G outputs is a list of G lists.
 """
@@ -239,6 +244,54 @@ def supervised_loss(logprobs):
     """
     num_tokens = sum(len(own) for own in logprobs)
     return sum(len(own) / num_tokens * (-sum(own) / len(own)) for own in logprobs)
+
+
+def bottleneck_kl(means, log_variances):
+    """KL(q‖p) of independent Gaussians q and the standard normal p, as cross-entropy minus entropy (InfoRM).
+
+    −E_q[ln p(s)] is ½ (ln 2π + E[s²]), and the entropy of q is ½ (ln 2π + 1 + ln σ²): ln 2π cancels and is left out.
+    Each argument has a number for each dimension.
+    """
+    total = 0.0
+    for mean, log_variance in zip(means, log_variances, strict=True):
+        cross_entropy, entropy = 0.5 * (mean**2 + exp(log_variance)), 0.5 * (1 + log_variance)
+        total += cross_entropy - entropy
+    return total
+
+
+def mahalanobis_distance(vector, known):
+    """Length of `vector` after a map that gives the known vectors mean 0 and (biased) covariance I.
+
+    The covariance is written as L Lᵀ with a lower triangle L (Cholesky), and z solves L z = vector − mean.
+    """
+    size = len(vector)
+    mean = [sum(row[i] for row in known) / len(known) for i in range(size)]
+    lower = [[0.0] * size for _ in range(size)]
+    z = []
+    for i in range(size):
+        for j in range(i + 1):
+            rest = sum((row[i] - mean[i]) * (row[j] - mean[j]) for row in known) / len(known)
+            rest -= sum(lower[i][k] * lower[j][k] for k in range(j))
+            lower[i][j] = sqrt(rest) if i == j else rest / lower[j][j]
+        z.append((vector[i] - mean[i] - sum(lower[i][k] * z[k] for k in range(i))) / lower[i][i])
+    return sqrt(sum(x**2 for x in z))
+
+
+def energy_loss(states_in, states_out):
+    """What the last layer takes off the L1 norm of the state, a mean over a response's tokens (EPPO).
+
+    Each argument has a vector for each token: the state that enters the layer, and the one that leaves it.
+    """
+    losses = []
+    for before, after in zip(states_in, states_out, strict=True):
+        losses.append(sum(abs(x) for x in before) - sum(abs(x) for x in after))
+    return sum(losses) / len(losses)
+
+
+def scaled_scores(batches, clip):
+    """The last batch of scores, less the mean of all batches, divided by their standard deviation, cut (PPO-max)."""
+    mean, std = mean_and_std([score for batch in batches for score in batch])
+    return [min(max((score - mean) / std, -clip), clip) for score in batches[-1]]
 
 
 # Six steps of one environment. The time limit cuts an episode at t=2, another ends in failure at t=4, and the rollout

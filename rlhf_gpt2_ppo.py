@@ -13,7 +13,7 @@
 # ///
 """Three-stage RLHF with PPO on GPT-2: supervised fine-tuning, a reward model, PPO with four models, in one file.
 
-Teaches  the details of RLHF with PPO, tagged [R1]..[R23] on the line where each happens (docs/details.md)
+Teaches  the details of RLHF with PPO, tagged [R1]..[R29] on the line where each happens (docs/details.md)
 Run      python rlhf_gpt2_ppo.py
 Expect   94 to 99% truly positive reviews (32 to 39% before stage 3) at 1.9 to 2.9 nats of KL a response, distinct-2
          lower by 2 to 27%, in 22 runs: 10 seeds under up to 3 instruction sets; 100 s on one core of an Intel Xeon
@@ -141,6 +141,16 @@ class Args:
     sft_data: Literal["texts", "critique"] = "texts"  # learn from the texts, or from --judge's revisions of them
     judge_pairs: PositiveInt = 1000  # pairs that it judges, or texts that it revises
     constitution: str | None = None  # file of principles for it, one a line; default PRINCIPLES in this file
+    # against reward hacking
+    reward_bottleneck: NonNegativeInt = 0  # latent dimensions of the reward models' bottleneck (InfoRM); 0: none
+    bottleneck_coef: NonNegativeFloat = 0.1  # weight of that bottleneck's KL to N(0, I) in stage 2's loss
+    outlier_coef: NonNegativeFloat = 0.0  # subtracted from the score for each unit of Mahalanobis distance in it (IBL)
+    energy_coef: NonNegativeFloat = 0.0  # subtracted from the score for each unit of the energy gap (EPPO), η
+    reward_clip: PositiveFloatOrNone = None  # scale the scores by their running mean and std, cut them to ± this value
+    value_only_iterations: NonNegativeInt = 0  # first iterations of stage 3, in which the policy does not learn
+    freeze_layers: NonNegativeInt = 0  # lower layers of the policy that stage 3 does not train, nor the embeddings
+    reward_update_every: NonNegativeInt = 0  # iterations between updates of the reward models in stage 3; 0: none
+    reward_update_steps: PositiveInt = 4  # gradient steps of such an update, on the policy's own responses
 
     def __post_init__(self):
         check_bounds(self)
@@ -467,6 +477,8 @@ def new_reward_model(args, name, tokenizer):
     fit_to_tokenizer(model, tokenizer)
     nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)  # [R7]
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    if args.reward_bottleneck:
+        model.bottleneck = Bottleneck(model.config.hidden_size, args.reward_bottleneck)  # [R24]
     return without_dropout(model).to(args.device)
 
 
@@ -685,8 +697,9 @@ def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
         loss = accuracy = 0.0
         for micro in in_parts(batch, args.micro_batch_size):
             both = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
-            chosen, rejected = reward_scores(model, *pad(both, tokenizer.pad_token_id, args.device)).chunk(2)
-            micro_loss = preference_loss(chosen, rejected) * len(micro) / len(batch)
+            scores, bottleneck = training_scores(args, model, *pad(both, tokenizer.pad_token_id, args.device))
+            chosen, rejected = scores.chunk(2)
+            micro_loss = (preference_loss(chosen, rejected) + bottleneck) * len(micro) / len(batch)
             micro_loss.backward()
             loss += micro_loss.detach()
             accuracy += float((chosen > rejected).float().sum()) / len(batch)
@@ -695,6 +708,7 @@ def train_reward(args, run, stage, policy, tokenizer, pairs, held_out, prompts):
         optimizer.step()
         row = {f"{stage}/loss": float(loss), f"{stage}/accuracy": accuracy}
         if step + 1 == args.reward_steps:
+            finish_bottleneck(args, model, policy, tokenizer, prompts)
             chosen, rejected = (score_texts(args, model, tokenizer, side) for side in zip(*held_out))
             row[f"{stage}/held_out_accuracy"] = float((chosen > rejected).float().mean())
             row[f"{stage}/calibration_error"] = calibration_error(chosen - rejected)
@@ -731,9 +745,12 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
     # 1. Optimizer and β, new or from the checkpoint
     T = args.response_length
     rate = args.rate("learning_rate", policy)
+    freeze_lower_layers(policy, args.freeze_layers)
     optimizer = new_optimizer((policy, rate), (value_model, args.value_learning_rate or rate))
     modules = {"policy": policy, "value": value_model}
-    first = run.begin("ppo", modules, optimizer)
+    cures = Cures(args, reward_models)  # what the flags against reward hacking keep between iterations
+    first = run.begin("ppo", modules | cures.modules, optimizer)
+    cures.load_state(run.saved if first else None)
     controller = AdaptiveKLController(run.saved["kl_coef"] if first else args.kl_coef, args.kl_target, args.kl_horizon)
     order = epochs_of(len(prompts), args.ppo_iterations, args.batch_size, stage_seed(args, "ppo"))
     updates = args.num_epochs * args.num_minibatches
@@ -764,7 +781,8 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
 
         # 4. Rewards, advantages, returns
         has_eos = (tokens == tokenizer.eos_token_id).any(-1)
-        penalised = scores - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
+        scaled = cures.scale(scores, policy, reference, tokenizer, rollout)
+        penalised = scaled - args.length_penalty * mask.sum(-1) - args.missing_eos_penalty * ~has_eos  # [R19] [R18]
         rewards = kl_penalized_rewards(penalised, old_logprobs, ref_logprobs, mask, controller.kl_coef)
         rlhf_reward = rewards.sum(-1)
         if args.whiten_rewards:
@@ -778,7 +796,9 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
         epochs = [torch.randperm(len(tokens)).tensor_split(args.num_minibatches) for _ in range(args.num_epochs)]
         for update, mb in enumerate(indices for epoch in epochs for indices in epoch):
             mb_advantages = masked_whiten(advantages[mb], mask[mb]) if args.whiten_advantages else advantages[mb]
-            warmed_up = (iteration * updates + update + 1) / max(args.warmup_iterations * updates, 1)
+            is_value_only = iteration < args.value_only_iterations
+            since = iteration if is_value_only else iteration - args.value_only_iterations
+            warmed_up = (since * updates + update + 1) / max(args.warmup_iterations * updates, 1)
             anneal(optimizer, remaining * min(warmed_up, 1))  # [R23] without warm-up Adam's first steps are the largest
             optimizer.zero_grad()
             stats = torch.zeros(len(names), device=args.device)
@@ -807,6 +827,8 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
             if args.ptx_coef:  # [R21]
                 batch = [texts[i] for i in ptx_order[iteration * updates + update]]
                 sft_backward(args, policy, tokenizer, batch, args.ptx_coef)
+            if is_value_only:
+                policy.zero_grad()  # [R29] Adam passes over weights without a gradient, not over those with zeros
             for module in modules.values():
                 nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
             optimizer.step()
@@ -816,11 +838,12 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
         for phase, begin, end in zip(("sample", "score", "update"), clock, clock[1:]):
             run.seconds[f"ppo {phase}"] = run.seconds.get(f"ppo {phase}", 0.0) + end - begin
         row = describe(rollout, ref_logprobs, scores, gold, tokenizer.eos_token_id)
+        row |= cures.after_update(iteration, rollout, gold, tokenizer, run)
         row |= dict(zip(names, torch.stack(losses).mean(0).tolist()))
         row["objective/rlhf_reward"] = float(rlhf_reward.mean())
         row["objective/kl_coef"] = controller.kl_coef
         row["time/tokens_per_second"] = float(mask.sum()) / (clock[-1] - clock[0])
-        if args.adaptive_kl:
+        if args.adaptive_kl and not is_value_only:
             controller.update(row["objective/kl"], len(tokens))
         shown = {
             name.split("/")[1]: f"{row[name]:.2f}"
@@ -829,8 +852,10 @@ def train_ppo(args, run, policy, value_model, reference, reward_models, gold_mod
         }
         bar.set_postfix(shown, refresh=False)
         run.log("ppo", iteration + 1, row)
-        run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules, optimizer, kl_coef=controller.kl_coef)
-    save_model(run.dir / "policy", policy, tokenizer)
+        more = {"kl_coef": controller.kl_coef, **cures.state()}
+        run.checkpoint("ppo", iteration + 1, args.ppo_iterations, modules | cures.modules, optimizer, **more)
+    for name, model in {"policy": policy, **cures.modules}.items():
+        save_model(run.dir / name, model, tokenizer)
     if not isinstance(value_model, nn.Linear):
         save_model(run.dir / "value", value_model, tokenizer)
 
@@ -869,6 +894,7 @@ def train(args: Args) -> list[dict]:
     # 3. The model that stage 1 trains
     torch.manual_seed(args.seed)
     policy, tokenizer = start_model(args, args.model, texts)
+    check_layers(args, policy)
 
     # 4. Run directory, logs
     run_dir = Path(args.resume or args.run_dir or new_run_dir(args))
@@ -903,7 +929,7 @@ def train(args: Args) -> list[dict]:
     if "ppo" in stages:
         policy, tokenizer = start_model(args, sft_dir)
         reference = frozen(start_model(args, sft_dir)[0])
-        reward_models = [frozen(load_reward_model(args, name, tokenizer)) for name in names]
+        reward_models = [frozen(with_bottleneck(load_reward_model(args, name, tokenizer), name)) for name in names]
         gold_model = frozen(load_reward_model(args, gold_name, tokenizer)) if gold_name else None
         value_model = load_reward_model(args, names[0], tokenizer)  # [R20] it begins as the reward model
         if args.share_backbone:
@@ -930,7 +956,7 @@ def train(args: Args) -> list[dict]:
     return run.metrics
 
 
-# ==== Machinery: files, logs, the judge. A first reader can stop here ====
+# ==== Machinery: files, logs, the judge, cures of reward hacking. A first reader can stop here ====
 
 
 # ---- Models and tokenizers from disk ----
@@ -1220,6 +1246,279 @@ def kept_in(path, ask, *arguments):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+# ---- Against reward hacking ----
+
+KNOWN_RESPONSES = 1000  # of stage 1's policy, at least, from which mean and covariance of the latent vectors are taken
+
+
+def bottleneck_kl(mean, log_variance):
+    """KL( N(μ, diag σ²) ‖ N(0, I) ) = ½ Σ (μ² + σ² − 1 − ln σ²) [R24]: both (B, k) → (B,), in nats.
+
+    It is the price of what a reward model's latent vector says about a text (Miao et al. 2024, InfoRM).
+    """
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(-1)
+
+
+def mahalanobis_distance(latents, mean, covariance):
+    """√((s − m)ᵀ Σ⁻¹ (s − m)) of each row s of latents (B, k) [R25]; mean (k,), covariance (k, k) → (B,).
+
+    It is a distance in standard deviations of the known texts. Its square has the mean k over the texts that m and the
+    biased Σ were taken from.
+    """
+    gap = latents - mean
+    return (gap * torch.linalg.solve(covariance, gap.T).T).sum(-1).sqrt()
+
+
+def energy_loss(states_in, states_out, mask):
+    """Mean over a response's tokens of ‖h_in‖₁ − ‖h_out‖₁ [R26]: both (B, T, d), mask (B, T) → (B,).
+
+    h_in enters the last layer and h_out leaves it (Miao et al. 2025, "The Energy Loss Phenomenon in RLHF"). A row
+    without a token has 0.
+    """
+    mask = mask.bool()
+    before, after = (torch.where(mask.unsqueeze(-1), states, 0.0).abs().sum(-1) for states in (states_in, states_out))
+    return (before - after).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+class RunningScale:
+    """Scores less their mean, divided by their standard deviation, both over all scores so far, cut to ±clip [R27].
+
+    PPO-max (Zheng et al. 2023) does this before the KL penalty is added. The standard deviation is biased.
+    """
+
+    def __init__(self, clip):
+        self.clip, self.count, self.mean, self.squares = clip, 0, 0.0, 0.0
+
+    def update(self, scores):
+        """Add scores (B,) to the record, and return them scaled and cut, (B,)."""
+        n, mean = len(scores), float(scores.mean())
+        moved, total = mean - self.mean, self.count + n
+        self.squares += float(((scores - mean) ** 2).sum()) + moved**2 * self.count * n / total  # around the new mean
+        self.mean, self.count = self.mean + moved * n / total, total
+        std = max((self.squares / total) ** 0.5, 1e-6)
+        return ((scores - self.mean) / std).clamp(-self.clip, self.clip)
+
+
+class Bottleneck(nn.Module):
+    """InfoRM's head: hidden state (B, d) → a Gaussian over k latent dimensions → one score.
+
+    While training, the latent vector is drawn from the Gaussian. For scoring it is the Gaussian's mean. Both layers
+    are linear, so this score is linear in the hidden state, and merge_bottleneck() makes it the model's plain head: the
+    directory loads everywhere as any reward model does. known_mean and known_covariance describe the latent vectors of
+    stage 1's responses.
+    """
+
+    def __init__(self, width, k):
+        super().__init__()
+        self.encoder = nn.Linear(width, 2 * k, bias=False)  # μ, then ln σ²
+        self.head = nn.Linear(k, 1, bias=False)
+        nn.init.normal_(self.encoder.weight, std=(width + 1) ** -0.5)
+        nn.init.normal_(self.head.weight, std=(k + 1) ** -0.5)
+        self.register_buffer("known_mean", torch.zeros(k))
+        self.register_buffer("known_covariance", torch.eye(k))
+
+
+def bottleneck_of(model):
+    return getattr(model, "bottleneck", None)
+
+
+def latent_gaussian(model, tokens, mask):
+    """(mean, log-variance), both (B, k), of a reward model's bottleneck at the last real token."""
+    hidden = hidden_states(model, tokens, mask)
+    last = hidden.gather(1, last_real(mask).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))[:, 0]
+    return model.bottleneck.encoder(last).chunk(2, -1)
+
+
+def training_scores(args, model, tokens, mask):
+    """(B,) scores that stage 2 learns from, and the bottleneck's loss, a scalar; 0 for a model without one."""
+    if bottleneck_of(model) is None:
+        return reward_scores(model, tokens, mask), 0.0
+    mean, log_variance = latent_gaussian(model, tokens, mask)
+    latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+    scores = (model.bottleneck.head(latents).squeeze(-1) - model.config.reward_mean) / model.config.reward_std
+    return scores, args.bottleneck_coef * bottleneck_kl(mean, log_variance).mean()
+
+
+@torch.no_grad()
+def merge_bottleneck(model):
+    """Make the plain head of a reward model that of its bottleneck: head · μ is one row over the hidden state."""
+    if bottleneck_of(model) is not None:
+        to_mean, _ = model.bottleneck.encoder.weight.chunk(2)
+        model.score.weight.copy_(model.bottleneck.head.weight @ to_mean)
+
+
+@torch.no_grad()
+def finish_bottleneck(args, model, policy, tokenizer, prompts):
+    """At the end of stage 2: merge the bottleneck, keep mean and covariance of the latents of stage 1's responses."""
+    if bottleneck_of(model) is None:
+        return
+    merge_bottleneck(model)
+    enough = prompts * -(-KNOWN_RESPONSES // len(prompts))
+    rollouts = [roll_out(args, policy, tokenizer, part) for part in in_parts(enough, args.batch_size)]
+    latents = torch.cat([latent_gaussian(model, rollout.whole, rollout.whole_mask)[0] for rollout in rollouts])
+    gaps = latents - latents.mean(0)
+    model.bottleneck.known_mean.copy_(latents.mean(0))
+    ridge = 1e-6 * torch.eye(latents.shape[1], device=latents.device)  # a dimension that no text uses has variance 0
+    model.bottleneck.known_covariance.copy_(gaps.T @ gaps / len(gaps) + ridge)
+
+
+@torch.no_grad()
+def latent_distance(model, rollout):
+    """(B,) Mahalanobis distance of the responses' latent vectors from those of stage 1's responses."""
+    latents, _ = latent_gaussian(model, rollout.whole, rollout.whole_mask)
+    return mahalanobis_distance(latents, model.bottleneck.known_mean, model.bottleneck.known_covariance)
+
+
+def outlier_index(rollout, reward_models):
+    """Mean squared distance of the responses' latent vectors, divided by k: 1 for stage 1's responses.
+
+    It is that of the first reward model, as a dict of one metric. Without a bottleneck the dict is empty.
+    """
+    bottleneck = bottleneck_of(reward_models[0])
+    if bottleneck is None:
+        return {}
+    squared = latent_distance(reward_models[0], rollout) ** 2
+    return {"objective/outlier_index": float(squared.mean()) / len(bottleneck.known_mean)}
+
+
+def with_bottleneck(model, name):
+    """The reward model with the bottleneck that lies in its directory, if one does."""
+    path = Path(name) / "bottleneck.pt"
+    if path.is_file():
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            model.bottleneck = Bottleneck(model.config.hidden_size, len(weights["known_mean"])).to(model.device)
+            model.bottleneck.load_state_dict(weights)
+        except Exception as error:
+            raise InputError(f"{path} is no bottleneck of this reward model, or is damaged") from error
+    return model
+
+
+@torch.no_grad()
+def response_energy(model, rollout, length):
+    """(B,) energy loss of a GPT-2's last layer over the states from which a response's tokens are predicted."""
+    kept = []
+    hook = model.base_model.h[-1].register_forward_hook(lambda block, given, made: kept.extend((given[0], made)))
+    hidden_states(model, rollout.whole, rollout.whole_mask)
+    hook.remove()
+    before, after = (states[:, -length - 1 : -1] for states in kept)
+    return energy_loss(before, after, rollout.mask)
+
+
+def compare_energy(args, policy, reference, tokenizer, rollout):
+    """(B,) |ΔE_ref(x) − ΔE_policy(x)|: each model reads its own response, so the reference answers the queries too."""
+    Q = rollout.whole.shape[1] - args.response_length
+    queries = [tokens[:Q][mask[:Q].bool()].tolist() for tokens, mask in zip(rollout.whole, rollout.whole_mask)]
+    own = roll_out(args, reference, tokenizer, queries)
+    gap = response_energy(reference, own, args.response_length) - response_energy(policy, rollout, args.response_length)
+    return gap.abs()
+
+
+def check_layers(args, policy):
+    layers = policy.config.n_layer
+    if args.freeze_layers >= layers:
+        raise InputError(f"--freeze-layers {args.freeze_layers} leaves nothing to train: the model has {layers} layers")
+
+
+def freeze_lower_layers(policy, count):
+    """Exclude the first `count` layers from training, and the embeddings, which GPT-2 shares with its output head."""
+    if count:
+        for module in (policy.base_model.wte, policy.base_model.wpe, *policy.base_model.h[:count]):
+            frozen(module)
+
+
+def judged_pairs(rollout, gold):
+    """Pairs (chosen, rejected) of token lists: the truly best response with the truly worst, the second best with the
+    second worst, and so on. Pairs that are equally good are left out. gold (B,) is the truth."""
+    texts = [tokens[mask.bool()].tolist() for tokens, mask in zip(rollout.whole, rollout.whole_mask)]
+    order = gold.argsort(stable=True).tolist()
+    pairs = zip(order[::-1], order[: len(order) // 2])
+    return [(texts[best], texts[worst]) for best, worst in pairs if gold[best] > gold[worst]]
+
+
+class Cures:
+    """What the flags against reward hacking keep between the iterations of stage 3; all of it is in the checkpoint."""
+
+    def __init__(self, args, reward_models):
+        self.args, self.reward_models, self.running = args, reward_models, RunningScale(args.reward_clip)
+        self.row = {}  # metrics of the iteration
+        if args.outlier_coef and bottleneck_of(reward_models[0]) is None:
+            raise InputError(
+                "--outlier-coef needs a reward model with a bottleneck: train one with --reward-bottleneck 8"
+            )
+        self.modules = {}  # the reward models that go on learning
+        if args.reward_update_every:
+            self.modules = {
+                f"updated_reward{k if k > 1 else ''}": model for k, model in enumerate(reward_models, start=1)
+            }
+            rates = [(model.requires_grad_(), args.rate("reward_learning_rate", model)) for model in reward_models]
+            self.optimizer = new_optimizer(*rates)
+
+    def state(self):
+        kept = {"reward_scale": [self.running.count, self.running.mean, self.running.squares]}
+        return kept | ({"reward_optimizer": self.optimizer.state_dict()} if self.modules else {})
+
+    def load_state(self, saved):
+        """Continue from a checkpoint of stage 3, or begin if it is None."""
+        if saved is not None:
+            self.running.count, self.running.mean, self.running.squares = saved.get("reward_scale", (0, 0.0, 0.0))
+            if self.modules:
+                self.optimizer.load_state_dict(saved["reward_optimizer"])
+
+    def scale(self, scores, policy, reference, tokenizer, rollout):
+        """(B,) scores, scaled by --reward-clip, less what --outlier-coef and --energy-coef take off."""
+        scaled = scores if self.args.reward_clip is None else self.running.update(scores)
+        if self.args.outlier_coef:
+            scaled = scaled - self.args.outlier_coef * latent_distance(self.reward_models[0], rollout)
+        if self.args.energy_coef:
+            gap = compare_energy(self.args, policy, reference, tokenizer, rollout)
+            self.row["objective/energy_gap"] = float(gap.mean())
+            scaled = scaled - self.args.energy_coef * gap
+        return scaled
+
+    def after_update(self, iteration, rollout, gold, tokenizer, run):
+        """The metrics of an iteration, after the update of the reward models, if one is due [R28].
+
+        They learn from the policy's responses, which the truth labels. Where all responses are equally good there is
+        nothing to learn.
+        """
+        row = self.row | outlier_index(rollout, self.reward_models)
+        every = self.args.reward_update_every
+        if not every or (iteration + 1) % every:
+            return row
+        pairs = judged_pairs(rollout, gold)
+        row["reward_update/pairs"] = len(pairs)
+        if pairs:
+            size = min(self.args.reward_batch_size, len(pairs))
+            seed = stage_seed(self.args, f"reward update {iteration}")
+            order = epochs_of(len(pairs), self.args.reward_update_steps, size, seed)
+            steps = [self.learn([pairs[i] for i in batch], tokenizer) for batch in order]
+            loss, accuracy = torch.tensor(steps).mean(0)
+            run.check_finite(loss, "ppo", iteration)
+            row |= {"reward_update/loss": float(loss), "reward_update/accuracy": float(accuracy)}
+        return row
+
+    def learn(self, pairs, tokenizer):
+        """One gradient step of every reward model on the same pairs: means over the models of (loss, accuracy)."""
+        self.optimizer.zero_grad()
+        total, right, share = 0.0, 0.0, 1 / len(pairs)
+        for model in self.reward_models:
+            for part in in_parts(pairs, self.args.micro_batch_size):
+                both = [chosen for chosen, _ in part] + [rejected for _, rejected in part]
+                tokens, mask = pad(both, tokenizer.pad_token_id, self.args.device)
+                scores, bottleneck = training_scores(self.args, model, tokens, mask)
+                chosen, rejected = scores.chunk(2)
+                loss = (preference_loss(chosen, rejected) + bottleneck) * len(part) * share
+                loss.backward()
+                total += float(loss.detach())
+                right += float((chosen > rejected).sum()) * share
+            nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        for model in self.reward_models:
+            merge_bottleneck(model)
+        return total / len(self.reward_models), right / len(self.reward_models)
+
+
 # ---- Evaluation ----
 
 
@@ -1275,7 +1574,7 @@ def rate_policy(args, policy, reference, reward_models, gold_model, tokenizer, p
     for part in in_parts(prompts, args.batch_size):
         rollout = roll_out(args, policy, tokenizer, part)
         judged = judge_rollout(args, rollout, reference, reward_models, gold_model)
-        row = describe(rollout, *judged, tokenizer.eos_token_id)
+        row = describe(rollout, *judged, tokenizer.eos_token_id) | outlier_index(rollout, reward_models)
         rows += [row] * len(rollout.texts)
         texts += rollout.texts
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
@@ -1305,6 +1604,7 @@ def print_comparison(metrics, before, after):
     units = {"objective/scores": "mean score", "objective/gold": "truly positive, or the gold model's score"}
     units |= {"objective/kl": "KL to the reference, nats a response", "response/distinct_2": "distinct pairs of words"}
     units |= {"response/length": "tokens a response", "response/eos_rate": "responses that end"}
+    units["objective/outlier_index"] = "outlier index, 1 for stage 1's texts"
     print("\n                                              before    after")
     for name, unit in units.items():
         if name in rows[0]:
@@ -1371,6 +1671,14 @@ def check_settings(args):
         raise ValueError("preferences ai and sft_data critique need judge, an instruct model, got none")
     if args.adaptive_kl and args.kl_coef == 0:
         raise ValueError("adaptive_kl multiplies kl_coef, which must be above 0, got 0 (--no-adaptive-kl)")
+    if args.reward_bottleneck and args.stage in ("sft", "ppo"):
+        raise ValueError(f"reward_bottleneck is for stages that train a reward model; stage {args.stage} trains none")
+    if args.outlier_coef and args.stage == "all" and not args.reward_bottleneck:
+        raise ValueError("outlier_coef needs a reward model with a bottleneck: reward_bottleneck must be above 0")
+    if args.reward_update_every and args.dataset is not None and not (args.train_gold or args.gold_model):
+        raise ValueError("reward_update_every needs the truth of a response: the grammar's, train_gold or gold_model")
+    if args.value_only_iterations >= args.ppo_iterations:
+        raise ValueError(f"value_only_iterations must be below ppo_iterations, got {args.value_only_iterations}")
     if "" in (args.model, args.dataset, args.judge, args.resume, args.run_dir):
         raise ValueError("model, dataset, judge, resume and run_dir need a name or a path, got an empty one")
     if args.resume and args.run_dir:
@@ -1432,7 +1740,10 @@ def save_model(directory, model, tokenizer):
     """Write a normal transformers directory: first under another name, then renamed, so that it is always complete."""
     with written_aside(directory) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
-        model.save_pretrained(temporary)
+        plain = {name: weights for name, weights in model.state_dict().items() if not name.startswith("bottleneck.")}
+        model.save_pretrained(temporary, state_dict=plain)
+        if bottleneck_of(model) is not None:  # beside the model, which transformers then loads without a warning
+            torch.save(model.bottleneck.state_dict(), temporary / "bottleneck.pt")
         tokenizer.save_pretrained(temporary)
 
 

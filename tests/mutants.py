@@ -34,7 +34,8 @@ SUITES = {
         "tests/test_track.py",
     ],  # its equations are ppo_cartpole.py's to the letter (test_copies.py)
     "rlhf_gpt2_ppo.py": [
-        f"tests/test_{name}.py" for name in ("rlhf_equations", "rlhf_loop", "rlhf_runs", "rlhf_reports", "track")
+        f"tests/test_{name}.py"
+        for name in ("rlhf_equations", "rlhf_hacking", "rlhf_loop", "rlhf_runs", "rlhf_reports", "track")
     ],
     "grpo_llm.py": [
         *(f"tests/test_grpo_{name}.py" for name in ("equations", "verifiers", "model", "loop", "runs", "full_size")),
@@ -419,7 +420,7 @@ RLHF = [
         "advantages[mb]",
     ),
     ("rewards whitened to mean 0", "masked_whiten(rewards, mask, shift_mean=False)", "masked_whiten(rewards, mask)"),
-    ("length rewarded", "scores - args.length_penalty", "scores + args.length_penalty"),
+    ("length rewarded", "scaled - args.length_penalty", "scaled + args.length_penalty"),
     ("responses that end are penalised", "args.missing_eos_penalty * ~has_eos", "args.missing_eos_penalty * has_eos"),
     ("reference learns too", "reference = frozen(start_model(args, sft_dir)[0])", "reference = policy"),
     (
@@ -482,6 +483,50 @@ RLHF = [
     ("held out from a sorted stream's front", "random.Random(args.seed).shuffle(rows)", "pass"),
     ("words of a short text cut in two", r"(?:\s*\S+(?!\S))", r"(?:\s*\S+)"),
     ("rows counted from 0", "ROW: [k + 1 for k in i]", "ROW: list(i)"),
+    ("bottleneck's KL without its entropy", "log_variance.exp() - 1 - log_variance", "log_variance.exp() - 1"),
+    (
+        "correlations left out of the distance",
+        "torch.linalg.solve(covariance, gap.T).T",
+        "gap / covariance.diagonal()",
+    ),
+    ("energy gained for energy lost", "(before - after).sum(-1)", "(after - before).sum(-1)"),
+    (
+        "energy averaged over padding",
+        "(before - after).sum(-1) / mask.sum(-1).clamp(min=1)",
+        "(before - after).mean(-1)",
+    ),
+    ("running variance around old means", " + moved**2 * self.count * n / total  # around", "  # around"),
+    ("variance for standard deviation in the draw", "(0.5 * log_variance).exp() *", "log_variance.exp() *"),
+    ("outliers rewarded", "scaled - self.args.outlier_coef", "scaled + self.args.outlier_coef"),
+    ("energy gap rewarded", "scaled - self.args.energy_coef", "scaled + self.args.energy_coef"),
+    (
+        "reference reads the policy's response",
+        "own = roll_out(args, reference, tokenizer, queries)",
+        "own = rollout",
+    ),
+    ("policy learns before its time", "                policy.zero_grad()  # [R29]", "                pass  # [R29]"),
+    (
+        "warm-up spent on the value network",
+        "iteration if is_value_only else iteration - args.value_only_iterations",
+        "iteration",
+    ),
+    (
+        "embeddings learn below frozen layers",
+        "(policy.base_model.wte, policy.base_model.wpe, *policy.base_model.h[:count])",
+        "policy.base_model.h[:count]",
+    ),
+    ("the worse response called better", "(texts[best], texts[worst]) for", "(texts[worst], texts[best]) for"),
+    (
+        "bottleneck not merged after an update",
+        "            merge_bottleneck(model)\n        return total",
+        "            pass\n        return total",
+    ),
+    (
+        "reward optimizer not restored on resume",
+        'self.optimizer.load_state_dict(saved["reward_optimizer"])',
+        "pass",
+    ),
+    ("running mean not restored on resume", 'saved.get("reward_scale", (0, 0.0, 0.0))', "(0, 0.0, 0.0)"),
 ]
 
 # (script, what is wrong, the right text, the wrong text)

@@ -144,7 +144,7 @@ def test_a_rating_weighs_every_response_alike(rlhf, tiny, monkeypatch):
         rlhf, "describe", lambda rollout, judged, eos_id: {"objective/kl": float(rollout.texts[0][1][-1])}
     )
     tokenizer = SimpleNamespace(eos_token_id=0)
-    texts, row = rlhf.rate_policy(tiny(batch_size=2), None, None, None, None, tokenizer, [1, 2, 3, 4, 9])
+    texts, row = rlhf.rate_policy(tiny(batch_size=2), None, None, [None], None, tokenizer, [1, 2, 3, 4, 9])
     assert parts == [2, 2, 1] and [response for _, response in texts] == [f"a b {i}" for i in (1, 2, 3, 4, 9)]
     assert row["objective/kl"] == pytest.approx((1 + 1 + 3 + 3 + 9) / 5)
     assert row["response/distinct_2"] == pytest.approx(6 / 10)
