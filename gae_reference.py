@@ -27,6 +27,9 @@ Papers   GAE: Schulman et al. 2015, arXiv:1506.02438.  PPO: Schulman et al. 2017
          Dr. GRPO: Liu et al. 2025, arXiv:2503.20783.  k1, k2, k3: Schulman, "Approximating KL Divergence", 2020.
          InfoRM: Miao et al. 2024, arXiv:2402.09345.  IBL: Miao et al. 2025, arXiv:2510.13694.
          EPPO: Miao et al. 2025, arXiv:2501.19358.  PPO-max: Zheng et al. 2023, arXiv:2307.04964.
+         CISPO: MiniMax 2025, arXiv:2506.13585.  SAPO: Gao et al. 2025, arXiv:2511.20347.
+         REINFORCE++: Hu et al. 2025, arXiv:2501.03262.  GDPO: Liu et al. 2026, arXiv:2601.05242.
+         DeepSeek-V3.2: DeepSeek-AI 2025, arXiv:2512.02556.
 
 Shapes   one sequence of T steps is a list of T numbers; a group of G outputs is a list of G lists.
 """
