@@ -7,6 +7,7 @@ The equals sign is needed. After a space, pytest takes the file for a file of te
 directory, and so does not know the option.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,14 @@ def pytest_addoption(parser):
 
     parser.addoption("--script", type=path, help="check the equations of this file instead of the project's scripts")
     parser.addoption("--mutant", type=path, help="run the suite on this file instead of the script of its name")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """How many processes share the tests, without -n: at most four for the whole suite, none for single files."""
+    is_whole = config.args_source is config.ArgsSource.TESTPATHS
+    if not is_whole or config.getoption("--script") or config.getoption("--mutant"):
+        return 0
+    return min(os.cpu_count() or 1, 4)
 
 
 def order_event_files():

@@ -1243,7 +1243,7 @@ def run_pytest(arguments, output, seconds=300):
 def killer(path, tests=None):
     """The first test that fails on this copy of the script, or "hangs"; None if the whole suite, or `tests`, passes."""
     output = Path(path).parent / "pytest.txt"
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--mutant={path}"]
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", f"--mutant={path}"]
     arguments += ["--basetemp", str(output.parent / "tmp"), *(tests or SUITES[path.name])]
     arguments += ["-m", "not learning and not mutants"]  # the tests of several processes too
     status = run_pytest(arguments, output)

@@ -76,7 +76,12 @@ def test_plain_python():
     """The equations need math's exp and sqrt, printing the standard library: no torch, no numpy."""
     tree = ast.parse((ROOT / "gae_reference.py").read_text(encoding="utf-8"))
     imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert imports == ["import os", "import sys", "from io import TextIOWrapper", "from math import exp, log, prod, sqrt, tanh"]
+    assert imports == [
+        "import os",
+        "import sys",
+        "from io import TextIOWrapper",
+        "from math import exp, log, prod, sqrt, tanh",
+    ]
 
 
 def test_td_errors_by_hand():
