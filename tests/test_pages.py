@@ -148,6 +148,6 @@ def test_formulas_are_read_by_github_and_by_mathtext(page):
 
 
 def test_a_page_with_broken_formulas_is_found_out():
-    found, wrong = formulas("It costs $5.\n\nAn $a_t$, `$x` and\n\n$$\nb\n+ c\n$$\n\nbut $$d$$ and $ e$.\n")
+    found, wrong = formulas("It costs $5.\n\nAn $a_t$, `$x` and\n\n$$\nb\n+ c\n$$\n\nbut $$d$$\nand $ e$.\n")
     assert found == ["b + c", "a_t"]
     assert len(wrong) == 3
