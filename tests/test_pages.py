@@ -108,3 +108,46 @@ def test_settings_name_the_rates_that_stage_3_chooses():
     assert len(rows) == 3
     for flag, *said in rows:
         assert [float(x) for x in said] == [args.rate(flag.replace("-", "_"), model) for model in models]
+
+
+FORMULAS = [*PAGES[:-1], ROOT / "CONTRIBUTING.md"]
+
+
+def formulas(text):
+    """([formulas of a page], [what is wrong with its dollars]), outside code."""
+    wrong = []
+    text = re.sub(r"`[^`\n]+`", "`code`", without_code(text))
+    parts = re.split(r"^\$\$\n(.+?)\n\$\$$", text, flags=re.MULTILINE | re.DOTALL)  # prose, display, prose, …
+    found = [re.sub(r"\s+", " ", display) for display in parts[1::2]]
+    for prose in parts[::2]:
+        wrong += [f"a line of $$ is not alone: {line}" for line in prose.splitlines() if "$$" in line]
+        # GitHub's inline formula: on one line, no space inside the dollars, no letter or digit outside them
+        inline = r"(?<![\w$\\-])\$(?! )([^$\n]+?)(?<! )\$(?![\w$])"
+        found += re.findall(inline, prose)
+        rest = re.sub(inline, "", prose)
+        wrong += [f"a dollar alone: {line}" for line in rest.splitlines() if "$" in line and "$$" not in line]
+    return found, wrong
+
+
+@pytest.mark.parametrize("page", FORMULAS, ids=lambda page: page.stem)
+def test_formulas_are_read_by_github_and_by_mathtext(page):
+    r"""GitHub reads Markdown first: a backslash before punctuation is lost (\, \{ \|; write \quad \lbrace \Vert), an
+    underscore after punctuation opens italics (\hat A_t, not \hat{A}_t), `](` is a link, < without spaces is HTML."""
+    from matplotlib.mathtext import MathTextParser
+
+    parser = MathTextParser("path")
+    found, wrong = formulas(read(page))
+    for formula in found:
+        lost = r"\\[^A-Za-z\s]|[^\w\s]_|(^|\s)_|\]\(|<(?! )|\*"
+        wrong += [f"GitHub loses {match.group(0)!r}: {formula}" for match in re.finditer(lost, formula)]
+        try:
+            parser.parse(f"${formula}$")
+        except ValueError as error:
+            wrong.append(f"{formula}: {str(error).splitlines()[-1]}")
+    assert wrong == []
+
+
+def test_a_page_with_broken_formulas_is_found_out():
+    found, wrong = formulas("It costs $5.\n\nAn $a_t$, `$x` and\n\n$$\nb\n+ c\n$$\n\nbut $$d$$\nand $ e$.\n")
+    assert found == ["b + c", "a_t"]
+    assert len(wrong) == 3
