@@ -32,10 +32,10 @@ FILE = RESULTS / "claims_hacking.jsonl"
 COMMON = {"reward_batch_size": 32, "eval_prompts": 256, "checkpoint_every": 0}
 PPO = {"num_texts": 4000, "ppo_iterations": 25, "anneal_lr": False, "ent_coef": 0.0, "adaptive_kl": False}
 PPO |= {"warmup_iterations": 0, "learning_rate": 6e-4}
-WEAK = {"num_texts": 400, "reward_steps": 60, "ensemble": 4}
+WEAK = {"num_texts": 400, "reward_steps": 60}
 LENGTH = {"length_penalty": 0.02}
 PPO_MAX = {"reward_clip": 5.0, "value_only_iterations": 3, "ptx_coef": 1.0}
-BOTTLENECK = {"ensemble": 1, "reward_bottleneck": 8, "bottleneck_coef": 0.1}
+BOTTLENECK = {"reward_bottleneck": 8, "bottleneck_coef": 0.1}
 ARMS = {  # name → reward models, flags of stage 3
     "β 0": ("weak", {"kl_coef": 0.0}),
     "β 0.01": ("weak", {"kl_coef": 0.01}),
@@ -47,8 +47,8 @@ ARMS = {  # name → reward models, flags of stage 3
     "ensemble, β 0.01": ("ensemble", {"kl_coef": 0.01}),
     "β 0, a third of the learning rate": ("weak", {"kl_coef": 0.0, "learning_rate": 2e-4}),
     "β 0, good reward model": ("good", {"kl_coef": 0.0}),
-    "bottleneck, β 0": ("bottleneck", {"kl_coef": 0.0}),
     "reward model goes on learning, β 0": ("weak", {"kl_coef": 0.0, "reward_update_every": 1}),
+    "bottleneck, β 0": ("bottleneck", {"kl_coef": 0.0}),
     "three of four layers frozen, β 0": ("weak", {"kl_coef": 0.0, "freeze_layers": 3}),
     "PPO-max, β 0": ("weak", {"kl_coef": 0.0, **PPO_MAX}),
     "energy penalty, β 0": ("weak", {"kl_coef": 0.0, "energy_coef": 0.1}),
@@ -74,26 +74,28 @@ def short(row):
     return {own: round(row[name], 4) for name, own in NAMES.items() if name in row}
 
 
-def stages_before(seed, work, needed, known):
-    """Stage 1 and the needed kinds of reward models of a seed, unless they are there: (stage 1's, {kind: directories}).
+def stages_before(seed, work, kind, in_ensemble, known):
+    """Stage 1 and one kind of reward models of a seed, unless they are there: (stage 1's, {kind: directories}).
 
-    A kind's accuracy is kept unless it is known from an earlier series: the same seed gives the same models.
+    The weak one is the first of the ensemble, which is trained at once if it is needed too. A kind's accuracy is kept
+    unless it is known from an earlier series: the same seed gives the same models.
     """
     sft = str(work / "sft" / "sft")
     if not Path(sft).is_dir():
         run(work / "sft", stage="sft", seed=seed, sft_steps=200)
     weak = [str(work / "weak" / name) for name in ("reward", "reward2", "reward3", "reward4")]
     kinds = {"weak": weak[:1], "ensemble": weak}
-    kinds |= {kind: [str(work / kind / "reward")] for kind in ("good", "bottleneck")}
-    settings = {"weak": WEAK if "ensemble" in needed else {**WEAK, "ensemble": 1}, "good": {"reward_steps": 120}}
+    kinds |= {name: [str(work / name / "reward")] for name in ("good", "bottleneck")}
+    settings = {"weak": {**WEAK, "ensemble": 4 if in_ensemble else 1}, "good": {"reward_steps": 120}}
     settings["bottleneck"] = {**WEAK, **BOTTLENECK}
-    for kind in sorted({"weak" if kind == "ensemble" else kind for kind in needed}):
-        if not Path(kinds["ensemble" if kind == "weak" and "ensemble" in needed else kind][-1]).is_dir():
-            metrics, seconds = run(work / kind, stage="reward", seed=seed, model=sft, **settings[kind])
-            found = [round(x, 4) for row in metrics for name, x in row.items() if name.endswith("held_out_accuracy")]
-            if (seed, kind) not in known:
-                known.add((seed, kind))
-                keep({"seed": seed, "reward_models": kind, "held_out_accuracy": found, "seconds": seconds})
+    needed = kinds["ensemble" if kind == "weak" and in_ensemble else kind]
+    if not Path(needed[-1]).is_dir():
+        kind = "weak" if kind == "ensemble" else kind
+        metrics, seconds = run(work / kind, stage="reward", seed=seed, model=sft, **settings[kind])
+        found = [round(x, 4) for row in metrics for name, x in row.items() if name.endswith("held_out_accuracy")]
+        if (seed, kind) not in known:
+            known.add((seed, kind))
+            keep({"seed": seed, "reward_models": kind, "held_out_accuracy": found, "seconds": seconds})
     return sft, kinds
 
 
@@ -113,8 +115,8 @@ def measure(seeds, work):
             if (seed, arm) in done:
                 continue
             own = work / str(seed)
-            needed = {ARMS[name][0] for name in ARMS if (seed, name) not in done}
-            sft, kinds = stages_before(seed, own, needed, known)
+            in_ensemble = any(ARMS[name][0] == "ensemble" and (seed, name) not in done for name in ARMS)
+            sft, kinds = stages_before(seed, own, kind, in_ensemble, known)
             settings = {"stage": "ppo", "seed": seed, "model": sft, "reward_model": tuple(kinds[kind]), **PPO, **flags}
             metrics, seconds = run(own / "ppo", **settings)
             before, after = (short(row) for row in metrics if row["stage"] == "eval")
