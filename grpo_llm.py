@@ -1232,8 +1232,9 @@ def check_problems(args, found, drawn, problems, learned, held_out):
         )
     if len(learned) < prompts_per_step or not held_out:
         raise InputError(
-            f"{len(problems)} different problems are too few for steps of {prompts_per_step} beside the "
-            f"{len(held_out)} held out: bring more, or lower --prompts-per-step or --eval-problems"
+            f"too few problems: of {len(problems)} with different prompts {len(held_out)} are held out and "
+            f"{len(learned)} are left, and a step takes {prompts_per_step}. Bring more, or lower --prompts-per-step or "
+            "--eval-problems"
         )
     left_out = {
         f"are left out by --num-problems {args.num_problems}": len(found) - len(drawn),

@@ -421,7 +421,11 @@ LINES = "".join(f"{json.dumps(row)}\n" for row in ROWS)
     ("task", "text", "message"),
     [
         ("jsonl", "", "d.jsonl has no rows"),
-        ("jsonl", '{"prompt": "1", "answer": 1}\n' * 50, "1 different problems are too few"),
+        (
+            "jsonl",
+            '{"prompt": "1", "answer": 1}\n' * 50,
+            "too few problems: of 1 with different prompts 0 are held out",
+        ),
         ("jsonl", '{"question": "1", "answer": 1}\n', "task jsonl needs rows with prompt and answer, found question"),
         ("gsm8k", '{"question": "1", "answer": 1}\n', "line 1: task gsm8k needs #### before the answer, found '1'"),
         ("gsm8k", '{"question": "1", "answer": "1 ####"}\n', "line 1: task gsm8k needs #### before the answer"),
@@ -753,7 +757,7 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--model", "/nowhere/at/all"], "there is no directory /nowhere/at/all"),
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--resume", "/nowhere"], "/nowhere/checkpoint.pt is not a file"),
-        (["--num-problems", "20", "--prompts-per-step", "32"], "different problems are too few for steps of 32"),
+        (["--num-problems", "20", "--prompts-per-step", "32"], "are left, and a step takes 32"),
     ],
 )
 def test_bad_flags(command, tmp_path, words, message):
