@@ -124,6 +124,8 @@ def formulas(text):
         # GitHub's inline formula: on one line, no space inside the dollars, no letter or digit outside them
         inline = r"(?<![\w$\\-])\$(?! )([^$\n]+?)(?<! )\$(?![\w$])"
         found += re.findall(inline, prose)
+        tables = re.findall(r"^\|.*$", prose, re.MULTILINE)
+        wrong += [f"a | ends a cell: {x}" for row in tables for x in re.findall(inline, row) if "|" in x]
         rest = re.sub(inline, "", prose)
         wrong += [f"a dollar alone: {line}" for line in rest.splitlines() if "$" in line and "$$" not in line]
     return found, wrong
@@ -148,6 +150,13 @@ def test_formulas_are_read_by_github_and_by_mathtext(page):
 
 
 def test_a_page_with_broken_formulas_is_found_out():
-    found, wrong = formulas("It costs $5.\n\nAn $a_t$, `$x` and\n\n$$\nb\n+ c\n$$\n\nbut $$d$$\nand $ e$.\n")
-    assert found == ["b + c", "a_t"]
-    assert len(wrong) == 3
+    found, wrong = formulas(
+        "It costs $5.\n\nAn $a_t$, `$x` and\n\n$$\nb\n+ c\n$$\n\nbut $$d$$\nand $ e$.\n\n| $|o|$ |\n"
+    )
+    assert found == ["b + c", "a_t", "|o|"]
+    assert [x.split(":")[0] for x in wrong] == [
+        "a dollar alone",
+        "a line of $$ is not alone",
+        "a | ends a cell",
+        "a dollar alone",
+    ]
