@@ -4571,6 +4571,8 @@ def keep_samples(args):
         raise InputError(f"--sample-to {path} {'exists: choose another' if path.exists() else 'lies in no directory'}")
     if args.reward:
         raise InputError("--sample-to keeps what the verifier judges right, and --reward takes the verifier's place")
+    if args.tools != "none":
+        raise InputError("--sample-to keeps texts, and --sft-data would imitate what the calculator wrote in them too")
     problems, _ = load_problems(args)
     args = choose_to_look(args, policy, problems)
     problems = problems_for_all(args, [policy], problems)

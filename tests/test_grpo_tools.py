@@ -209,6 +209,8 @@ def test_the_small_model_learns_to_call(grpo, monkeypatch, tmp_path, capsys, com
     assert float(re.search(r"greedy +(\d\.\d+)", out)[1]) > 0.5 and "<calc>" in out
     status, out, _ = command("--ask", "3+4", "--model", tmp_path / "run")
     assert status == 0 and "<calc>3+4</calc>7" in out
+    status, _, error = command("--sample-to", tmp_path / "kept.jsonl", "--model", tmp_path / "run")
+    assert status == 2 and "would imitate what the calculator wrote" in error
 
 
 @pytest.mark.parametrize(
