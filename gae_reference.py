@@ -17,7 +17,7 @@ Departs  nowhere: it uses no batch, no recursion and no trick. It is slow on pur
     Âᵢ = (rᵢ − mean(r)) / std(r)                                      DeepSeekMath §4.1.2
     Âᵢₜ = Σ over the steps j that end at token t or later of r̃ᵢⱼ        DeepSeekMath §4.1.3
     J = 1/G Σᵢ 1/|oᵢ| Σₜ { min(ρᵢₜ Âᵢₜ, clip(ρᵢₜ) Âᵢₜ) − β k3ᵢₜ }     DeepSeekMath Eq. 3–4
-    L_SFT = −1/Σᵢ|oᵢ| Σᵢ Σₜ ln π(oᵢₜ | q, oᵢ,₍<t₎)                     DeepSeekMath Eq. 6, by token
+    L_SFT = −1/Σᵢ|oᵢ| Σᵢ Σₜ ln π(oᵢₜ | q, oᵢ,₍<t₎)                     DeepSeekMath §A.1.1, by token
     KL( N(μ, σ²) ‖ N(0, 1) ) = ½ (μ² + σ² − 1 − ln σ²)                InfoRM
     D² = (s − m)ᵀ Σ⁻¹ (s − m)                                         Mahalanobis; IBL
     ΔE = mean over tokens of ‖h_in‖₁ − ‖h_out‖₁                       EPPO

@@ -311,3 +311,16 @@ def test_the_experiments_that_break_grpo_can_be_made(monkeypatch):
         source = read(ROOT / "grpo_llm.py")
         assert source.count(right) == 1
         compile(source.replace(right, wrong), "grpo_llm.py", "exec")
+
+
+def test_the_stages_of_r1_are_commands(monkeypatch):
+    """Each stage of benchmarks/r1.py has flags that the script takes, and needs earlier stages alone."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "r1.py"))
+    config, done = (tyro.conf.DisallowNone,), {"solutions": "s.jsonl", "pattern": benchmark["READABLE"]}
+    for stage, flags in benchmark["RECIPE"] + benchmark["READABILITY"]:
+        words = [word.format(**done) for word in re.findall(r"\S*\{[^}]*\}\S*|\S+", flags)]  # KeyError: no such stage
+        tyro.cli(load_script(ROOT / "grpo_llm.py").Args, args=words, config=config)
+        done[stage] = stage.replace(" ", "_")
+    assert re.fullmatch(benchmark["READABLE"], "3+4=7\n7+2=9\n#9")
+    assert not re.fullmatch(benchmark["READABLE"], "3+4=7\n7,2:9\n#9")
