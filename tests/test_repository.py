@@ -87,13 +87,19 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_tags_and_details_agree():
     """Each tag in a script stands in docs/details.md and the other way round; the tests named there exist."""
     details = read(ROOT / "docs" / "details.md")
-    listed = set(re.findall(r"^\| ([DRG]\d+) \|", details, re.MULTILINE))
+    headings = re.findall(r"^### ([DRG]\d+) (.+)$", details, re.MULTILINE)
+    listed = {tag for tag, _ in headings}
     programs = [*SCRIPTS, ROOT / "benchmarks" / "memory_plan.py"]
     used = {tag for script in programs for tag in re.findall(r"\[([DRG]\d+)\]", read(script).split('"""', 2)[2])}
-    assert used == listed
+    assert used == listed and len(headings) == len(listed)
     assert {f"D{i}" for i in range(1, 14)} <= used
-    for row in re.findall(r"^\| [DRG]\d+ \|.*$", details, re.MULTILINE):
-        assert re.search(r"`tests/\w+\.py::test_\w+` \|$", row), row
+    contents = re.findall(r"^  \[([DRG]\d+)\]\(#([\w-]+)\)$", details.split("\n## ")[0], re.MULTILINE)
+    assert [tag for tag, _ in contents] == [tag for tag, _ in headings]
+    assert all(anchor.startswith(f"{tag.lower()}-") for tag, anchor in contents)
+    parts = r"\S+ .+\n\n\* \*\*What\.\*\* .+\n\* \*\*Why\.\*\* .+\n\* \*\*Test\.\*\* `tests/\w+\.py::test_\w+`\n"
+    for detail in re.split(r"^#{2,3} ", details, flags=re.MULTILINE):
+        if re.match(r"[DRG]\d+ ", detail):
+            assert re.match(parts, detail, re.DOTALL), detail
     named = re.findall(r"`(tests/\w+\.py)::(test_\w+)`", details)
     assert len(named) >= 13
     for file, test in named:
