@@ -169,12 +169,14 @@ class Args:
     sft_data: str | None = None  # file of lines {"prompt", "completion"}: take --steps supervised steps on it, no RL
     supervision: Literal["outcome", "process"] = "outcome"  # one reward for an answer, or one for each of its steps
     importance: Literal["token", "sequence"] = "token"  # one ratio for each token, or one for the sequence (GSPO)
-    policy_loss: Literal["clip", "cispo", "sapo"] = "clip"  # what a ratio far from 1 does: clip it, or by CISPO or SAPO
+    policy_loss: Literal["clip", "cispo", "sapo"] = "clip"  # the loss of a token: PPO's clipped one, CISPO or SAPO
     unbiased_kl: bool = False  # weigh the KL's estimate by the ratio, so that its gradient is the KL's (DeepSeek-V3.2)
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: computed by the trainer or by the sampler
-    sampler_correction: Literal["none", "token", "sequence"] = "none"  # weigh by π_old/π of the sampler, one for each
+    sampler_correction: Literal["none", "token", "sequence"] = (
+        "none"  # weigh each token, or each answer, by π_old/π_sampler
+    )
     sampler_cap: PositiveFloat = 2.0  # the largest such weight: a larger one is cut to it
-    sampler_mask: bool = False  # make a weight above --sampler-cap 0 instead
+    sampler_mask: bool = False  # set a weight that is above --sampler-cap to 0, do not cut it
     off_policy_limit: ChosenFloat = None  # leave out bad answers that π has left by more than so many nats a token
     staleness: NonNegativeInt = 0  # learn from answers that the policy of so many steps ago sampled, as async runs do
     dynamic_sampling: NonNegativeInt = 0  # the most further rounds of prompts to replace groups without variance (DAPO)
@@ -419,7 +421,7 @@ class Rating(NamedTuple):
 def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
     """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
     is_truncated = truncated_rows(args, group, eos_ids)
-    columns = zip(group.texts, lengths_of(group.mask), is_truncated.tolist())
+    columns = zip(group.texts, lengths_of_texts(args, group, is_truncated), is_truncated.tolist())
     parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
     if reward_model:
         scores = reward_model.score(answers_of(args, group, is_truncated))
@@ -445,7 +447,7 @@ def advantages_of(args, ratings):
     at ρ = 1 is the policy gradient."""
     rewards = torch.cat([rating.rewards for rating in ratings])
     if args.decouple_rewards:  # GDPO
-        return normalised_over_batch(decoupled_advantages(args, ratings), torch.ones_like(rewards))
+        return normalised_over_batch(decoupled_advantages(args, ratings), torch.ones_like(rewards), shift_mean=False)
     if args.algorithm in ("reinforce", "reinforce++"):  # baseline: the mean of all rewards (Williams 1992)
         total, count = over_ranks(torch.stack([rewards.sum(), torch.tensor(float(len(rewards)))]))
         return rewards - total / count
@@ -454,7 +456,9 @@ def advantages_of(args, ratings):
     if args.algorithm == "rft":  # imitate the right answers (DeepSeekMath §5.2.1)
         return (rewards > 0).float()
     advantages = group_advantages(rewards, args.group_size, args.scale == "group")
-    return normalised_over_batch(advantages, torch.ones_like(rewards)) if args.scale == "batch" else advantages
+    if args.scale == "batch":
+        return normalised_over_batch(advantages, torch.ones_like(rewards), shift_mean=False)
+    return advantages
 
 
 # ---- Model ----
@@ -965,16 +969,23 @@ def off_policy_weight(args, logprob, old_logprob, sampler_logprob, advantage, ma
     return weight
 
 
-def normalised_over_batch(x, mask):
+def normalised_over_batch(x, mask, shift_mean=True):
     """(x − mean) / std over all entries whose mask is 1, of the whole batch and all processes [G36]; 0 off the mask and
-    where all are equal. x, mask (B,) or (B, T). REINFORCE++ Eq. 10 (Hu et al. 2025, arXiv 2501.03262); std over N."""
+    where all are equal. x, mask (B,) or (B, T). REINFORCE++ Eq. 10 (Hu et al. 2025, arXiv 2501.03262); std over N.
+    shift_mean=False for what has mean 0 already: an exact 0 stays 0."""
     own = x[mask.bool()].double()
     total, count = over_ranks(torch.stack([own.sum(), torch.tensor(float(len(own)), dtype=own.dtype)]))
-    centred = own - total / count
-    std = (over_ranks(centred.square().sum()) / count).sqrt()
-    is_equal = -over_ranks(-own.min(), "MAX") == over_ranks(own.max(), "MAX")
+    mean = total / count.clamp(min=1)
+    std = (over_ranks((own - mean).square().sum()) / count.clamp(min=1)).sqrt()
+    low, high = (
+        over_ranks(torch.stack([sign * own, own.new_full(own.shape, -torch.inf)]).max(), "MAX")
+        if len(own)
+        else over_ranks(torch.tensor(-torch.inf, dtype=own.dtype), "MAX")
+        for sign in (-1, 1)
+    )
     result = torch.zeros_like(x)
-    result[mask.bool()] = (torch.zeros_like(own) if is_equal else centred / std).to(x.dtype)
+    if -low < high:
+        result[mask.bool()] = ((own - mean if shift_mean else own) / std).to(x.dtype)
     return result
 
 
@@ -1010,7 +1021,7 @@ def decoupled_advantages(args, ratings):
             applies = ~part.isnan()
             if applies.any():
                 total[applies] += weights.get(name, 1.0) * group_advantages(part[applies], int(applies.sum()))
-        advantages.append(total)
+        advantages.append(torch.where(total.abs() < 1e-5, 0.0, total))  # rewards that cancel leave a rounding error
     return torch.cat(advantages)
 
 
@@ -1034,6 +1045,10 @@ def restore_waiting(args, saved, problems, tokenizer, eos_ids, reward_model):
     for columns, chosen in saved.get("waiting", ()) if saved else ():
         seen = []
         for name, tokens, logprobs, mask, own_rewards in columns:
+            if name not in by_prompt:
+                raise InputError(
+                    f"--resume: answers wait for the prompt {shortened(name)}, which the data has no longer"
+                )
             completions = [row[:length].tolist() for row, length in zip(tokens, lengths_of(mask))]
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             prompt = encode_prompt(args, tokenizer, by_prompt[name])
@@ -1340,10 +1355,11 @@ def ending(text):
     return text if len(text) <= 2000 else text[-2000:].lstrip(".," + string.ascii_letters + string.digits)
 
 
-def value_and_numbers(expression):
-    """(value, numbers used) of an expression of + - * / and integers: parsed, never evaluated [G20]. Else None."""
+def value_and_numbers(expression, is_free=False):
+    """(value, numbers used) of an expression of + - * / and integers: parsed, never evaluated [G20]. Else None.
+    is_free: decimals and a minus before a number too."""
     expression = expression.replace("×", "*").replace("÷", "/").replace("−", "-")
-    if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", expression):
+    if not re.fullmatch(r"[0-9.+\-*/() ]{1,100}" if is_free else r"[0-9+\-*/() ]{1,100}", expression):
         return None
     try:
         with warnings.catch_warnings():
@@ -1357,6 +1373,10 @@ def value_and_numbers(expression):
         if isinstance(node, ast.Constant) and type(node.value) is int:
             used.append(node.value)
             return Fraction(node.value)
+        if is_free and isinstance(node, ast.Constant) and type(node.value) is float and math.isfinite(node.value):
+            return Fraction(repr(node.value))
+        if is_free and isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
         if isinstance(node, ast.BinOp):
             left, right = value(node.left), value(node.right)
             if isinstance(node.op, ast.Add):
@@ -1607,6 +1627,14 @@ def truncated_rows(args, group, eos_ids):
     return ~(has_ended | torch.tensor([has_stop(args.stop, text) for text in group.texts]))
 
 
+def lengths_of_texts(args, group, is_truncated):
+    """Tokens of each completion of a group. One that max_tokens cut has max_tokens, also if a tool wrote the last."""
+    lengths = lengths_of(group.mask)
+    if args.tools == "none":
+        return lengths
+    return [group.mask.shape[1] if cut else length for length, cut in zip(lengths, is_truncated.tolist())]
+
+
 def step_ids_of(tokenizer, group, step_of_line):
     """(G, T): the step of each token is that of its line. A newline belongs to the line that it ends."""
     ids = torch.full(group.tokens.shape, -1)
@@ -1645,7 +1673,17 @@ def check_rewards(parts, group, step):
 
 FOR_LISTS = ("prompts", "completions", "completion_ids")
 TRAINER = ("trainer_state", "log_metric", "log_extra")  # what TRL gives besides
-CURVES = ("mean", "std", "verifier", "format", "length", "truncation", "model", "steps")  # reward/… of other rewards
+CURVES = (
+    "mean",
+    "std",
+    "verifier",
+    "format",
+    "length",
+    "overlong",
+    "truncation",
+    "model",
+    "steps",
+)  # reward/… of other rewards
 LOGGED = {}  # name → the numbers that functions gave to log_metric in this rollout
 STATE = SimpleNamespace(global_step=0, max_steps=0)  # trainer_state
 
@@ -1772,7 +1810,7 @@ def columns_of(groups):
             sampled = {
                 "prompt": [dict(message) for message in messages] if messages else problem.prompt,
                 "completion": [{"role": "assistant", "content": text}] if messages else text,
-                "completion_ids": tokens[: sum(mask)],
+                "completion_ids": tokens[: max((t + 1 for t, x in enumerate(mask) if x), default=0)],
             }
             rows.append({"answer": problem.answer} | dict(problem.columns) | sampled)
     return {name: [row[name] for row in rows] for name in rows[0]}
@@ -2439,18 +2477,23 @@ def find_tool(args, model, tokenizer):
     """The tool of --tools, None without it."""
     if args.tools == "none":
         return None
+    example = tokenizer.decode(
+        tokenizer("<calc>1</calc>", add_special_tokens=False)["input_ids"], skip_special_tokens=True
+    )
+    if not re.fullmatch(CALL, example):
+        raise InputError(f"--tools: the tokenizer of {args.model or 'the small model'} cannot write <calc>1</calc>")
     return Tool(tokenizer, tokens_with({">"}, model, tokenizer).to(args.device), calculate)
 
 
 def calculate(expression):
-    """The value of an expression of + - * / and integers as text: 408, -3, 2.5, 1/3. Empty if there is none, or if it
-    is longer than 20 characters. The expression is parsed, never evaluated [G20]."""
-    found = value_and_numbers(expression)
+    """The value of an expression of + - * / and numbers as text: 408, -3, 2.5, 1/3. Empty if there is none, or if it is
+    longer than 20 characters. The expression is parsed, never evaluated [G20]."""
+    found = value_and_numbers(re.sub(r"(?<=\d),(?=\d{3})", "", expression), is_free=True)
     if found is None:
         return ""
     value = found[0]
-    is_decimal = not (value * 1000).denominator > 1
-    text = str(float(value)) if is_decimal and value.denominator > 1 and abs(value) < 1e9 else str(value)
+    is_decimal = value.denominator > 1 and (value * 1000).denominator == 1 and abs(value) < 1e9
+    text = str(float(value)) if is_decimal else str(value)
     return text if len(text) <= 20 else ""
 
 
@@ -2485,10 +2528,14 @@ class ToolCalls:
         self.waiting = {row: answer for row, answer in self.waiting.items() if answer}
         sequences = torch.arange(len(tokens), device=going.device) if rows is None else rows
         asking = sequences[going & self.tool.can_end[tokens[sequences, t]]]
-        texts = self.tool.tokenizer.batch_decode(tokens[asking, : t + 1].tolist(), skip_special_tokens=True)
-        for row, text in zip(asking.tolist(), texts):
-            if row not in self.waiting and (call := re.search(f"{CALL}$", text)):
-                answer = self.tool.tokenizer(self.tool.compute(call[1]), add_special_tokens=False)["input_ids"]
+        now, before = (
+            self.tool.tokenizer.batch_decode(tokens[asking, :end].tolist(), skip_special_tokens=True)
+            for end in (t + 1, t)
+        )
+        for row, text, old in zip(asking.tolist(), now, before):
+            calls = re.findall(CALL, text)
+            if row not in self.waiting and len(calls) > len(re.findall(CALL, old)):  # a token may go on behind the call
+                answer = self.tool.tokenizer(self.tool.compute(calls[-1]), add_special_tokens=False)["input_ids"]
                 self.waiting[row] = [token for token in answer if token not in self.eos]
 
 
@@ -3382,7 +3429,10 @@ def load(path, *keys):
         # without keys only the settings are read, so the weights can stay on the disk
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=not keys)
         removed = [name for name in REMOVED if name in content["args"]]
-        content["args"] = Args(**{name: x for name, x in content["args"].items() if name not in removed})
+        settings = {name: x for name, x in content["args"].items() if name not in removed}
+        if content["args"].get("scale_by_std") is False:
+            settings["scale"] = "none"
+        content["args"] = Args(**settings)
         missing = set(keys) - content.keys()
     except Exception as error:
         raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
@@ -3471,9 +3521,9 @@ def peak_memory(device):
 # The settings that do nothing in supervised steps (--sft-data)
 RL_ONLY = (
     "num_epochs num_minibatches clip_low clip_high beta scale reduction algorithm supervision importance policy_loss "
-    "unbiased_kl old_logprobs sampler_correction sampler_mask off_policy_limit staleness dynamic_sampling truncated "
-    "truncation_penalty reference_every format_weight length_weight overlong_buffer decouple_rewards reward_model "
-    "reward_model_weight reward_model_steps reward_model_learning_rate"
+    "unbiased_kl old_logprobs sampler_correction sampler_cap sampler_mask off_policy_limit staleness dynamic_sampling "
+    "truncated truncation_penalty reference_every format_weight length_weight overlong_buffer decouple_rewards "
+    "reward_model reward_model_weight reward_model_steps reward_model_learning_rate"
 )
 
 
@@ -3537,8 +3587,12 @@ def check_settings(args):
             f"supervision process is GRPO's own: algorithm {args.algorithm}, scale {args.scale} and decouple_rewards "
             f"{args.decouple_rewards} must be grpo, group and False"
         )
-    if args.algorithm != "grpo" and (args.scale == "batch" or args.decouple_rewards):
-        raise ValueError(f"scale batch and decouple_rewards are for algorithm grpo, got {args.algorithm}")
+    if args.algorithm != "grpo" and (args.scale != "group" or args.decouple_rewards):
+        raise ValueError(f"scale and decouple_rewards are for algorithm grpo, got {args.algorithm}")
+    idle = {"sapo": ("clip_low", "clip_high"), "cispo": ("clip_low",)}.get(args.policy_loss, ())
+    for name in idle:
+        if getattr(args, name) != getattr(Args, name):
+            raise ValueError(f"policy_loss {args.policy_loss} has no {name}, got {getattr(args, name)}")
     if args.decouple_rewards and args.scale != "group":
         raise ValueError(
             "decouple_rewards scales each reward within its group and then their sum over the batch: scale must be "
@@ -3550,14 +3604,14 @@ def check_settings(args):
         raise ValueError(
             "sampler_correction weighs by π_old/π of the sampler, which old_logprobs sampler makes 1 everywhere"
         )
-    if args.sampler_mask and args.sampler_correction == "none":
-        raise ValueError("sampler_mask changes the weights of sampler_correction, got sampler_correction none")
+    if args.sampler_correction == "none" and (args.sampler_mask or args.sampler_cap != Args.sampler_cap):
+        raise ValueError("sampler_cap and sampler_mask change the weights of sampler_correction, which is none")
     if args.unbiased_kl and (not args.beta or args.algorithm == "reinforce++"):
         raise ValueError(
             "unbiased_kl changes the KL in the loss: beta must be above 0, and algorithm reinforce++ has the KL in the "
             "reward"
         )
-    if args.overlong_buffer and args.max_tokens and args.overlong_buffer > args.max_tokens:
+    if not only_looks and args.max_tokens and args.overlong_buffer > args.max_tokens:
         raise ValueError(f"overlong_buffer {args.overlong_buffer} must not exceed max_tokens {args.max_tokens}")
     if args.staleness and args.reward_model_steps:
         raise ValueError("staleness keeps rated answers for later, and reward_model_steps changes how they are rated")
@@ -3581,6 +3635,10 @@ def check_settings(args):
         raise ValueError("system and stop are for --model: the small model has no chat form, and ends by itself")
     if args.tools != "none" and args.model is None and args.task != "arithmetic" and not only_looks:
         raise ValueError("tools needs a model, or task arithmetic, whose worked sums show the small model how to call")
+    if args.tools != "none":
+        ends = [text for text in args.stop if text in "<calc></calc>" or re.fullmatch(r"[-0-9./]+", text)]
+        if ends:
+            raise ValueError(f"tools: stop {ends[0]!r} would end an answer within a call or its result")
     if args.tools != "none" and args.sft_data:
         raise ValueError("sft_data imitates every token of a completion, and tools would have written some of them")
     if args.tools != "none" and args.supervision == "process":
@@ -3884,7 +3942,8 @@ def make_start_model(args, directory, problems, held_out):
         model = new_model(tokenizer).to(args.device)
         model.tool = find_tool(args, model, tokenizer)
         problems, held_out = those_that_fit(args, model, tokenizer, problems, held_out)
-        num_long = sum(len(problem.solution) >= args.max_tokens for problem in problems)  # a token a character, and EOS
+        # a token a character, one for each end of a call, and EOS
+        num_long = sum(len(re.sub("</?calc>", "c", problem.solution)) >= args.max_tokens for problem in problems)
         if num_long:
             say(
                 f"            {num_long:,} of {len(problems):,} worked solutions do not end within "
@@ -3911,6 +3970,8 @@ def prepare_policy(args, policy, tokenizer, saved):
         adapter.first_weights = first
     if policy.plain_because:
         say(f"path        plain, not fast: {policy.plain_because}")
+    if args.staleness and args.sampler_correction == "none" and args.old_logprobs != "sampler":
+        say(f"staleness   answers are {args.staleness} steps old, and no --sampler-correction says so to the loss")
     if base:
         what = "trained further" if adapter else "merged into it, and the whole model is trained"
         say(f"adapter     {args.model}, of {base}: it is {what}")
@@ -4009,11 +4070,16 @@ def describe(args, seen):
     row |= {
         "reward/steps": torch.tensor(steps),
         "groups/zero_variance": torch.tensor([float(not has_variance(args, rating)) for _, rating in seen]),
-        "completion/length": torch.tensor(lengths_of(mask)),
+        "completion/length": torch.cat(
+            [torch.tensor(lengths_of_texts(args, group, rating.is_truncated)) for group, rating in seen]
+        ),
         "completion/truncated": truncated,
         "completion/eos_rate": 1 - truncated,
         "policy/entropy": -logprobs[mask.bool()],  # E[−ln π] is the entropy, at the temperature of the sampling
     }
+    if args.tools != "none":
+        texts = [text for group, _ in seen for text in group.texts]
+        row["tools/calls"] = torch.tensor([float(len(re.findall(CALL, text))) for text in texts])
     return mean_over_ranks(row) | logged_metrics()
 
 
@@ -4045,7 +4111,7 @@ def add_statistics(args, statistics, mask, log_ratio, advantage, kl, loss, gap, 
         "tokens": torch.ones_like(ratio),
         "policy/ratio_mean": ratio,
         "policy/clip_low": (ratio < 1 - args.clip_low) & (side < 0),
-        "policy/clip_high": (ratio > 1 + args.clip_high) & (side > 0),
+        "policy/clip_high": (ratio > 1 + args.clip_high) & ((side > 0) | (args.policy_loss == "cispo")),
         "policy/loss": loss,
     }
     if kl is not None:
@@ -4065,7 +4131,8 @@ def update_metrics(args, statistics, norms):
         over_ranks(x, "MAX" if name == "policy/ratio_max" else "SUM")
     row, num_updates = {}, max(len(norms), 1)
     if statistics["tokens"]:
-        names = ["policy/ratio_mean", "policy/clip_low", "policy/clip_high"] + ["kl/reference"] * (args.beta > 0)
+        clipped = {"clip": ["policy/clip_low", "policy/clip_high"], "cispo": ["policy/clip_high"], "sapo": []}
+        names = ["policy/ratio_mean", *clipped[args.policy_loss]] + ["kl/reference"] * (args.beta > 0)
         has_weight = args.sampler_correction != "none" or args.off_policy_limit is not None
         names += ["policy/sampler_weight"] * has_weight
         row = {name: float(statistics[name] / statistics["tokens"]) for name in names}
@@ -4248,6 +4315,7 @@ def settings_to_look(words):
     saved = next((saved for _, saved in map(policy_of, names) if saved), None)
     settings = {"evaluate": tuple(look.evaluate), "ask": look.ask, "sample_to": look.sample_to}
     settings["model"] = None if look.evaluate else names[0]
+    settings |= {"reward": None} if look.sample_to else {}  # what is kept is what the verifier judges right
     if not saved:
         return Args(**settings)
     settings |= NO_RUN
@@ -4328,8 +4396,6 @@ def check_characters(tokenizer, problems):
 
 # Evaluate
 
-NUM_TOGETHER = 16  # problems between two moves of --evaluate's progress bar
-
 
 def compare_models(args):
     """--evaluate: how well one or more models answer the same problems with the same noise, as one table.
@@ -4348,8 +4414,8 @@ def compare_models(args):
         own = settings_of_model(args, *policy)
         model, tokenizer, eos_ids = load_policy(own, policy[0])
         rows, bar = [], tqdm(total=len(problems), desc="evaluate", unit="problem")
-        for start in range(0, len(problems), NUM_TOGETHER):
-            numbers = range(len(problems))[start : start + NUM_TOGETHER]
+        for start in range(0, len(problems), own.generate_rows):  # as many as the greedy answers have rows
+            numbers = range(len(problems))[start : start + own.generate_rows]
             given = model, tokenizer, eos_ids, [problems[i] for i in numbers], numbers
             own, scores = retry_with_less(own, "generate_rows", scores_of, *given)
             rows += scores
@@ -4885,10 +4951,10 @@ def cut_samples(path, step):
 def warn_without_variance(args, bar, metrics, steps=5, share=0.9):
     """After so many steps in a row in which so many groups had no variance, say once what it means and what helps.
 
-    Not with --algorithm reinforce or rft: there a group of equal rewards can still teach.
+    Not with --algorithm reinforce, reinforce++ or rft: there a group of equal rewards can still teach.
     """
     stretch = list(takewhile(lambda row: row.get("groups/zero_variance", 0.0) >= share, reversed(metrics)))
-    if len(stretch) != steps or args.algorithm in ("reinforce", "rft") or process_rank() > 0:
+    if len(stretch) != steps or args.algorithm in ("reinforce", "rft", "reinforce++") or process_rank() > 0:
         return
     row = metrics[-1]
     right = f"{row['reward/verifier']:.0%} of the answers are right" if "reward/verifier" in row else ""

@@ -101,13 +101,12 @@ def test_without_a_run_all_problems_of_a_file_are_used(grpo, tiny_lm, settings, 
     assert f"problems    --eval-problems 7 of the 30 of {data}\n" in capsys.readouterr().out
 
 
-def test_a_bar_shows_how_far_the_evaluation_is(grpo, tiny_lm, settings, tmp_path, bars, monkeypatch):
-    """It moves every 16 problems, and the scores are those of all problems at once."""
+def test_a_bar_shows_how_far_the_evaluation_is(grpo, tiny_lm, settings, tmp_path, bars):
+    """It moves after as many problems as are sampled at once, and the scores do not depend on how many those are."""
     data = write_rows(tmp_path / "d.jsonl", SUMS)
-    args = settings("--evaluate", tiny_lm, "--task", "jsonl", "--data", data, "--dtype", "float32")
-    (rows,) = grpo.compare_models(args)
-    monkeypatch.setattr(grpo, "NUM_TOGETHER", 100)
-    (at_once,) = grpo.compare_models(args)
+    words = "--evaluate", tiny_lm, "--task", "jsonl", "--data", data, "--dtype", "float32"
+    (rows,) = grpo.compare_models(settings(*words, "--generate-rows", 16))
+    (at_once,) = grpo.compare_models(settings(*words))
     bar = bars[0]
     assert (bar.n, bar.options["desc"], len(rows)) == (30, "evaluate", 30)
     assert str(rows) == str(at_once) and any(row["greedy"] or row["pass@1"] for row in rows)  # as text nan equals nan

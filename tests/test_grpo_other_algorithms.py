@@ -225,3 +225,17 @@ def test_the_ratio_makes_the_kl_and_its_gradient_unbiased(grpo):
     _, other_way = found(lambda logprob: (reference.exp() * (reference - logprob)).sum())
     check(alone, other_way.tolist(), "E[k3]", "gradient at π_old = π")
     assert (alone - exact[1]).abs().max() > 0.05
+
+
+def test_nothing_to_normalise_over(grpo):
+    """Every answer of a step may be cut off and left out."""
+    assert grpo.normalised_over_batch(torch.rand(2, 3), torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
+
+
+def test_what_is_0_stays_exactly_0(grpo, tiny_grpo):
+    """A group without variance beside others: the step skips it [G10]. Rewards that cancel are no signal either."""
+    ratings = ratings_of({"verifier": [0.3, 0.1, 0.1, 0.1, 0.7, 0.7, 0.7, 0.7]})
+    found = grpo.advantages_of(tiny_grpo(scale="batch"), ratings)
+    assert (found[4:] == 0).all() and found[:4].abs().min() > 0.1
+    ratings = ratings_of({"verifier": [0.3, 0.1, 0.7, 0.2], "some_reward": [0.1, 0.3, 0.2, 0.7]}, 2)
+    assert grpo.advantages_of(tiny_grpo(decouple_rewards=True, group_size=2), ratings).tolist() == [0.0] * 4

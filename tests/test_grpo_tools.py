@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from commands import flags
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -49,6 +50,11 @@ def text_of(tokens):
         ("1/8", "0.125"),
         ("1/3", "1/3"),
         ("(1+2)*3", "9"),
+        ("3.5*4", "14"),
+        ("-7+3", "-4"),
+        ("2*-3", "-6"),
+        ("1,000+1.5", "1001.5"),
+        ("1.5.2*2", ""),
         ("1/0", ""),
         ("2**99", ""),
         ("", ""),
@@ -137,20 +143,15 @@ def test_the_answer_is_read_and_not_scored(grpo, tiny_grpo, caller, fast):
 def test_a_run_with_the_tool(grpo, tiny_grpo, caller, no_picture, monkeypatch, capsys):
     """Here any digit calls it and it answers 7#: each answer has tokens that the policy did not write, the ratio stays
     1, they count in the length of the completion, and the loss has the mask without them."""
+    model, _, _ = grpo.load_model(tiny_grpo(model=caller, tools="calculator"), caller)
     monkeypatch.setattr(grpo, "CALL", r"(\d)")
-    monkeypatch.setattr(grpo, "calculate", lambda text: "7#")
     kept = []
     reduce_loss = grpo.reduce_loss
     monkeypatch.setattr(
         grpo, "reduce_loss", lambda loss, mask, *rest: kept.append(mask) or reduce_loss(loss, mask, *rest)
     )
-    find_tool = grpo.find_tool
-
-    def find(args, model, tokenizer):
-        tool = find_tool(args, model, tokenizer)
-        return tool and tool._replace(can_end=torch.ones_like(tool.can_end))
-
-    monkeypatch.setattr(grpo, "find_tool", find)
+    tool = model.tool._replace(can_end=torch.ones_like(model.tool.can_end), compute=lambda text: "7#")
+    monkeypatch.setattr(grpo, "find_tool", lambda *_: tool)
     groups, rate_group = [], grpo.rate_group
     monkeypatch.setattr(
         grpo, "rate_group", lambda args, group, *rest: groups.append(group) or rate_group(args, group, *rest)
@@ -219,8 +220,55 @@ def test_the_small_model_learns_to_call(grpo, monkeypatch, tmp_path, capsys, com
         (["--supervision", "process"], "supervision process pays for the steps that the policy writes"),
         (["--task", "countdown"], "tools needs a model, or task arithmetic"),
         (["--sft-data", "x", "--model", "m"], "sft_data imitates every token of a completion"),
+        (["--stop", "</calc>", "--model", "m"], "stop '</calc>' would end an answer within a call or its result"),
+        (["--stop", "8", "--model", "m"], "stop '8' would end an answer within a call or its result"),
     ],
 )
 def test_where_a_tool_makes_no_sense(command, words, message):
     status, out, error = command("--tools", "calculator", *words)
     assert status == 2 and message.replace(" ", "") in re.sub(r"[\s│]", "", out + error) and "Traceback" not in error
+
+
+class Decoder:
+    """A tokenizer with pieces of its own to read, and another's to write."""
+
+    def __init__(self, pieces, tokenizer):
+        self.pieces, self.tokenizer = pieces, tokenizer
+
+    def batch_decode(self, rows, **options):
+        return ["".join(self.pieces[token] for token in row) for row in rows]
+
+    def __call__(self, text, **options):
+        return self.tokenizer(text, **options)
+
+
+def test_a_token_may_go_on_behind_the_call(grpo, tiny_grpo, caller):
+    """As >= does, a token of many tokenizers: the result stands behind it. The same call is answered once."""
+    model, tokenizer, _ = grpo.load_model(tiny_grpo(model=caller, tools="calculator"), caller)
+    calls = grpo.ToolCalls(model, torch.tensor([1]))
+    pieces = Decoder({2: "<calc>1+1", 3: "</calc>=", 4: "7"}, tokenizer)
+    calls.tool = calls.tool._replace(tokenizer=pieces, can_end=torch.ones_like(calls.tool.can_end))
+    tokens, going = torch.tensor([[2, 3, 4]]), torch.tensor([True])
+    for t, expected in enumerate(([], ["2"], [])):
+        calls.waiting = {}
+        calls.read(tokens, t, going)
+        assert [text_of(answer) for answer in calls.waiting.values()] == expected
+
+
+def test_a_tokenizer_that_cannot_write_a_call(grpo, tiny_grpo, command):
+    status, _, error = command(*flags(grpo, tiny_grpo(tools="calculator")))
+    assert status == 2 and "cannot write <calc>1</calc>" in error and "Traceback" not in error
+
+
+def test_an_answer_that_is_cut_in_a_result_has_all_its_tokens(grpo, tiny_grpo, caller):
+    args = tiny_grpo(model=caller, tools="calculator", max_tokens=9, length_weight=0.0, overlong_buffer=4)
+    _, tokenizer, eos_ids = grpo.load_model(args, caller)
+    tokens = torch.tensor([ids("<calc>12*34</calc>40"), [*ids("#3"), 1, *[0] * 6]])
+    mask = torch.tensor([[1] * 7 + [0] * 2, [1] * 3 + [0] * 6])
+    texts = ["<calc>12*34</calc>", "#3"]
+    group = grpo.Group(grpo.Problem("1+2", "3"), [4], tokens, torch.zeros(2, 9), mask, texts)
+    rating = grpo.rate_group(args, group, tokenizer, eos_ids, None, 0)
+    assert rating.is_truncated.tolist() == [True, False]
+    assert rating.parts["overlong"].tolist() == [-1, 0]
+    row = grpo.describe(args, [(group, rating)])
+    assert (row["completion/length"], row["tools/calls"]) == (6, 0.5)
