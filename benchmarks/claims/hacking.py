@@ -1,6 +1,6 @@
-"""Claim 10: what keeps a policy from hacking its reward model? KL coefficient, ensemble, length penalty, each tried.
+"""Claim 10: what keeps a policy from hacking its reward model? KL coefficient, ensemble, length penalty and more.
 
-Run      python benchmarks/claims/hacking.py                       (about 45 minutes on one core)
+Run      python benchmarks/claims/hacking.py                       (about 50 minutes on one core)
          python benchmarks/claims/hacking.py --plot                (table and figure from the kept results)
 Writes   benchmarks/results/claims_hacking.jsonl (a line a run; a stopped series goes on),
          docs/figures/claims_hacking.png
@@ -9,7 +9,9 @@ The grammar of rlhf_gpt2_ppo.py knows which review is truly positive. For each s
 trained on the same 180 pairs; a good one, trained on 7,200. Then stage 3 from the same models in each arm: 25
 iterations of 96 responses, no warm-up, no annealing, no entropy bonus, β fixed, so that what holds the policy back is
 what the arm names. The ensemble's score is the mean of the four less one standard deviation; the length penalty takes
-0.02 a token; the smaller learning rate is 2e-4. 256 held-out prompts are answered before and after.
+0.02 a token; the smaller learning rate is 2e-4. The reward model that goes on learning takes four gradient steps in
+every iteration, on pairs of the policy's responses that the grammar judges. 256 held-out prompts are answered before
+and after.
 """
 
 import argparse
@@ -45,9 +47,10 @@ ARMS = {  # name → reward models, flags of stage 3
     "ensemble, β 0.01": ("ensemble", {"kl_coef": 0.01}),
     "β 0, a third of the learning rate": ("weak", {"kl_coef": 0.0, "learning_rate": 2e-4}),
     "β 0, good reward model": ("good", {"kl_coef": 0.0}),
+    "reward model goes on learning, β 0": ("weak", {"kl_coef": 0.0, "reward_update_every": 1}),
 }
 NAMES = {"objective/scores": "score", "objective/gold": "gold", "objective/kl": "kl"}
-NAMES |= {"response/length": "length", "response/distinct_2": "distinct_2"}
+NAMES |= {"response/length": "length", "response/distinct_2": "distinct_2", "reward_update/pairs": "pairs"}
 
 
 def run(folder, **settings):
@@ -113,7 +116,7 @@ def draw():
     names = ("gold", "score", "kl", "length", "distinct_2")
     print("| stage 3 | truly positive | score | KL, nats | tokens | distinct-2 |")
     print("|---|---|---|---|---|---|")
-    before = list({row["seed"]: row["before"] for row in rows if ARMS[row["arm"]][0] == "weak"}.values())
+    before = [row["before"] for row in rows if row["arm"] == "β 0"]
     arms = {"before": before} | {arm: [row["after"] for row in rows if row["arm"] == arm] for arm in ARMS}
     for arm, own in arms.items():
         cells = []
@@ -126,24 +129,27 @@ def draw():
     left, right = panels[0]
     for i, (arm, own) in enumerate(arms.items()):
         gold = [row["gold"] for row in own]
-        left.plot(gold, [i] * len(gold), ".", color="k" if arm == "before" else f"C{i - 1}", alpha=0.6, markersize=9)
+        left.plot(
+            gold, [i] * len(gold), ".", color="k" if arm == "before" else f"C{(i - 1) % 10}", alpha=0.6, markersize=9
+        )
         left.plot([np.median(gold)], [i], "|", color="k", markersize=14)
     left.set_yticks(range(len(arms)), list(arms))
     left.invert_yaxis()
     left.set(title="truly positive after stage 3, a dot a seed", xlim=(-0.03, 1.03))
-    for arm in ("β 0", "β 0.01", "β 0.05", "β 0.2", "ensemble, β 0.01", *list(ARMS)[-2:]):
+    for arm in ("β 0", "β 0.01", "β 0.05", "β 0.2", "ensemble, β 0.01", *list(ARMS)[-3:]):
         curves = [row["curve"] for row in rows if row["arm"] == arm]
         points = [[[point[name] for name in ("gold", "score", "kl")] for point in curve] for curve in curves]
         gold, score, kl = np.median(points, axis=0).T
-        color, steps = f"C{list(ARMS).index(arm)}", range(1, len(gold) + 1)
+        color = "k" if arm == list(ARMS)[-1] else f"C{list(ARMS).index(arm)}"
+        steps = range(1, len(gold) + 1)
         right.plot(kl[1:], gold[1:], ".-", color=color, alpha=0.8, lw=1, markersize=4)
-        panels[1, 0].plot(steps, score, color=color, label=arm)
-        panels[1, 1].plot(steps, gold, color=color)
+        panels[1, 0].plot(steps, score, color=color)
+        panels[1, 1].plot(steps, gold, color=color, label=arm)
     right.set(title="truly positive by KL, each iteration, medians", xlabel="KL to the reference, nats", xscale="log")
     right.set(ylim=(-0.03, 1.03))
     panels[1, 0].set(title="score of the reward model, medians", xlabel="iteration")
-    panels[1, 0].legend(fontsize=8)
     panels[1, 1].set(title="truly positive, medians", xlabel="iteration", ylim=(-0.03, 1.03))
+    panels[1, 1].legend(fontsize=7, loc="lower left")
     left.figure.savefig(ROOT / "docs" / "figures" / "claims_hacking.png", dpi=120)
 
 
