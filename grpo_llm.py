@@ -977,12 +977,8 @@ def normalised_over_batch(x, mask, shift_mean=True):
     total, count = over_ranks(torch.stack([own.sum(), torch.tensor(float(len(own)), dtype=own.dtype)]))
     mean = total / count.clamp(min=1)
     std = (over_ranks((own - mean).square().sum()) / count.clamp(min=1)).sqrt()
-    low, high = (
-        over_ranks(torch.stack([sign * own, own.new_full(own.shape, -torch.inf)]).max(), "MAX")
-        if len(own)
-        else over_ranks(torch.tensor(-torch.inf, dtype=own.dtype), "MAX")
-        for sign in (-1, 1)
-    )
+    none = own.new_full((1,), -torch.inf)  # where a process has no entry
+    low, high = (over_ranks(torch.cat([side, none]).max(), "MAX") for side in (-own, own))
     result = torch.zeros_like(x)
     if -low < high:
         result[mask.bool()] = ((own - mean if shift_mean else own) / std).to(x.dtype)

@@ -1093,7 +1093,7 @@ GRPO = [
     ),
     ("a warning at each step without variance", "    if len(stretch) != steps or", "    if len(stretch) < steps or"),
     ("a warning after steps that are not in a row", "list(takewhile(", "list(filter("),
-    ("a warning where equal rewards teach", 'args.algorithm in ("reinforce", "rft")', "False"),
+    ("a warning where equal rewards teach", 'args.algorithm in ("reinforce", "rft", "reinforce++")', "False"),
     ("CISPO's weight has a gradient", "clamp(max=1 + clip_high).detach()", "clamp(max=1 + clip_high)"),
     (
         "CISPO's weight is not cut",
@@ -1130,8 +1130,8 @@ GRPO = [
     ("the batch's mean over padding too", "own = x[mask.bool()].double()", "own = x.flatten().double()"),
     (
         "equal advantages over the batch are divided",
-        "torch.zeros_like(own) if is_equal else centred / std",
-        "centred / std",
+        "    if -low < high:\n        result[mask.bool()]",
+        "    if True:\n        result[mask.bool()]",
     ),
     ("REINFORCE++ has the KL in the loss too", 'if args.beta and args.algorithm != "reinforce++":', "if args.beta:"),
     ("a reward's weight is undone by the scaling", "weights.get(name, 1.0) * group_advantages(", "group_advantages("),
@@ -1165,10 +1165,10 @@ GRPO = [
     ("what the tool wrote is learned", "self.waiting[row].pop(0), 0.0, 0", "self.waiting[row].pop(0), logprob[i], 1"),
     (
         "the tool's answer in another row",
-        '(call := re.search(f"{CALL}$", text)):\n                answer',
-        '(call := re.search(f"{CALL}$", text)):\n                row = 0\n                answer',
+        "                answer = self.tool.tokenizer(self.tool.compute(calls[-1])",
+        "                row = 0\n                answer = self.tool.tokenizer(self.tool.compute(calls[-1])",
     ),
-    ("a call is answered while an answer is written", "if row not in self.waiting and (call := ", "if (call := "),
+    ("a call is answered while an answer is written", "if row not in self.waiting and len(calls)", "if len(calls)"),
     (
         "the tool may end the answer",
         "[token for token in answer if token not in self.eos]",
@@ -1184,6 +1184,23 @@ GRPO = [
         "mask = mask * padded([[*chosen_tokens(tokenizer, problem.solution), 1] for problem in batch])[0]",
         "pass",
     ),
+    (
+        "a call that a token goes on behind is not answered",
+        "len(calls) > len(re.findall(CALL, old))",
+        'text.endswith("</calc>") and calls',
+    ),
+    ("a call is answered again and again", "len(calls) > len(re.findall(CALL, old))", "calls"),
+    (
+        "a cut result shortens the answer",
+        "[group.mask.shape[1] if cut else length for length, cut in zip(lengths, is_truncated.tolist())]",
+        "lengths",
+    ),
+    (
+        "an exact 0 is shifted over the batch",
+        "torch.ones_like(rewards), shift_mean=False)\n    return advantages",
+        "torch.ones_like(rewards))\n    return advantages",
+    ),
+    ("rewards that cancel become a signal", "torch.where(total.abs() < 1e-5, 0.0, total)", "total"),
 ]
 MUTANTS += [("grpo_llm.py", *mutant) for mutant in GRPO]
 
