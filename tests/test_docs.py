@@ -41,6 +41,12 @@ def test_planted_bugs_of_the_pages_can_be_written(tmp_path):
     assert written >= 5
 
 
+def test_the_transcript_is_what_was_printed():
+    page = (ROOT / "docs" / "transcript.md").read_text(encoding="utf-8")
+    printed = (ROOT / "benchmarks" / "results" / "transcript.txt").read_text(encoding="utf-8")
+    assert f"```text\n{printed}```\n" in page and printed.count("\n$ ") == 8
+
+
 def test_every_figure_is_shown_and_drawn_by_a_command():
     """Each PNG of docs/figures stands in some page, and its name in the benchmark that draws it."""
     figures = sorted((ROOT / "docs" / "figures").glob("*.png"))
