@@ -233,6 +233,15 @@ def test_claim_9_large_groups_learn_less_from_as_many_samples(arms):
         assert line.endswith(f"| {100 * float(share):.0f}% | {seconds} |")
 
 
+def test_claim_10_the_kl_penalty_and_the_ensemble_help_and_the_length_penalty_does_not():
+    found = grouped([row for row in raw("claims_hacking") if "arm" in row], "arm")
+    gold = {arm: sorted(row["after"]["gold"] for row in rows) for (arm,), rows in found.items()}
+    assert all(len(own) == 5 for own in gold.values())
+    assert median(gold["β 0"]) < 0.01 and median(gold["β 0.01"]) > 0.98 and median(gold["β 0.05"]) > 0.97
+    assert gold["β 0.01"][0] < 0.01 < 0.8 < gold["ensemble, β 0.01"][0] and median(gold["ensemble, β 0"]) < 0.25
+    assert median(gold["length penalty, β 0.01"]) < 0.23
+
+
 def test_claim_11_weights_of_questions_and_lengths_of_answers():
     rows = raw("claims_normalisation")
     weight = {
