@@ -1,6 +1,6 @@
 """Why variance hurts: three baselines on the grid of docs/0_foundations.md, whose own code this runs.
 
-Run      python benchmarks/foundations.py            (a minute; --draw only draws again)
+Run      python benchmarks/foundations.py            (15 seconds; --draw only draws again)
 Writes   benchmarks/results/foundations.json (raw), docs/figures/foundations_variance.png
 """
 
