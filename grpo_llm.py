@@ -2313,17 +2313,31 @@ def int8_linear(module, x):
 
 
 def nf4_linear(layer, device):
-    """The layer in bitsandbytes' 4-bit NF4 (Dettmers et al. 2023, QLoRA §3); its product has the layer's own dtype."""
+    """The layer in bitsandbytes' 4-bit NF4 (Dettmers et al. 2023, QLoRA §3); its product has the layer's own dtype.
+
+    bitsandbytes 0.50.2 packs a matrix in blocks of consecutive weights. On a CPU with AVX-512 it unpacks it row by row,
+    which is wrong unless a row has whole blocks. So the block is chosen by the row, and the result is looked at.
+    """
     try:
+        from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise InputError("--quantize nf4 needs bitsandbytes: pip install bitsandbytes") from error
     sizes = layer.in_features, layer.out_features
     packed = Linear4bit(*sizes, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
-    packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    block = 32 if layer.in_features % 64 else 64
+    packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", blocksize=block)
     packed.bias = layer.bias
     packed.support_avx512bf16_for_cpu = False  # sampling would repack the weights for products without a gradient
-    return packed.to(device)
+    packed = packed.to(device)
+    if torch.device(device).type == "cpu":
+        gap = dequantize_4bit(packed.weight.data, packed.weight.quant_state).float() - layer.weight.float()
+        if gap.norm() > 0.15 * layer.weight.float().norm():  # right is 0.09
+            raise InputError(
+                f"--quantize nf4: on this processor bitsandbytes unpacks rows of {layer.in_features} weights wrongly: "
+                "take --quantize int8"
+            )
+    return packed
 
 
 @torch.no_grad()

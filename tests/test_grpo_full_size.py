@@ -206,6 +206,21 @@ def test_four_bits_are_half_a_byte(grpo, tiny_grpo, tiny_lm, capsys, dtype):
         assert 0.02 < float((unpacked - weight).norm() / weight.norm()) < 0.15
 
 
+@pytest.mark.parametrize("width", [64, 96, 48])
+def test_four_bits_are_right_or_refused(grpo, width):
+    """bitsandbytes unpacks rows that have no whole blocks wrongly on some processors, in silence."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(width, 40)
+    try:
+        packed = grpo.nf4_linear(layer, "cpu")
+    except grpo.InputError as error:
+        assert width == 48 and "rows of 48 weights wrongly" in str(error)
+        return
+    unpacked = functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+    assert 0.02 < float((unpacked - layer.weight).norm() / layer.weight.norm()) < 0.15
+
+
 def test_four_bits_need_bitsandbytes(grpo, tiny_grpo, tiny_lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(grpo.InputError, match=r"^--quantize nf4 needs bitsandbytes: pip install bitsandbytes$"):

@@ -68,6 +68,9 @@ def test_a_full_disk_when_a_model_is_saved(grpo, rlhf, tmp_path):
         def __init__(self, is_full=False):
             self.is_full = is_full
 
+        def state_dict(self):
+            return {}
+
         def save_pretrained(self, directory, **options):
             Path(directory).mkdir(exist_ok=True)
             (Path(directory) / "model.safetensors").write_text("half" if self.is_full else "whole")
