@@ -148,7 +148,7 @@ def test_tensorboard_scalars(grpo, tiny_grpo, no_picture):
         assert [event.value for event in events.Scalars(tag)] == pytest.approx(returned, rel=1e-5, abs=1e-7)
     assert found - {"eval/pass@2", "eval/maj@2"} <= explained and len(found) > 25
     others = {"eval/pass@8", "eval/maj@8", "eval/reward", "reward/model", "reward_model/loss", "sft/loss"}
-    others |= {"policy/sampler_weight", "reward/overlong"}
+    others |= {"policy/sampler_weight", "tools/calls", "reward/overlong"}
     assert explained - found == others
 
 
