@@ -172,9 +172,7 @@ class Args:
     policy_loss: Literal["clip", "cispo", "sapo"] = "clip"  # the loss of a token: PPO's clipped one, CISPO or SAPO
     unbiased_kl: bool = False  # weigh the KL's estimate by the ratio, so that its gradient is the KL's (DeepSeek-V3.2)
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"  # π_old: computed by the trainer or by the sampler
-    sampler_correction: Literal["none", "token", "sequence"] = (
-        "none"  # weigh each token, or each answer, by π_old/π_sampler
-    )
+    sampler_correction: Literal["none", "token", "sequence"] = "none"  # weigh tokens, or answers, by π_old/π_sampler
     sampler_cap: PositiveFloat = 2.0  # the largest such weight: a larger one is cut to it
     sampler_mask: bool = False  # set a weight that is above --sampler-cap to 0, do not cut it
     off_policy_limit: ChosenFloat = None  # leave out bad answers that π has left by more than so many nats a token

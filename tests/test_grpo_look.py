@@ -246,6 +246,7 @@ def test_help_has_each_flag_under_its_heading(script, monkeypatch, capsys):
 
 def test_help_says_what_a_flag_takes(grpo, rlhf, monkeypatch, capsys):
     out = " ".join(help_of(grpo, monkeypatch, capsys).split())
+    assert "Literal" not in out and "dataclass" not in out, "a field whose comment is not on its line"
     for words in (
         "--task {arithmetic,countdown,gsm8k,jsonl} questions",
         "--dtype {float32,bfloat16} type",
