@@ -4,6 +4,7 @@ Run      python benchmarks/grpo.py seeds                     (outcome and proces
          python benchmarks/grpo.py real --model DIR          (SmolLM2-135M-Instruct, three seeds)
          python benchmarks/grpo.py short --model DIR --sets own avx2 --seeds 3
                                                              (settings chosen by the script; adds the runs that lack)
+         python benchmarks/grpo.py tools                     (the default run with a calculator, five seeds)
          python benchmarks/grpo.py seeds --plot              (redraws the figure from the kept results)
 Writes   benchmarks/results/grpo_NAME.jsonl (raw: a line naming the machine, then lines of each run),
          docs/figures/grpo_seeds.png, grpo_real.png, grpo_short.png; models go to --work
@@ -95,6 +96,11 @@ def short(args):
                 yield run(name, [*task, "--steps", steps, *lora, "--seed", seed, *dtype], args.work, instructions)
 
 
+def tools(args):
+    for seed in range(1, args.seeds + 1):
+        yield run(f"calculator-{seed}", ["--seed", seed, "--tools", "calculator"], args.work)
+
+
 def draw(rows, figure):
     """Reward and pass@1 of each run, a colour for each kind."""
     panels = Figure(figsize=(10, 4), layout="constrained").subplots(1, 3)
@@ -132,7 +138,7 @@ def print_table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["seeds", "real", "short"])
+    parser.add_argument("name", choices=["seeds", "real", "short", "tools"])
     parser.add_argument("--seeds", type=int, help="default 5, real: 3, short: 1")
     parser.add_argument("--model", help="for real and short: directory or Hub id of an instruct model")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["own"], help="instruction sets for short")
@@ -140,7 +146,7 @@ def main():
     parser.add_argument("--work", type=Path, help="where the models go; default runs/benchmark_grpo_NAME")
     parser.add_argument("--plot", action="store_true", help="only print the table and redraw the figure")
     args = parser.parse_args()
-    args.seeds = args.seeds or {"seeds": 5, "real": 3, "short": 1}[args.name]
+    args.seeds = args.seeds or {"seeds": 5, "real": 3, "short": 1, "tools": 5}[args.name]
     args.work = args.work or ROOT / "runs" / f"benchmark_grpo_{args.name}"
     path = RESULTS / f"grpo_{args.name}.jsonl"
     if not args.plot:
@@ -148,7 +154,7 @@ def main():
         head["transformers"] = version("transformers")
         kept = path.read_text(encoding="utf-8").splitlines() if args.name == "short" and path.exists() else []
         args.kept = {json.loads(line).get("run") for line in kept}
-        program = {"seeds": seeds, "real": real, "short": short}[args.name]
+        program = {"seeds": seeds, "real": real, "short": short, "tools": tools}[args.name]
         with path.open("a" if kept else "w", encoding="utf-8") as file:
             for rows in chain([] if kept else [[head]], program(args)):
                 lines = (json.dumps(row, ensure_ascii=False).replace(str(args.model), "DIR") for row in rows)
@@ -156,7 +162,7 @@ def main():
                 file.flush()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][1:]
     print_table(rows)
-    if args.name != "short":
+    if args.name in ("seeds", "real"):
         draw(rows, ROOT / "docs" / "figures" / f"grpo_{args.name}.png")
 
 
