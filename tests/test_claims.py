@@ -295,3 +295,21 @@ def test_claim_13_values_gradients_and_optima_of_the_estimators():
             ends = spread([row["curve"][-1][1] for row in own], 3)
             assert line.endswith(f"| {ends} | {median(row['kl_to_ref'] for row in own):.2f} |")
     assert round(median(row["least_log10"] for row in found["training", "reward", "k3"])) == -217
+
+
+def test_claim_14_an_old_sampler_without_a_correction_unlearns():
+    found = {}
+    for row in raw("claims_grpo_stale"):
+        found.setdefault(row["arm"], {})[row["seed"]] = [value for _, value in row["eval/pass@1"]]
+    assert len(found) == 11 and all(len(curves) == 5 for curves in found.values())
+    for age in (4, 8):
+        alone = found[f"{age} steps old"]
+        assert all(curve[-1] < curve[0] for curve in alone.values())
+        by_token, by_sequence = (gains(found, f"{age} steps old, by {level}") for level in ("token", "sequence"))
+        assert max(gains(found, f"{age} steps old")) < -0.3
+        assert -0.15 < mean(by_token) < -0.05 and -0.04 < mean(by_sequence) < 0
+        for name, shown in (("", ""), (", by sequence", ", `--sampler-correction sequence`")):
+            ends = [curve[-1] for curve in found[f"{age} steps old{name}"].values()]
+            gain = f"{mean(gains(found, f'{age} steps old{name}')):+.3f}".replace("-", "−")
+            stands(f"{age} steps old{shown}", spread(ends, 3), gain)
+    assert max(map(abs, gains(found, "bfloat16"))) < 0.03
