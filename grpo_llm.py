@@ -2145,7 +2145,7 @@ def warm_start(args, model, tokenizer, problems, held_out):
         if args.tools != "none":
             mask = mask * padded([[*chosen_tokens(tokenizer, problem.solution), 1] for problem in batch])[0]
         logprob = policy_logprobs(replace(args, temperature=1.0), model, prompts, tokens, mask)
-        loss = supervised_loss(logprob, mask, mask.sum())
+        loss = supervised_loss(logprob, mask.to(args.device), mask.sum().item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
