@@ -17,6 +17,12 @@ def raw(name):
     return [json.loads(line) for line in text.splitlines()[1:]]
 
 
+def raw_lines(name):
+    """All lines of a raw file whose lines each name their machine."""
+    text = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def grouped(rows, *keys):
     """{values of the keys: [rows that have them]}."""
     found = defaultdict(list)
@@ -313,3 +319,14 @@ def test_claim_14_an_old_sampler_without_a_correction_unlearns():
             gain = f"{mean(gains(found, f'{age} steps old{name}')):+.3f}".replace("-", "−")
             stands(f"{age} steps old{shown}", spread(ends, 3), gain)
     assert max(map(abs, gains(found, "bfloat16"))) < 0.03
+
+
+def test_claim_15_a_calculator_starts_better_and_ends_no_better():
+    runs = grouped([row for row in raw("grpo_tools") if "eval/pass@1" in row], "run")
+    assert len(runs) == 5
+    before, after = ([rows[i]["eval/pass@1"] for rows in runs.values()] for i in (0, -1))
+    plain = [row for row in raw_lines("processors_grpo") if row["set"] == "own"]
+    assert len(plain) == 5 and min(before) > max(row["pass@1 before"] for row in plain)
+    assert f"| {min(before):.3f} to {max(before):.3f} | {min(after):.3f} to {max(after):.3f} |" in PAGE
+    ends = [row["pass@1"] for row in plain]
+    assert f"| {min(ends):.3f} to {max(ends):.3f} |" in PAGE and mean(after) < mean(ends)
