@@ -241,7 +241,7 @@ def test_claim_9_large_groups_learn_less_from_as_many_samples(arms):
 
 def test_claim_10_what_keeps_the_truth_up():
     arms = grouped([row for row in raw("claims_hacking") if "arm" in row], "arm")
-    assert len(arms) >= 11 and all(len(rows) == 5 for rows in arms.values())
+    assert len(arms) == 15 and all(len(rows) == 5 for rows in arms.values())
     gold = {arm: sorted(row["after"]["gold"] for row in rows) for (arm,), rows in arms.items()}
     assert median(gold["β 0"]) < 0.01 and median(gold["β 0.01"]) > 0.98 and median(gold["β 0.05"]) > 0.97
     assert gold["β 0.01"][0] < 0.01 < 0.8 < gold["ensemble, β 0.01"][0] and median(gold["ensemble, β 0"]) < 0.25
@@ -249,6 +249,16 @@ def test_claim_10_what_keeps_the_truth_up():
     learning = gold["reward model goes on learning, β 0"]
     assert learning[0] > 0.58 and median(learning) > 0.97
     best = {arm: sorted(max(x["gold"] for x in row["curve"]) for row in rows) for (arm,), rows in arms.items()}
+    for arm, shown in (
+        ("PPO-max, β 0", "PPO-max's choices but its KL penalty"),
+        ("three of four layers frozen, β 0", "three of four layers frozen"),
+        ("energy penalty, β 0", "energy penalty, η 0.1"),
+        ("bottleneck, β 0", "bottleneck of 8 dimensions"),
+    ):
+        stands(shown, ", ".join(f"{x:.2f}" for x in gold[arm]))
+    assert gold["PPO-max, β 0"][0] > 0.6
+    for row in arms["bottleneck, β 0",]:
+        assert (row["after"]["outliers"] > 10) == (row["after"]["gold"] < 0.1)
     assert best["β 0"][0] < 0.4 and best["β 0.05"][0] > 0.9 and best["β 0, a third of the learning rate"][0] > 0.79
 
 
