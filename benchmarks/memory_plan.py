@@ -109,10 +109,12 @@ def model_without_content(args):
 
 
 def nf4_without_content(weight):
-    """A weight as bitsandbytes keeps it in NF4: 4-bit codes, an 8-bit scale for each 64, and scales of the scales."""
+    """A weight as bitsandbytes keeps it in NF4: 4-bit codes, an 8-bit scale for each block of 64 or, in rows that 64 does
+    not divide, of 32 (grpo_llm.nf4_linear), and scales of the scales."""
     from bitsandbytes.functional import QuantState
 
-    num_scales = -(-weight.numel() // 64)
+    block = 32 if weight.shape[-1] % 64 else 64
+    num_scales = -(-weight.numel() // block)
     outer = torch.empty(-(-num_scales // 256))
     outer = QuantState(outer, code=torch.empty(256), blocksize=256, dtype=torch.float32)
     inner = torch.empty(num_scales, dtype=torch.uint8)
@@ -121,7 +123,7 @@ def nf4_without_content(weight):
         inner,
         shape=weight.shape,
         code=torch.empty(16),
-        blocksize=64,
+        blocksize=block,
         quant_type="nf4",
         dtype=weight.dtype,
         offset=torch.empty(()),
