@@ -109,8 +109,8 @@ def model_without_content(args):
 
 
 def nf4_without_content(weight):
-    """A weight as bitsandbytes keeps it in NF4: 4-bit codes, an 8-bit scale for each block of 64 or, in rows that 64 does
-    not divide, of 32 (grpo_llm.nf4_linear), and scales of the scales."""
+    """A weight as bitsandbytes keeps it in NF4: 4-bit codes, an 8-bit scale for each block, and scales of the scales. A
+    block has 64 weights, or 32 if 64 does not divide a row (grpo_llm.nf4_linear)."""
     from bitsandbytes.functional import QuantState
 
     block = 32 if weight.shape[-1] % 64 else 64
