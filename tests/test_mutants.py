@@ -1,6 +1,7 @@
 """The suite must fail on every planted bug (python -m pytest -m mutants)."""
 
 import ast
+import re
 
 import mutants
 import pytest
@@ -25,3 +26,10 @@ def test_every_mutant_can_be_planted():
         block_begin = max(source.rfind("\n\n\n", 0, begin), 0)  # two empty lines stand between functions
         block_end = source.find("\n\n\n", end)
         ast.parse(source[block_begin:begin] + wrong + source[end:block_end], what)
+
+
+def test_results_say_how_many_there_are():
+    text = (mutants.ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    for script in mutants.SUITES:
+        count = sum(mutant[0] == script for mutant in mutants.MUTANTS)
+        assert re.search(rf"\b{count}\s+(planted\s+bugs\s+)?in\s+`{script}`", text), f"{count} in {script}"
