@@ -4286,11 +4286,13 @@ def newest_run():
     raise InputError("the directory runs holds no finished run of this script, so a run must be named")
 
 
-def model_to_train(name, instruction):
+def model_to_train(name, instruction, tools):
     """The model that --model means: of a run its policy, which is trained further."""
     if name is None:
         return None
-    directory = policy_of(name)[0]
+    directory, saved = policy_of(name)
+    if saved and saved.tools != tools:
+        say(f"tools       {name} was trained with --tools {saved.tools}, and this run has --tools {tools}")
     if is_small(name) and instruction != "{}":
         raise InputError(f'--model {name} is the small model of a run, which reads no words: add --instruction "{{}}"')
     return directory
@@ -5022,7 +5024,8 @@ def parse_args():
         return args
     if args.ask is not None or args.evaluate:
         raise InputError("a question that begins with - needs an equals sign, such as --ask=-3+4")
-    return replace(args, model=model_to_train(args.model, args.instruction), run_dir=args.run_dir or new_run_dir(args))
+    model = model_to_train(args.model, args.instruction, args.tools)
+    return replace(args, model=model, run_dir=args.run_dir or new_run_dir(args))
 
 
 def guard_output():

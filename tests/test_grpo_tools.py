@@ -212,6 +212,19 @@ def test_the_small_model_learns_to_call(grpo, monkeypatch, tmp_path, capsys, com
     assert status == 0 and "<calc>3+4</calc>7" in out
     status, _, error = command("--sample-to", tmp_path / "kept.jsonl", "--model", tmp_path / "run")
     assert status == 2 and "would imitate what the calculator wrote" in error
+    words = [
+        "--model",
+        tmp_path / "run",
+        "--instruction",
+        "{}",
+        "--steps",
+        "1",
+        "--terms",
+        "2",
+        *words[words.index("--eval-problems") :],
+    ]
+    status, out, error = command(*words, "--run-dir", tmp_path / "further")
+    assert status == 0 and "was trained with --tools calculator, and this run has --tools none" in out, error
 
 
 @pytest.mark.parametrize(
