@@ -200,7 +200,7 @@ def faults(text):
     text = re.sub(r"\]\([^)\s]*[^)]*\)|[\[\]*]|<[^>\s][^>]*>|!(?=\[)", "", text)
     near = [
         ("no space between Chinese and a letter, a digit or code", rf"{HAN}[A-Za-z0-9$]|[A-Za-z0-9%$]{HAN}"),
-        ("a half-width mark beside Chinese", rf"{HAN} ?[,;:?!()\"]|[,;?!()\"] ?{HAN}|{HAN}\.(?!\w)"),
+        ("a half-width mark beside Chinese", rf"{HAN} ?[,;:?!(\"]|[,;?!\"] ?{HAN}|{HAN}\)|\){HAN}|{HAN}\.(?!\w)"),
         ("a space beside a full-width mark", r"(?<=\S) [，。；：、？！）]|[，。；：、？！（](?: +)(?=[^\s|])"),
     ]
     for line in text.splitlines():
