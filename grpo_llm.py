@@ -3669,65 +3669,63 @@ def chosen(args, problems=(), size=None, free=None):
     free: the bytes that are free on the GPU; None asks it.
     """
     why, has_gpu = {}, torch.cuda.is_available()
+
+    def choose(reason, **values):
+        """Set those of these fields that are still None, and note why."""
+        nonlocal args
+        values = {name: x for name, x in values.items() if getattr(args, name) is None}
+        why.update(dict.fromkeys(values, reason))
+        args = replace(args, **values)
+
     if args.model is None or is_small(args.model):
-        reason, off = "enough for the small model", {"gradient_checkpointing": False, "offload": False}
-        args = choose(args, why, reason, device="cpu", torch_threads=1, dtype="float32", **off)
-        reason, P, samples = "found for the small model", prompts_for(args, 32, problems), max(16, args.eval_k)
-        args = choose(args, why, reason, learning_rate=1e-3 if args.sft_data else 3e-4, prompts_per_step=P)
-        args = choose(args, why, reason, group_size=8, max_tokens=40)
-        args = choose(args, why, reason, generate_rows=2048, eval_samples=samples)
+        reason = "enough for the small model"
+        choose(reason, device="cpu", torch_threads=1, dtype="float32", gradient_checkpointing=False, offload=False)
+        reason, rate, P = "found for the small model", 1e-3 if args.sft_data else 3e-4, prompts_for(args, 32, problems)
+        choose(reason, learning_rate=rate, prompts_per_step=P, group_size=8, max_tokens=40, generate_rows=2048)
+        choose(reason, eval_samples=max(16, args.eval_k))
 
     # The machine
-    args = choose(args, why, "a GPU was found" if has_gpu else "no GPU was found", device="cuda" if has_gpu else "cpu")
+    choose("a GPU was found" if has_gpu else "no GPU was found", device="cuda" if has_gpu else "cpu")
     on_gpu = args.device.startswith("cuda")
-    threads = (1, "the GPU does the work") if on_gpu else (torch.get_num_threads(), "as many as torch finds")
-    args = choose(args, why, threads[1], torch_threads=threads[0])
+    if on_gpu:
+        choose("the GPU does the work", torch_threads=1)
+    choose("as many as torch finds", torch_threads=torch.get_num_threads())
     if args.optimizer == "adamw" and not args.lora_rank:
-        args = choose(args, why, "adamw would lose its small steps in bfloat16", dtype="float32")
-    elif on_gpu or (args.device == "cpu" and multiplies_bfloat16()):
-        args = choose(
-            args, why, f"half the memory of float32, and quick on this {'GPU' if on_gpu else 'CPU'}", dtype="bfloat16"
-        )
-    else:
-        reason = "bfloat16 is slow on this processor" if args.device == "cpu" else f"untried: bfloat16 on {args.device}"
-        args = choose(args, why, reason, dtype="float32")
+        choose("adamw would lose its small steps in bfloat16", dtype="float32")
+    if on_gpu or (args.device == "cpu" and multiplies_bfloat16()):
+        choose(f"half the memory of float32, and quick on this {'GPU' if on_gpu else 'CPU'}", dtype="bfloat16")
+    is_slow = args.device == "cpu"
+    choose("bfloat16 is slow on this processor" if is_slow else f"untried: bfloat16 on {args.device}", dtype="float32")
     if args.dtype == "bfloat16" or args.offload or args.shard:
-        args = choose(args, why, "bfloat16, --offload and --shard need it", optimizer="adamw8bit")
-    args = choose(args, why, "the usual one for float32", optimizer="adamw")
+        choose("bfloat16, --offload and --shard need it", optimizer="adamw8bit")
+    choose("the usual one for float32", optimizer="adamw")
 
     # The model
     if not on_gpu:
-        args = choose(args, why, "they save memory on a GPU only", gradient_checkpointing=False, offload=False)
+        choose("they save memory on a GPU only", gradient_checkpointing=False, offload=False)
     if size is None and None in (args.learning_rate, args.gradient_checkpointing, args.offload):
         size = num_parameters(args.model)
     if args.learning_rate is None:
         reason = f"for {size / 1e9:.2g}B parameters" + ", ten times as much for LoRA" * bool(args.lora_rank)
         reason += ", ten times as much for supervised steps" * bool(args.sft_data)
         rate = learning_rate_for(size, args.lora_rank > 0) * (10 if args.sft_data else 1)
-        args = choose(args, why, reason, learning_rate=float(f"{rate:.2g}"))
-    reason = "saves memory, takes time: for 1B parameters and more"
-    args = choose(args, why, reason, gradient_checkpointing=(size or 0) > 1e9)
+        choose(reason, learning_rate=float(f"{rate:.2g}"))
+    choose("saves memory, takes time: for 1B parameters and more", gradient_checkpointing=(size or 0) > 1e9)
     if args.offload is None:
         reason, is_needed = offload_for(args, size, free_memory(args.device) if free is None else free)
-        args = choose(args, why, reason, offload=is_needed)
+        choose(reason, offload=is_needed)
 
     # The task
     P, G, T = TASK_SIZES[args.task]
     if args.task == "jsonl":
         longest = max((len(problem.answer or "") for problem in problems), default=0)
         reason = f"{T}, and {longest} for the longest answer; raise it if the model should reason first"
-        args = choose(args, why, reason, max_tokens=T + longest)
-    reason = f"usual for task {args.task}"
-    args = choose(args, why, reason, prompts_per_step=prompts_for(args, P, problems), group_size=G, max_tokens=T)
-    args = choose(args, why, "their keys and values take memory", generate_rows=128)
-    return choose(args, why, "as many as pass@k needs, 8 or more", eval_samples=max(8, args.eval_k)), why
-
-
-def choose(args, why, reason, **values):
-    """Args with those of the values whose field is still None. Notes the reason for them in `why`."""
-    values = {name: x for name, x in values.items() if getattr(args, name) is None}
-    why |= dict.fromkeys(values, reason)
-    return replace(args, **values)
+        choose(reason, max_tokens=T + longest)
+    P = prompts_for(args, P, problems)
+    choose(f"usual for task {args.task}", prompts_per_step=P, group_size=G, max_tokens=T)
+    choose("their keys and values take memory", generate_rows=128)
+    choose("as many as pass@k needs, 8 or more", eval_samples=max(8, args.eval_k))
+    return args, why
 
 
 def multiplies_bfloat16():
@@ -3777,8 +3775,6 @@ def choose_settings(args, saved, problems):
         return replace(args, **{name: getattr(saved["args"], name) for name in CHOSEN if getattr(args, name) is None})
     try:
         args, why = chosen(args, problems)
-    except InputError:
-        raise
     except ValueError as error:  # of check_settings(): what was given does not fit what is left to choose from
         raise InputError(str(error)) from error
     print_choices(args, why)
