@@ -189,14 +189,18 @@ def faults(text):
         start = re.match(r" *(?:[*+-] |[0-9]+\. |[|#>$<]|```|$)", following)
         if re.search(rf"{HAN}$", line) and re.match(rf" *{HAN}", following) and not start:
             wrong.append(f"GitHub shows a blank where a line ends inside a sentence; end it after a mark: {line[-20:]}")
-    text = re.sub(r"(?<![\w$\\-])\$(?! )[^$\n]+?(?<! )\$(?![\w$])", "A", text)
     text = re.sub(r"`[^`]+`", "A", text)
+    for found in re.finditer(rf"[{MARKS}](\$[^$\n]+\$)", text):
+        wrong.append(f"GitHub opens no formula right after a full-width mark; put a space between: {found.group()}")
+    text = re.sub(rf"(?<=[{MARKS}]) (?=\$)", "", text)
+    text = re.sub(r"(?<![\w$\\-])\$(?! )[^$\n]+?(?<! )\$(?![\w$])", "A", text)
     for found in re.finditer(r"(.?)(\*\*?)(?=\S)([^*\n]+?)\2(.?)", text):
         before, _, inner, after = found.groups()
         if inner[-1] in MARKS and re.match(r"\w", after):
             wrong.append(f"GitHub does not close the stars after a mark; put it outside: {found.group()}")
         if inner[0] in MARKS and re.match(r"\w", before):
             wrong.append(f"GitHub does not open the stars before a mark; put it outside: {found.group()}")
+    text = re.sub(rf"([{MARKS}]\*\*?) ", r"\1", text)  # **A sentence.** The next one
     text = re.sub(r"\]\([^)\s]*[^)]*\)|[\[\]*]|<[^>\s][^>]*>|!(?=\[)", "", text)
     near = [
         ("no space between Chinese and a letter, a digit or code", rf"{HAN}[A-Za-z0-9$]|[A-Za-z0-9%$]{HAN}"),
@@ -218,12 +222,13 @@ def test_typography(page):
 
 
 def test_faults_of_typography_are_found():
-    assert faults("策略（policy）是 `code` 和 $x$，见 **说明**：第 3 阶段。\n\n下一行，\n继续。\n") == []
-    bad = "策略policy 很好,是\n的。**注意：**这里 您　请看 `x`。 又 ３\n"
+    assert faults("策略（policy）是 `code` 和 $x$， $y$，见 **说明**：第 3 阶段。\n\n下一行，\n继续。\n") == []
+    bad = "策略policy 很好,是\n的，$x$。**注意：**这里 您　请看 `x`。 又 ３\n"
     found = " ".join(faults(bad))
-    for what in ("full-width character", "您", "inside a sentence", "does not close", "no space", "a half-width mark"):
+    for what in ("full-width character", "您", "inside a sentence", "does not close", "opens no formula"):
         assert what in found
-    assert "a space beside" in found
+    for what in ("no space", "a half-width mark", "a space beside"):
+        assert what in found
 
 
 def test_numbers_of_both_languages():

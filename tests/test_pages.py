@@ -34,6 +34,14 @@ def test_links_lead_to_headings_that_exist(page):
             assert anchor in anchors(other), f"{page.name} links to {target}#{anchor}"
 
 
+def test_the_tests_that_pages_name_exist():
+    """As `tests/FILE.py::test_NAME`, in every page."""
+    named = {found for page in PAGES for found in re.findall(r"(tests/\w+\.py)::(test_\w+)", read(page))}
+    assert len(named) >= 100
+    for file, test in sorted(named):
+        assert re.search(rf"^def {test}\(", read(ROOT / file), re.MULTILINE), f"{file} has no {test}"
+
+
 def test_reading_names_every_paper_that_a_page_or_a_script_names():
     """By its number at arXiv; each is a link."""
     number = r"\b(2[0-9]{3}\.[0-9]{5}|1[5-9][0-9]{2}\.[0-9]{5})\b"
