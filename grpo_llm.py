@@ -1064,11 +1064,8 @@ def write_countdown(rng, args):
     parts = [(str(number), number) for number in numbers]
     while len(parts) > 1:
         (left, a), (right, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-        choices = (
-            [("+", a + b), ("*", a * b)]
-            + [("-", a - b)] * (a >= b)
-            + [("/", a // b if b else 0)] * (b > 0 and a % b == 0)
-        )
+        choices = [("+", a + b), ("*", a * b)] + [("-", a - b)] * (a >= b)
+        choices += [("/", a // b)] if b and a % b == 0 else []
         operator, value = rng.choice([choice for choice in choices if choice[1] <= 1000] or choices)
         parts.append((f"({left}{operator}{right})", value))
     expression, target = parts[0]
@@ -1117,30 +1114,20 @@ def read_rows(path, flag="--data", split="train"):
 def read_problem(args, row):
     """A row {"question", "answer"} in gsm8k's form, "… <<48/2=24>>24 … #### 72"; or {"prompt", "answer"}. With --reward
     a prompt needs no answer, and the row's other columns are kept."""
-    names = ("question", "answer") if args.task == "gsm8k" else ("prompt", "answer")
-    if args.reward and args.task == "jsonl":
-        names = ("prompt",)
-    if not isinstance(row, dict) or not set(names) <= row.keys():
-        found = ", ".join(row) if isinstance(row, dict) else shortened(row)
-        raise InputError(f"task {args.task} needs rows with {' and '.join(names)}, found {found}")
-    prompt, answer = row[names[0]], row.get("answer")
+    names = ("question" if args.task == "gsm8k" else "prompt", "answer")
+    has_no_verifier = args.reward and args.task == "jsonl"
+    prompt, messages = read_prompt(row, names[:1] if has_no_verifier else names, f"task {args.task}")
+    prompt, answer = prompt.strip(), row.get("answer")
     columns = tuple((name, x) for name, x in row.items() if name != names[0]) if args.reward else ()
-    messages = ()
-    if args.task == "jsonl" and isinstance(prompt, list):
-        messages = read_messages(prompt)
-        if args.instruction is not None:
-            raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
-        if args.system is not None and messages[0]["role"] in ("system", "developer"):
-            raise InputError(f"--system adds a system turn, and this prompt has one: {shortened(messages[0])}")
-        prompt = as_one_text(messages)
-    if not isinstance(prompt, str) or not prompt.strip():
-        kinds = "a text" if args.task == "gsm8k" else "a text or a list of messages"
-        raise InputError(f"{names[0]} must be {kinds}, found {shortened(prompt)}")
-    if args.reward and args.task == "jsonl":
-        return with_answer(Problem(prompt.strip(), None, messages=messages, columns=columns), answer)
+    if messages and args.instruction is not None:
+        raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
+    if messages and args.system is not None and messages[0]["role"] in ("system", "developer"):
+        raise InputError(f"--system adds a system turn, and this prompt has one: {shortened(messages[0])}")
+    if has_no_verifier:
+        return with_answer(Problem(prompt, None, messages=messages, columns=columns), answer)
     if not (isinstance(answer, (str, int)) or is_finite_number(answer)) or not str(answer).strip():
         raise InputError(f"answer must be a text or a number, found {shortened(answer)}")
-    prompt, answer = prompt.strip(), str(answer).strip()
+    answer = str(answer).strip()
     if args.task == "jsonl":
         return Problem(prompt, answer, messages=messages)
     worked, _, final = answer.partition("####")
@@ -1153,19 +1140,24 @@ def read_problem(args, row):
     return Problem(prompt, final, values, solution, columns=columns)
 
 
-def read_messages(prompt):
-    """The messages of a chat, {"role", "content"} each, the last of which the model is to answer."""
-    messages = tuple(prompt)
-    are_whole = all(isinstance(x, dict) and None not in (x.get("role"), x.get("content")) for x in messages)
-    if not messages or not are_whole or not messages[-1]["content"]:
-        raise InputError(f"each message needs role and content, found {shortened(prompt)}")
-    if messages[-1]["role"] == "assistant":
-        raise InputError("the last message must not be the assistant's, which the model is to write")
-    return messages
-
-
-def as_one_text(messages):
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+def read_prompt(row, names, what):
+    """(prompt as a text, its messages) of a row with these columns, of which the first is the prompt: a text or, if it
+    is no question of gsm8k, the messages of a chat, {"role", "content"} each, the last of which the model answers."""
+    if not isinstance(row, dict) or not set(names) <= row.keys():
+        found = ", ".join(row) if isinstance(row, dict) else shortened(row)
+        raise InputError(f"{what} needs rows with {' and '.join(names)}, found {found}")
+    prompt, messages, kinds = row[names[0]], (), "a text" + " or a list of messages" * (names[0] == "prompt")
+    if isinstance(prompt, list) and names[0] == "prompt":
+        messages = tuple(prompt)
+        are_whole = all(isinstance(x, dict) and None not in (x.get("role"), x.get("content")) for x in messages)
+        if not messages or not are_whole or not messages[-1]["content"]:
+            raise InputError(f"each message needs role and content, found {shortened(prompt)}")
+        if messages[-1]["role"] == "assistant":
+            raise InputError("the last message must not be the assistant's, which the model is to write")
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{names[0]} must be {kinds}, found {shortened(prompt)}")
+    return prompt, messages
 
 
 def shortened(value, length=60):
@@ -1349,6 +1341,10 @@ def ending(text):
     return text if len(text) <= 2000 else text[-2000:].lstrip(".," + string.ascii_letters + string.digits)
 
 
+OPERATIONS = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
+OPERATIONS[ast.Div] = Fraction.__truediv__
+
+
 def value_and_numbers(expression, is_free=False):
     """(value, numbers used) of an expression of + - * / and integers: parsed, never evaluated [G20]. Else None.
     is_free: decimals and a minus before a number too."""
@@ -1372,20 +1368,12 @@ def value_and_numbers(expression, is_free=False):
         if is_free and isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -value(node.operand)
         if isinstance(node, ast.BinOp):
-            left, right = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Add):
-                return left + right
-            if isinstance(node.op, ast.Sub):
-                return left - right
-            if isinstance(node.op, ast.Mult):
-                return left * right
-            if isinstance(node.op, ast.Div) and right:
-                return left / right
+            return OPERATIONS[type(node.op)](value(node.left), value(node.right))
         raise ValueError
 
     try:
         return value(tree), used
-    except ValueError:
+    except (ValueError, LookupError, ZeroDivisionError):
         return None
 
 
@@ -1441,16 +1429,12 @@ def last_line(text):
     return next((line for line in unboxed(ending(text)).splitlines()[:-21:-1] if bare(line)), "")
 
 
-def number_as_value(match):
-    value = value_of(match)
-    return match[0] if value is None else f" {value} "
-
-
 def key(text):
     """A form that equal texts share: no case, numbers by their value, spaces only between words and between digits."""
     if len(text) > 200:
         return " ".join(text.casefold().split())
-    text = " ".join(NUMBER.sub(number_as_value, slashed(text.casefold())).split())
+    text = NUMBER.sub(lambda x: x[0] if (value := value_of(x)) is None else f" {value} ", slashed(text.casefold()))
+    text = " ".join(text.split())
     return re.sub(r"(?<![^\W\d_]) (?!\d)|(?<!\d) (?![^\W\d_])", "", text)
 
 
@@ -1667,17 +1651,8 @@ def check_rewards(parts, group, step):
 
 FOR_LISTS = ("prompts", "completions", "completion_ids")
 TRAINER = ("trainer_state", "log_metric", "log_extra")  # what TRL gives besides
-CURVES = (
-    "mean",
-    "std",
-    "verifier",
-    "format",
-    "length",
-    "overlong",
-    "truncation",
-    "model",
-    "steps",
-)  # reward/… of other rewards
+# reward/… of other rewards
+CURVES = ("mean", "std", "verifier", "format", "length", "overlong", "truncation", "model", "steps")
 LOGGED = {}  # name → the numbers that functions gave to log_metric in this rollout
 STATE = SimpleNamespace(global_step=0, max_steps=0)  # trainer_state
 
@@ -3694,65 +3669,63 @@ def chosen(args, problems=(), size=None, free=None):
     free: the bytes that are free on the GPU; None asks it.
     """
     why, has_gpu = {}, torch.cuda.is_available()
+
+    def choose(reason, **values):
+        """Set those of these fields that are still None, and note why."""
+        nonlocal args
+        values = {name: x for name, x in values.items() if getattr(args, name) is None}
+        why.update(dict.fromkeys(values, reason))
+        args = replace(args, **values)
+
     if args.model is None or is_small(args.model):
-        reason, off = "enough for the small model", {"gradient_checkpointing": False, "offload": False}
-        args = choose(args, why, reason, device="cpu", torch_threads=1, dtype="float32", **off)
-        reason, P, samples = "found for the small model", prompts_for(args, 32, problems), max(16, args.eval_k)
-        args = choose(args, why, reason, learning_rate=1e-3 if args.sft_data else 3e-4, prompts_per_step=P)
-        args = choose(args, why, reason, group_size=8, max_tokens=40)
-        args = choose(args, why, reason, generate_rows=2048, eval_samples=samples)
+        reason = "enough for the small model"
+        choose(reason, device="cpu", torch_threads=1, dtype="float32", gradient_checkpointing=False, offload=False)
+        reason, rate, P = "found for the small model", 1e-3 if args.sft_data else 3e-4, prompts_for(args, 32, problems)
+        choose(reason, learning_rate=rate, prompts_per_step=P, group_size=8, max_tokens=40, generate_rows=2048)
+        choose(reason, eval_samples=max(16, args.eval_k))
 
     # The machine
-    args = choose(args, why, "a GPU was found" if has_gpu else "no GPU was found", device="cuda" if has_gpu else "cpu")
+    choose("a GPU was found" if has_gpu else "no GPU was found", device="cuda" if has_gpu else "cpu")
     on_gpu = args.device.startswith("cuda")
-    threads = (1, "the GPU does the work") if on_gpu else (torch.get_num_threads(), "as many as torch finds")
-    args = choose(args, why, threads[1], torch_threads=threads[0])
+    if on_gpu:
+        choose("the GPU does the work", torch_threads=1)
+    choose("as many as torch finds", torch_threads=torch.get_num_threads())
     if args.optimizer == "adamw" and not args.lora_rank:
-        args = choose(args, why, "adamw would lose its small steps in bfloat16", dtype="float32")
-    elif on_gpu or (args.device == "cpu" and multiplies_bfloat16()):
-        args = choose(
-            args, why, f"half the memory of float32, and quick on this {'GPU' if on_gpu else 'CPU'}", dtype="bfloat16"
-        )
-    else:
-        reason = "bfloat16 is slow on this processor" if args.device == "cpu" else f"untried: bfloat16 on {args.device}"
-        args = choose(args, why, reason, dtype="float32")
+        choose("adamw would lose its small steps in bfloat16", dtype="float32")
+    if on_gpu or (args.device == "cpu" and multiplies_bfloat16()):
+        choose(f"half the memory of float32, and quick on this {'GPU' if on_gpu else 'CPU'}", dtype="bfloat16")
+    is_slow = args.device == "cpu"
+    choose("bfloat16 is slow on this processor" if is_slow else f"untried: bfloat16 on {args.device}", dtype="float32")
     if args.dtype == "bfloat16" or args.offload or args.shard:
-        args = choose(args, why, "bfloat16, --offload and --shard need it", optimizer="adamw8bit")
-    args = choose(args, why, "the usual one for float32", optimizer="adamw")
+        choose("bfloat16, --offload and --shard need it", optimizer="adamw8bit")
+    choose("the usual one for float32", optimizer="adamw")
 
     # The model
     if not on_gpu:
-        args = choose(args, why, "they save memory on a GPU only", gradient_checkpointing=False, offload=False)
+        choose("they save memory on a GPU only", gradient_checkpointing=False, offload=False)
     if size is None and None in (args.learning_rate, args.gradient_checkpointing, args.offload):
         size = num_parameters(args.model)
     if args.learning_rate is None:
         reason = f"for {size / 1e9:.2g}B parameters" + ", ten times as much for LoRA" * bool(args.lora_rank)
         reason += ", ten times as much for supervised steps" * bool(args.sft_data)
         rate = learning_rate_for(size, args.lora_rank > 0) * (10 if args.sft_data else 1)
-        args = choose(args, why, reason, learning_rate=float(f"{rate:.2g}"))
-    reason = "saves memory, takes time: for 1B parameters and more"
-    args = choose(args, why, reason, gradient_checkpointing=(size or 0) > 1e9)
+        choose(reason, learning_rate=float(f"{rate:.2g}"))
+    choose("saves memory, takes time: for 1B parameters and more", gradient_checkpointing=(size or 0) > 1e9)
     if args.offload is None:
         reason, is_needed = offload_for(args, size, free_memory(args.device) if free is None else free)
-        args = choose(args, why, reason, offload=is_needed)
+        choose(reason, offload=is_needed)
 
     # The task
     P, G, T = TASK_SIZES[args.task]
     if args.task == "jsonl":
         longest = max((len(problem.answer or "") for problem in problems), default=0)
         reason = f"{T}, and {longest} for the longest answer; raise it if the model should reason first"
-        args = choose(args, why, reason, max_tokens=T + longest)
-    reason = f"usual for task {args.task}"
-    args = choose(args, why, reason, prompts_per_step=prompts_for(args, P, problems), group_size=G, max_tokens=T)
-    args = choose(args, why, "their keys and values take memory", generate_rows=128)
-    return choose(args, why, "as many as pass@k needs, 8 or more", eval_samples=max(8, args.eval_k)), why
-
-
-def choose(args, why, reason, **values):
-    """Args with those of the values whose field is still None. Notes the reason for them in `why`."""
-    values = {name: x for name, x in values.items() if getattr(args, name) is None}
-    why |= dict.fromkeys(values, reason)
-    return replace(args, **values)
+        choose(reason, max_tokens=T + longest)
+    P = prompts_for(args, P, problems)
+    choose(f"usual for task {args.task}", prompts_per_step=P, group_size=G, max_tokens=T)
+    choose("their keys and values take memory", generate_rows=128)
+    choose("as many as pass@k needs, 8 or more", eval_samples=max(8, args.eval_k))
+    return args, why
 
 
 def multiplies_bfloat16():
@@ -3802,8 +3775,6 @@ def choose_settings(args, saved, problems):
         return replace(args, **{name: getattr(saved["args"], name) for name in CHOSEN if getattr(args, name) is None})
     try:
         args, why = chosen(args, problems)
-    except InputError:
-        raise
     except ValueError as error:  # of check_settings(): what was given does not fit what is left to choose from
         raise InputError(str(error)) from error
     print_choices(args, why)
@@ -4713,15 +4684,8 @@ class Example(NamedTuple):
 def read_completion(row):
     """(problem, completion) of a row {"prompt", "completion"}. The prompt is a text or the messages of a chat, the
     completion a text or the assistant's one message."""
-    if not isinstance(row, dict) or not {"prompt", "completion"} <= row.keys():
-        found = ", ".join(row) if isinstance(row, dict) else shortened(row)
-        raise InputError(f"--sft-data needs rows with prompt and completion, found {found}")
-    prompt, completion, messages = row["prompt"], row["completion"], ()
-    if isinstance(prompt, list):
-        messages = read_messages(prompt)
-        prompt = as_one_text(messages)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"prompt must be a text or a list of messages, found {shortened(prompt)}")
+    prompt, messages = read_prompt(row, ("prompt", "completion"), "--sft-data")
+    completion = row["completion"]
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
         completion = completion[0].get("content") if completion[0].get("role") == "assistant" else completion
     if not isinstance(completion, str) or not completion.strip():

@@ -809,8 +809,8 @@ GRPO = [
     ),
     (
         "choices overrule what is given by hand",
-        "for name, x in values.items() if getattr(args, name) is None}\n    why",
-        "for name, x in values.items()}\n    why",
+        "for name, x in values.items() if getattr(args, name) is None}\n        why",
+        "for name, x in values.items()}\n        why",
     ),
     (
         "a resumed run chooses again",

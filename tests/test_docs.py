@@ -60,7 +60,10 @@ def test_every_figure_is_shown_and_drawn_by_a_command():
         assert any(figure.name in text or named in text for text in programs), f"{figure.name}: nothing draws it"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem)
+PROSE = [*sorted(ROOT.glob("*.md")), *PAGES, *sorted((ROOT / "docs" / "zh").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_line_of_prose_is_longer_than_120(page):
     """But for tables, code, headings and pictures, which cannot be broken."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
