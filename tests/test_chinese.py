@@ -25,6 +25,7 @@ if README.exists():
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 HAN = r"[\u3400-\u9fff]"
 MARKS = "，。；：、？！（）《》“”‘’…—「」"
+FORMULA = "∑"  # stands for a formula: GitHub shows one after a full-width mark only if a space is between them
 
 
 def name(page):
@@ -189,7 +190,7 @@ def faults(text):
         start = re.match(r" *(?:[*+-] |[0-9]+\. |[|#>$<]|```|$)", following)
         if re.search(rf"{HAN}$", line) and re.match(rf" *{HAN}", following) and not start:
             wrong.append(f"GitHub shows a blank where a line ends inside a sentence; end it after a mark: {line[-20:]}")
-    text = re.sub(r"(?<![\w$\\-])\$(?! )[^$\n]+?(?<! )\$(?![\w$])", "A", text)
+    text = re.sub(r"(?<![\w$\\-])\$(?! )[^$\n]+?(?<! )\$(?![\w$])", FORMULA, text)
     text = re.sub(r"`[^`]+`", "A", text)
     for found in re.finditer(r"(.?)(\*\*?)(?=\S)([^*\n]+?)\2(.?)", text):
         before, _, inner, after = found.groups()
@@ -199,9 +200,9 @@ def faults(text):
             wrong.append(f"GitHub does not open the stars before a mark; put it outside: {found.group()}")
     text = re.sub(r"\]\([^)\s]*[^)]*\)|[\[\]*]|<[^>\s][^>]*>|!(?=\[)", "", text)
     near = [
-        ("no space between Chinese and a letter, a digit or code", rf"{HAN}[A-Za-z0-9$]|[A-Za-z0-9%$]{HAN}"),
+        ("no space between Chinese and a letter, a digit or code", rf"{HAN}[A-Za-z0-9$∑]|[A-Za-z0-9%$∑]{HAN}"),
         ("a half-width mark beside Chinese", rf"{HAN} ?[,;:?!(\"]|[,;?!\"] ?{HAN}|{HAN}\)|\){HAN}|{HAN}\.(?!\w)"),
-        ("a space beside a full-width mark", r"(?<=\S) [，。；：、？！）]|[，。；：、？！（](?: +)(?=[^\s|])"),
+        ("a space beside a full-width mark", r"(?<=\S) [，。；：、？！）]|[，。；：、？！（](?: +)(?=[^\s|∑])"),
     ]
     for line in text.splitlines():
         for what, pattern in near:
