@@ -59,16 +59,32 @@ SETTINGS = {
 }
 
 
+IN_ENGLISH = {
+    "## 第 1、2 阶段": "## Stages 1 and 2",
+    "## 第 3 阶段": "## Stage 3",
+    "## 第 4 阶段": "## Stage 4",
+    "| 参数 |": "| setting |",
+    "| 自动 |": "| chosen |",
+    "| 无 |": "| none |",
+    "| 开 |": "| on |",
+    "| 关 |": "| off |",
+}
+
+
 def tables_of_settings():
-    """[(script, [(flag, default as the page says it, metrics)])] of docs/settings.md."""
-    text, found = read(ROOT / "docs" / "settings.md"), []
-    for heading, scripts in SETTINGS.items():
-        section = text[text.index(heading) :].split("\n## ")[0]
-        tables = re.split(r"^\| setting \|.*\n\|---.*\n", section, flags=re.MULTILINE)[1:]
-        assert len(tables) == len(scripts)
-        for script, table in zip(scripts, tables):
-            rows = re.findall(r"^\| `--([\w-]+)` \| ([^|]+) \|.*\| ([^|]+) \|$", table, re.MULTILINE)
-            found.append((script, rows))
+    """[(script, [(flag, default as the page says it, metrics)])] of docs/settings.md and of its Chinese page."""
+    found = []
+    for page in ("docs/settings.md", "docs/zh/settings.md"):
+        text = read(ROOT / page)
+        for chinese, english in IN_ENGLISH.items():
+            text = text.replace(chinese, english)
+        for heading, scripts in SETTINGS.items():
+            section = text[text.index(heading) :].split("\n## ")[0]
+            tables = re.split(r"^\| setting \|.*\n\|---.*\n", section, flags=re.MULTILINE)[1:]
+            assert len(tables) == len(scripts), page
+            for script, table in zip(scripts, tables):
+                rows = re.findall(r"^\| `--([\w-]+)` \| ([^|]+) \|.*\| ([^|]+) \|$", table, re.MULTILINE)
+                found.append((script, rows))
     return found
 
 
