@@ -25,7 +25,6 @@ if README.exists():
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 HAN = r"[\u3400-\u9fff]"
 MARKS = "，。；：、？！（）《》“”‘’…—「」"
-FORMULA = "∑"  # stands for a formula: GitHub shows one after a full-width mark only if a space is between them
 
 
 def name(page):
