@@ -1,17 +1,19 @@
 """The experiments of docs/4_grpo.md that break GRPO on purpose: what happens, in numbers.
 
-Run      python benchmarks/break_grpo.py                 (about ten minutes on one core)
-         python benchmarks/break_grpo.py NAME …          (some of them; the others' kept lines stay)
+Run      python benchmarks/break_grpo.py                 (about ten minutes a seed on one core)
+         python benchmarks/break_grpo.py --seeds 4 5     (other seeds; a run that is kept is not repeated)
+         python benchmarks/break_grpo.py NAME …          (some of the experiments)
          python benchmarks/break_grpo.py --show          (table and figure from the kept results)
 Writes   benchmarks/results/break_grpo.jsonl (a line a run), docs/figures/break_grpo.png
 
-Sums of five one-digit numbers, 30 steps of 256 samples, one seed, every run from the same warm-started model (made
-first, or given by --start: the directory `start` of an earlier run). Where a flag cannot do the damage, a copy of the
-script with one line changed does it.
+Sums of five one-digit numbers, 30 steps of 256 samples. A seed has one warm-started model, and all of its experiments
+begin with it. Where a flag cannot do the damage, a copy of the script with one line changed does it. To repeat a run,
+delete its line in the results.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,20 +58,23 @@ NAMES = {
 }
 
 
-def run(name, start, work):
+def run(name, seed, work):
     """One process of the script; its first step, its last one (0 for what it does not log) and the evaluations."""
     flags, change = EXPERIMENTS[name]
     source = (ROOT / "grpo_llm.py").read_text(encoding="utf-8")
     if change:
         assert source.count(change[0]) == 1, f"{name}: the line to change is not in the script"
         source = source.replace(*change)
-    script, run_dir = work / "grpo_llm.py", work / name.replace(" ", "_")
+    script, run_dir, start = work / "grpo_llm.py", work / f"{name} {seed}".replace(" ", "_"), work / f"start_{seed}"
     script.write_text(source, encoding="utf-8")
-    begin = ["--model", str(start), "--instruction", "{}"] if start else []
-    command = [sys.executable, str(script), *SHARED.split(), *flags.split(), *begin, "--run-dir", str(run_dir)]
+    begin = ["--model", str(start), "--instruction", "{}"] if start.exists() else []
+    command = [sys.executable, str(script), *SHARED.split(), *flags.split(), *begin]
+    command += ["--seed", str(seed), "--run-dir", str(run_dir)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{name}: {result.stderr[-2000:]}")
+    if not begin:
+        shutil.copytree(run_dir / "start", start)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ends = {"first": rows[1], "last": rows[-1]}
     row = {end: {short: round(x.get(long, 0.0), 7) for long, short in NAMES.items()} for end, x in ends.items()}
@@ -78,51 +83,67 @@ def run(name, start, work):
         [round(x[key], 3) for x in rows[1:]] for key in ("reward/verifier", "completion/length")
     )
     row["seconds"] = round(sum(x.get("time/step_seconds", 0.0) for x in rows), 1)
-    return {"experiment": name, "flags": flags, "line_changed": bool(change), **row}, run_dir
+    return {"experiment": name, "seed": seed, "flags": flags, "line_changed": bool(change), **row}
+
+
+def span(values, digits=2):
+    """The smallest and the largest value, or one number where they are the same to that many digits."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def table(rows):
-    print("| run | right before | right after | reward std | groups without variance | tokens | max ratio |")
+    """A row an experiment; each cell is the range over the seeds."""
+    print(
+        "| run | right before | right after | reward std | groups without variance | tokens | largest ratio |"
+    )
     print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        first, last = row["first"], row["last"]
-        spans = (
-            f"{first[key]:.2f} to {last[key]:.2f}" for key in ("reward_std", "zero_variance", "length", "ratio_max")
-        )
-        right = f"{row['pass_at_1_before']:.2f} | {row['pass_at_1_after']:.2f}"
-        print(f"| {row['experiment']} | {right} | {' | '.join(spans)} |")
+    for name in dict.fromkeys(row["experiment"] for row in rows):
+        mine = [row for row in rows if row["experiment"] == name]
+        cells = [span([row[key] for row in mine]) for key in ("pass_at_1_before", "pass_at_1_after")]
+        for key, digits in (("reward_std", 2), ("zero_variance", 2), ("length", 1)):
+            cells.append(" → ".join(span([row[end][key] for row in mine], digits) for end in ("first", "last")))
+        print(f"| {name} | {' | '.join(cells)} | {span([row['last']['ratio_max'] for row in mine])} |")
 
 
 def draw(rows):
+    """The mean of the seeds as a line, their range as a band."""
     from matplotlib.figure import Figure
 
-    panels = Figure(figsize=(10, 3.5), layout="constrained").subplots(1, 2)
+    panels = Figure(figsize=(11, 4), layout="constrained").subplots(1, 2)
     for axes, key, title in zip(panels, ("right", "length"), ("share of right answers", "tokens of a completion")):
-        for row in rows:
-            axes.plot(range(1, len(row[key]) + 1), row[key], label=row["experiment"])
-        axes.set(xlabel="step", title=title)
-    panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+        for name in dict.fromkeys(row["experiment"] for row in rows):
+            values = list(zip(*(row[key] for row in rows if row["experiment"] == name)))  # a tuple of the seeds a step
+            steps = range(1, len(values) + 1)
+            (line,) = axes.plot(steps, [sum(step) / len(step) for step in values], label=name)
+            low, high = [min(step) for step in values], [max(step) for step in values]
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set(xlabel="step", title=title, xlim=(1, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[0].figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", title="mean and range of the seeds"
+    )
     panels[0].figure.savefig(ROOT / "docs" / "figures" / "break_grpo.png", dpi=120)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []])
-    parser.add_argument("--start", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--show", action="store_true")
     args = parser.parse_args()
     path = RESULTS / "break_grpo.jsonl"
     kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]] if path.exists() else []
-    if not args.show:
-        with tempfile.TemporaryDirectory() as work:
-            start = args.start
-            for name in args.names or EXPERIMENTS:
-                row, run_dir = run(name, start, Path(work))
-                start = start or run_dir / "start"
+    with tempfile.TemporaryDirectory() as work:
+        for seed in [] if args.show else args.seeds:
+            for name in args.names or EXPERIMENTS:  # a seed's first run makes its warm-started model
+                if any((row["experiment"], row["seed"]) == (name, seed) for row in kept):
+                    continue
+                row = run(name, seed, Path(work))
                 print(json.dumps(row), flush=True)
-                kept = [other for other in kept if other["experiment"] != name] + [row]
+                kept.append(row)
                 path.write_text("".join(f"{json.dumps(line)}\n" for line in [machine(), *kept]), encoding="utf-8")
-    kept.sort(key=lambda row: list(EXPERIMENTS).index(row["experiment"]))
+    kept.sort(key=lambda row: (list(EXPERIMENTS).index(row["experiment"]), row["seed"]))
     table(kept)
     draw(kept)
 
