@@ -7,6 +7,7 @@ be selected, so what a reader copies is code alone.
 import ast
 import html
 import re
+from functools import cache
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -26,6 +27,7 @@ LANGUAGES = {
         "test": "Test",
         "page": "Page",
         "paper": "Paper",
+        "picture": "Moving picture",
         "see": "explained at line {}",
         "equations": "The equations",
         "machinery": "Machinery: lines {} to {}. A first reader can stop here.",
@@ -46,6 +48,7 @@ LANGUAGES = {
         "test": "测试",
         "page": "页面",
         "paper": "论文",
+        "picture": "动图",
         "see": "见第 {} 行",
         "equations": "公式",
         "machinery": "Machinery：第 {} 到 {} 行。第一次阅读可以到此为止。",
@@ -75,6 +78,11 @@ PAPERS = {  # as the scripts name them: the number at arXiv
     "EPPO": "2501.19358",
     "PPO-max": "2307.04964",
 }
+PICTURES = {  # tags and functions that a page of docs/interactive shows
+    **dict.fromkeys(["D8", "clipped_surrogate"], "clip.html"),
+    **dict.fromkeys(["D5", "gae_double_sum"], "gae.html"),
+    **dict.fromkeys(["G2", "group_advantages"], "group.html"),
+}
 PAPER = "|".join(re.escape(name) for name in PAPERS)
 PLACE = re.compile(rf"\b({PAPER})(?: (Eq\. \d+|§[\w.]*\w))?")  # PPO Eq. 7; DeepSeekMath §4.1.2
 
@@ -101,6 +109,7 @@ def latex_of(text):
     return re.sub(r"\bE\[", r"\\mathbb{E}[", text)
 
 
+@cache
 def highlighted(code, name):
     """[HTML of each line]: no element crosses the end of a line."""
     try:
@@ -160,7 +169,8 @@ class Script:
         for line in re.findall(r"^ {4}(\S.*)$", self.docstring, re.MULTILINE):
             equation, *sources = re.split(rf" {{2,}}(?=(?:\w+; )?(?:{PAPER}))", line)
             if re.search(r" = |^maximise ", equation) and "--" not in line:
-                found.append((latex_of(re.sub(r"  +", " ", equation)), "  ".join(sources)))
+                parts = [latex_of(re.sub(r"  +", " ", part)) for part in re.split(r",  +", equation)]
+                found += [*((part, "") for part in parts[:-1]), (parts[-1], "  ".join(sources))]
         return found
 
     def place_of(self, tag):
@@ -227,8 +237,15 @@ def annotated(edition, name, formula, nested):
             if not tags and (tests or pages or papers or latex):
                 parts.append(f'<p class="title"><a href="#L{node.lineno}"><code>{node.name}</code></a></p>')
         parts += [formula(found, True) for found in dict.fromkeys(latex)]
+        pictures = [PICTURES[key] for key in (*told, node.name if node else "") if key in PICTURES]
+        pictures = [f'<a href="{edition.address(f"docs/interactive/{x}", here)}">{x}</a>' for x in pictures]
         tests = [edition.test_link(*test, here) for test in tests]
-        for label, links in ((words["test"], tests), (words["page"], pages), (words["paper"], papers)):
+        for label, links in (
+            (words["test"], tests),
+            (words["page"], pages),
+            (words["paper"], papers),
+            (words["picture"], pictures),
+        ):
             if links and parts:
                 parts.append(f'<p class="links">{label}: {" · ".join(dict.fromkeys(links))}</p>')
         return f"<aside>{''.join(parts)}</aside>" if parts else ""
@@ -241,7 +258,7 @@ def annotated(edition, name, formula, nested):
     starts = sorted({*nodes, *tags_at})
     notes = {start: note(start, nodes.get(start), tags_at.get(start, {})) for start in starts}
     equations = "".join(
-        f'{formula(latex, True)}<p class="links">{" · ".join(paper_links(source)) or html.escape(source)}</p>'
+        formula(latex, True) + (f'<p class="links">{" · ".join(paper_links(source))}</p>' if source else "")
         for latex, source in script.equations()
     )
     notes[script.docstring_line] = f'<aside><p class="title">{words["equations"]}</p>{equations}</aside>'

@@ -53,6 +53,7 @@ GROUPS = {
     ("Look it up", "查阅"): ["details", "settings", "metrics", "glossary", "results", "reading", "transcript"],
     ("Help and claims", "排错与论断"): ["troubleshooting", "pitfalls", "claims", "graduate", "guide"],
 }
+WIDE = r"[\u3000-\u9fff\uff00-\uffef]"  # Chinese letters and marks
 LARGEST = 300_000  # bytes: a larger file is not copied into the site, a link to it leads to the repository
 
 
@@ -238,7 +239,7 @@ class Edition:
     def inline(self, tokens, source, here):
         """Lead the links to where things lie; make links of tests, tags and functions."""
         found, is_link = [], False
-        for token in tokens:
+        for token, before, after in zip(tokens, [None, *tokens], [*tokens[1:], None]):
             is_link = token.type == "link_open" or (is_link and token.type != "link_close")
             if token.type == "link_open":
                 token.attrSet("href", self.target(token.attrGet("href"), source, here))
@@ -250,6 +251,9 @@ class Edition:
                 if address := self.address_of_code(token.content, source, here):
                     token.type, text = "html_inline", html.escape(token.content)
                     token.content = f'<a href="{address}"><code>{text}</code></a>'
+            elif token.type == "softbreak" and before and after and re.search(WIDE + "$", before.content):
+                if re.match(f"{WIDE}|$", after.content):  # Chinese has no space where a line ends
+                    token.type = "text"
             elif token.type == "text" and not is_link:
                 text = re.sub(r"\[([DRG]\d+)\]", lambda x: self.tag_link(x, here), html.escape(token.content))
                 token.type, token.content = "html_inline", text
@@ -313,11 +317,13 @@ class Contents(BasePlugin):
     def on_page_content(self, content, *, page, config, files):
         content, toc = self.made[page.file.src_uri.removesuffix(".md")]
         page.toc = get_toc(toc)
-        return content
+        before, code, self.code = content.partition('<div class="annotated"')
+        return before + code  # the code itself is not searched
 
     def on_post_page(self, output, *, page, config):
         """Without these lines: the theme's script would look for a sitemap behind each of them."""
-        return re.sub(r' *<link rel="alternate".*?>\n', "", output)
+        output = re.sub(r' *<link rel="alternate".*?>\n', "", output)
+        return output.replace('<div class="annotated"', '<div class="annotated"' + self.code)
 
     def on_page_context(self, context, *, page, config, nav):
         place = page.file.src_uri.removesuffix(".md")
@@ -400,9 +406,8 @@ def build_language(language, work, wanted):
     (target / "404.html").unlink()  # its addresses are right only on a server of its own
     shutil.copytree(DOCS / "interactive", target / "docs" / "interactive")
     for page in (target / "docs" / "interactive").glob("*.html"):
-        page.write_text(
-            page.read_text(encoding="utf-8").replace('lang="en"', f'lang="{language}"', 1), encoding="utf-8"
-        )
+        text = page.read_text(encoding="utf-8").replace('lang="en"', f'lang="{language}"', 1)
+        page.write_text(re.sub(r'href="(\S+)\.md"', r'href="\1.html"', text), encoding="utf-8")
     return target
 
 
