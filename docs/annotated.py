@@ -102,7 +102,6 @@ def latex_of(text):
     text = re.sub(r"([ᵢⱼₜ]+),₍(.+?)₎", lambda x: f"_{{{x[1]},{x[2]}}}".translate(SUBSCRIPTS), text)
     text = re.sub(r"[ₐ-ₜ₀-₎ᵢᵣᵤᵥⱼ]+", lambda x: f"_{{{x[0].translate(SUBSCRIPTS)}}}", text)
     text = re.sub(r"[ⁿˡᵀ⁰¹²³⁴-⁾]+", lambda x: f"^{{{x[0].translate(SUPERSCRIPTS)}}}", text)
-    text = re.sub(r"\}_\{\\mathrm", r"}{}_{\\mathrm", text)  # a second subscript
     text = re.sub(r"(?<![\\A-Za-z{])(?:ln|exp)(?![A-Za-z])", r"\\\g<0> ", text)
     text = re.sub(r"(?<![\\A-Za-z{])([A-Za-z]{2,}(?: [A-Za-z]{2,})*)(?![A-Za-z}])", r"\\text{ \1 }", text)
     text = re.sub(r"\\text\{ (min|max|clip|mean|std|KL) \}(?= ?[\\({])", r"\\mathrm{\1}", text)

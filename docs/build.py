@@ -18,7 +18,6 @@ import html
 import posixpath
 import re
 import shutil
-import sys
 import tempfile
 import tomllib
 from pathlib import Path
@@ -92,8 +91,9 @@ class Edition:
         self.pages = pages_of(language)
         self.prefix = "" if language == "en" else "zh/"
         self.scripts = {name: Script(ROOT / name) for name in SCRIPTS}
+        self.planner = Script(ROOT / "benchmarks" / "memory_plan.py")  # has a tag too
         self.markdown = MarkdownIt("gfm-like", {"linkify": False, "html": True, "highlight": self.highlight})
-        self.markdown.use(dollarmath_plugin, allow_space=False, allow_digits=False)
+        self.markdown.use(dollarmath_plugin, allow_space=False)
         self.markdown.add_render_rule("math_inline", self.math)
         self.markdown.add_render_rule("math_block", self.math)
         self.details = "docs/details.md" if language == "en" else "docs/zh/details.md"
@@ -232,8 +232,10 @@ class Edition:
         return re.sub(r'\b(src|href)="([^":#]+)"', lambda x: f'{x[1]}="{self.target(x[2], source, here)}"', text)
 
     def target(self, link, source, here):
-        if re.match(r"[\w+.-]+:|#", link):
+        if re.match(r"[\w+.-]+:", link):
             return link
+        if link.startswith("#"):
+            return link if self.pages.get(source) == here else self.address(source + link, here)
         return self.address(posixpath.normpath(posixpath.join(posixpath.dirname(source), link)), here)
 
     def inline(self, tokens, source, here):
@@ -288,7 +290,7 @@ class Edition:
     def lines_with(self, tag, here):
         """A paragraph of links to the lines that have the tag."""
         links = []
-        for name, script in self.scripts.items():
+        for name, script in [*self.scripts.items(), ("benchmarks/memory_plan.py", self.planner)]:
             for number in script.tags.get(tag, []):
                 links.append(f'<a href="{self.address(f"{name}#L{number}", here)}">{name}:{number}</a>')
         return f'\n<p class="lines">{self.words["lines"]} {" ".join(links)}</p>\n' if links else ""
@@ -312,28 +314,25 @@ class Contents(BasePlugin):
 
     def __init__(self, edition, made):
         super().__init__()
-        self.edition, self.made = edition, made  # made: {place: (HTML, table of contents)}
+        self.edition, self.code = edition, {}
+        self.made = made  # made: {place: (HTML, table of contents)}
 
     def on_page_content(self, content, *, page, config, files):
         content, toc = self.made[page.file.src_uri.removesuffix(".md")]
         page.toc = get_toc(toc)
-        before, code, self.code = content.partition('<div class="annotated"')
+        before, code, self.code[page.url] = content.partition('<div class="annotated"')
         return before + code  # the code itself is not searched
 
     def on_post_page(self, output, *, page, config):
-        """Without these lines: the theme's script would look for a sitemap behind each of them."""
+        # the theme's script would look for a sitemap behind each of these
         output = re.sub(r' *<link rel="alternate".*?>\n', "", output)
-        return output.replace('<div class="annotated"', '<div class="annotated"' + self.code)
-
-    def on_page_context(self, context, *, page, config, nav):
-        place = page.file.src_uri.removesuffix(".md")
-        links = {}
+        place = page.url.removesuffix(".html")
         for language, prefix in (("en", ""), ("zh", "zh/")):
             scripts = {name.removesuffix(".py") for name in SCRIPTS}
             there = place if place in {*pages_of(language).values(), *scripts} else "index"
-            links[language] = posixpath.relpath(f"{prefix}{there}.html", self.edition.prefix or ".")
-        names = {"en": "English", "zh": "中文"}
-        config.extra["alternate"] = [{"name": names[x], "link": link, "lang": x} for x, link in links.items()]
+            link = posixpath.relpath(f"{prefix}{there}.html", posixpath.dirname(self.edition.prefix + place))
+            output = output.replace(f'href="#{language}" hreflang', f'href="{link}" hreflang')
+        return output.replace('<div class="annotated"', '<div class="annotated"' + self.code[page.url])
 
 
 def configuration(edition, source, target):
@@ -375,6 +374,9 @@ def configuration(edition, source, target):
             ],
         },
         "plugins": [{"search": {"lang": [edition.language]}}],
+        "extra": {
+            "alternate": [{"name": x, "link": f"#{y}", "lang": y} for x, y in (("English", "en"), ("中文", "zh"))]
+        },
         "extra_css": ["site.css"],
         "extra_javascript": ["site.js"],
         "validation": {"nav": {"omitted_files": "ignore"}},
@@ -455,7 +457,7 @@ def main():
     parser.add_argument("--notebooks", action="store_true", help="write docs/notebooks too")
     args = parser.parse_args()
     if args.out.exists() and not (args.out / "search").is_dir() and any(args.out.iterdir()):
-        sys.exit(f"--out {args.out} has other files in it: name a new directory, or one of an older site")
+        parser.error(f"--out {args.out} has other files in it: name a new directory, or one of an older site")
     build(args.out.resolve())
     print(f"wrote {args.out}; to read it: python -m http.server -d {args.out}")
     if args.notebooks:

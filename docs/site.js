@@ -7,5 +7,16 @@ function openTarget() {
     target.scrollIntoView();
   }
 }
+// Code that is copied over several notes has no empty lines where the notes are.
+document.addEventListener("copy", (event) => {
+  const range = getSelection().rangeCount && getSelection().getRangeAt(0);
+  const common = range && range.commonAncestorContainer;
+  if (!common || !common.closest || !common.closest(".annotated")) return;
+  const lines = [...range.cloneContents().querySelectorAll(".line")];
+  if (lines.length === 0) return;
+  event.clipboardData.setData("text/plain", lines.map((line) => line.textContent).join(""));
+  event.preventDefault();
+});
+
 addEventListener("hashchange", openTarget);
 openTarget();
