@@ -77,7 +77,7 @@ def contents(page):
     for target in links(page):
         path, _, anchor = target.partition("#")
         if re.match(r"\w+:", target):
-            outside.append(target)
+            outside.append(target.replace("/docs/notebooks/zh/", "/docs/notebooks/"))  # each language has its notebook
         elif path.endswith(".png"):
             figures.append(Path(path).name)
         else:
