@@ -1,10 +1,12 @@
 """The pages of docs/: their code runs, their figures are there and can be drawn again."""
 
+import json
 import re
 import subprocess
 import sys
 
 import mutants
+import numpy as np
 import pytest
 from contract import ROOT
 
@@ -45,6 +47,20 @@ def test_the_transcript_is_what_was_printed():
     page = (ROOT / "docs" / "transcript.md").read_text(encoding="utf-8")
     printed = (ROOT / "benchmarks" / "results" / "transcript.txt").read_text(encoding="utf-8")
     assert f"```text\n{printed}```\n" in page and printed.count("\n$ ") == 8
+
+
+def test_the_numbers_about_variance_are_the_measured_ones():
+    """Of the two pages about the foundations: four deviations, and how many seeds learn."""
+    kept = json.loads((ROOT / "benchmarks" / "results" / "foundations.json").read_text(encoding="utf-8"))
+    deviations = [f"{np.std(values):.2f}" for values in kept["gradients"].values()]
+    learned = [sum(np.mean(curve[-100:]) > 0.7 for curve in curves) for curves in kept["curves"].values()]
+    assert [len(values) for values in kept["gradients"].values()] == [2000] * 4
+    assert learned == [10, 10, 3, 7]
+    page = (ROOT / "docs" / "0_foundations.md").read_text(encoding="utf-8")
+    assert f"the standard deviation is {deviations[0]} with $b = 0$\nand {deviations[1]} with $V$" in page
+    assert f"it is {deviations[2]} with $b = 0$, and still {deviations[3]} with $V$" in page
+    assert "all ten learn, with $b = 0$ as with $V$. With the 10, three of ten learn" in page
+    assert "with $b = 0$, and seven of ten with $V$" in page
 
 
 def test_every_figure_is_shown_and_drawn_by_a_command():
