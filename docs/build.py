@@ -3,7 +3,7 @@
 Run      pip install -r docs/requirements.txt
          python docs/build.py                   (about 20 seconds; writes site/)
          python -m http.server -d site          (then open http://localhost:8000)
-         python docs/build.py --notebooks       (writes the notebooks too)
+         python docs/build.py --notebooks       (writes docs/notebooks too)
 
 Nothing in the site comes from another host: it works offline.
 
