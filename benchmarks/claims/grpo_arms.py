@@ -91,7 +91,7 @@ ARMS = {  # name → flags
     **ALGORITHMS,
 }
 CLAIMS = {
-    "online": ["GRPO", *(name for name in ARMS if "RFT" in name)],
+    "online": ["GRPO", "offline RFT", "online RFT"],
     "iterative": ["GRPO", *(name for name in ARMS if "β" in name)],
     "groups": ["groups of 2", "groups of 4", "GRPO", "groups of 16", "groups of 32", "groups of 64"],
     "stale": ["GRPO", *STALE],

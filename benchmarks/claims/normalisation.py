@@ -136,7 +136,7 @@ def draw(rows):
         ):
             label = f"{names[row['reduction']]}, {name}"
             panels[1].plot(np.arange(len(p)) * 10, share, style, color=f"C{color}", label=label)
-    panels[1].set(xlabel="step", title="share of long answers, among wrong and among right ones", ylim=(0, 1.1))
+    panels[1].set(xlabel="step", title="share of the long among the answers", ylim=(0, 1.1))
     for axes in panels:
         axes.legend(fontsize="x-small", loc="upper center", ncols=3 if axes is panels[1] else 1)
     panels[0].figure.savefig(ROOT / "docs" / "figures" / "claims_normalisation.png", dpi=120)

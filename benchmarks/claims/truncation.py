@@ -102,7 +102,7 @@ def draw():
 
     rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()][1:]
     cartpole = [row for row in rows if row["env"] == "CartPole"]
-    left, right = Figure(figsize=(9, 3.8), layout="constrained").subplots(1, 2)
+    left, right = Figure(figsize=(9, 4.4), layout="constrained").subplots(1, 2)
     rng = np.random.default_rng(0)
     print("| limit | bootstrap | return of 500-step episodes: median (quartiles) | V at the start | V 0.3 m aside |")
     print("|---|---|---|---|---|")
@@ -128,7 +128,8 @@ def draw():
     left.set_xticks(range(len(LIMITS)), [f"{limit}" for limit in LIMITS])
     left.set(title="CartPole", xlabel="time limit in training", ylabel="return of greedy 500-step episodes")
     left.plot([], [], "_", color="k", markersize=14, label="median")
-    left.legend(fontsize=8, title="value after the limit; one dot for each seed", title_fontsize=8)
+    labels = dict(title="value after the limit; one dot for each seed", loc="outside lower center", ncols=3)
+    left.figure.legend(*left.get_legend_handles_labels(), fontsize=8, title_fontsize=8, **labels)
     for j, (name, color) in enumerate((("right", "C0"), ("wrong", "C3"))):
         mine = [row for row in rows if row["env"] == "StayOrLeave" and row["variant"] == name]
         returns, stays, values = ([row[key] for row in mine] for key in ("return", "stay", "value"))
