@@ -33,6 +33,7 @@ what products of the model's size reach just before the run.
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -336,11 +337,17 @@ def measure(options):
                         write(row | {"load": round(os.getloadavg()[0], 1)})
 
 
+def show(number, form):
+    return "" if math.isnan(number) else format(number, form)
+
+
 def print_table(options):
     """Markdown: medians over the steps after the first, and each program against ours."""
     lines = [json.loads(line) for line in (RESULTS / options.results).read_text(encoding="utf-8").splitlines()]
-    head, rows = lines[0], [line for line in lines if "program" in line]
-    print(f"\n{head['machine']['cpu']}, {head['machine']['cores']} cores, {head['date']}, {head['dtype']}\n")
+    before = {"dtype": "bfloat16", "prompts": 4, "threads": 2}  # of results kept before --dtype, --prompts, --threads
+    head, rows = before | lines[0], [{"row": "sums", "cpu_seconds": None} | row for row in lines if "program" in row]
+    print(f"\n{head['machine']['cpu']}, {head['machine']['cores']} cores, {head['date']}, {head['dtype']}, ", end="")
+    print(f"threads: {head['threads']}, prompts: {head['prompts']}\n")
     print("| row | program | seconds a step: median (lowest to highest) | processor seconds a step |", end="")
     print(" of the seconds generation | tokens a step | equal groups | samples a second | peak MB |", end="")
     print(" samples a second, ours to this | by processor seconds | peak MB, ours to this |")
@@ -351,7 +358,7 @@ def print_table(options):
         steps = [row for row in own if row.get("step", 0) > 1]
         found[name, program] = {
             "seconds": [row["seconds"] for row in steps],
-            "cpu": median(row["cpu_seconds"] for row in steps),
+            "cpu": median([row["cpu_seconds"] for row in steps if row["cpu_seconds"]] or [math.nan]),
             "generation": median(row["generation_seconds"] for row in steps),
             "tokens": median(row["tokens"] for row in steps),
             "equal": sum(row["equal_groups"] for row in steps) / len(steps),
@@ -360,11 +367,11 @@ def print_table(options):
     for (name, program), its in found.items():
         seconds, ours = median(its["seconds"]), found.get((name, "ours"))
         cells = [name, program, f"{seconds:.1f} ({min(its['seconds']):.1f} to {max(its['seconds']):.1f})"]
-        cells += [f"{its['cpu']:.1f}", f"{its['generation']:.1f}", f"{its['tokens']:,.0f}", f"{its['equal']:.2f}"]
+        cells += [show(its["cpu"], ".1f"), f"{its['generation']:.1f}", f"{its['tokens']:,.0f}", f"{its['equal']:.2f}"]
         cells += [f"{head['prompts'] * GROUP / seconds:.2f}", f"{its['peak']:,.0f}"]
         compared = ours is not None and program != "ours"
         cells += [f"{seconds / median(ours['seconds']):.1f}×" if compared else ""]
-        cells += [f"{its['cpu'] / ours['cpu']:.1f}×" if compared else ""]
+        cells += [show(its["cpu"] / ours["cpu"], ".1f") + "×" * (ours["cpu"] > 0) if compared else ""]
         cells += [f"{ours['peak'] / its['peak']:.2f}×" if compared else ""]
         print("| " + " | ".join(cells) + " |")
 
