@@ -88,7 +88,6 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_typ
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
@@ -261,7 +260,7 @@ def token_logprobs(logits, tokens, temperature):
     Use the temperature of the sampling: with another one the ratio is not 1 before the first update.
     """
     logits = logits if temperature == 1 else logits / temperature
-    return -nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+    return -torch.nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
 
 
 def kl_k3(logprob, ref_logprob):
