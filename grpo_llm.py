@@ -342,7 +342,7 @@ def load_problems(args):
     else:
         found = load_other_task(args)
     drawn = found[: args.num_problems]
-    problems = each_prompt_once(drawn)
+    problems = list({problem.prompt: problem for problem in drawn}.values())  # each prompt once
     apart = load_eval_problems(args)  # those of --eval-data; [] if the task has none of its own
     held_out = (apart or problems[: len(problems) // 2])[: args.eval_problems]
     not_learned = {problem.prompt for problem in apart or held_out}
@@ -1186,19 +1186,15 @@ def load_eval_problems(args):
     """The problems of --eval-data, or of gsm8k's test split. [] if the held-out ones are some of the problems found."""
     if not has_eval_problems(args):
         return []
-    problems = each_prompt_once(read_problems(args, read_rows(args.eval_data, "--eval-data", "test")))
-    if not problems:
+    found = read_problems(args, read_rows(args.eval_data, "--eval-data", "test"))
+    if not found:
         raise InputError(f"--eval-data {args.eval_data} holds no problem")
-    return problems
+    return list({problem.prompt: problem for problem in found}.values())
 
 
 def has_eval_problems(args):
     """Do the held-out problems come from --eval-data, or from gsm8k's test split? If not, they are split off."""
     return args.eval_data is not None or (args.task == "gsm8k" and args.data is None)
-
-
-def each_prompt_once(problems):
-    return list({problem.prompt: problem for problem in problems}.values())
 
 
 def read_problems(args, rows):
@@ -1224,16 +1220,11 @@ def check_problems(args, found, drawn, problems, learned, held_out):
     prompts_per_step = args.prompts_per_step or 1  # None: chosen later, at most as many as there are
     num_in_both = len(problems) - len(learned) if has_eval_problems(args) else 0
     other = f"--eval-data {args.eval_data}" if args.eval_data else "gsm8k's test split"
-    if num_in_both and len(learned) < prompts_per_step:
-        raise InputError(
-            f"{num_in_both} of {len(problems)} problems stand in {other} too, and the others are too few for steps of "
-            f"{prompts_per_step}: bring more, or lower --prompts-per-step"
-        )
     if len(learned) < prompts_per_step or not held_out:
+        where = f"{num_in_both} stand in {other} too" if num_in_both else f"{len(held_out)} are held out"
         raise InputError(
-            f"too few problems: of {len(problems)} with different prompts {len(held_out)} are held out and "
-            f"{len(learned)} are left, and a step takes {prompts_per_step}. Bring more, or lower --prompts-per-step or "
-            "--eval-problems"
+            f"too few problems: of {len(problems)} with different prompts {where} and {len(learned)} are left, and a "
+            f"step takes {prompts_per_step}. Bring more, or lower --prompts-per-step or --eval-problems"
         )
     left_out = {
         f"are left out by --num-problems {args.num_problems}": len(found) - len(drawn),
@@ -2125,10 +2116,9 @@ def base_of_adapter(name):
     """The name of the model that a saved PEFT adapter was trained on. None if `name` is no adapter."""
     from transformers.utils import find_adapter_config_file
 
-    try:
+    path = None
+    with suppress(OSError):  # neither a directory nor a name that the Hub could have
         path = find_adapter_config_file(name)
-    except OSError:  # neither a directory nor a name that the Hub could have
-        path = None
     if path is None:
         return None
     base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -2139,10 +2129,8 @@ def base_of_adapter(name):
 
 def with_adapter(model, name):
     """The model with a saved LoRA adapter on it, which can be trained further."""
-    try:
+    with refused(f"{name} is an adapter, which needs peft (pip install peft)", ImportError):
         from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise InputError(f"{name} is an adapter, which needs peft: pip install peft") from error
     with refused(f"the adapter {name} does not fit {model.name_or_path}", (OSError, ValueError, RuntimeError)):
         kind = PeftConfig.from_pretrained(name).peft_type
         if kind != "LORA":
@@ -2157,10 +2145,8 @@ def add_adapter(args, model):
     Returns PEFT's handle. The model's name is saved with the adapter, a directory's as a full path, so that the adapter
     loads from anywhere.
     """
-    try:
+    with refused("--lora-rank needs peft (pip install peft)", ImportError):
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError("--lora-rank needs peft: pip install peft") from error
     if args.model and base_of_adapter(args.model):
         adapter = with_adapter(model, args.model)
     else:
@@ -2232,11 +2218,9 @@ def nf4_linear(layer, device):
     bitsandbytes 0.50.2 packs a matrix in blocks of consecutive weights. On a CPU with AVX-512 it unpacks it row by row,
     which is wrong unless a row has whole blocks. So the block is chosen by the row, and the result is looked at.
     """
-    try:
+    with refused("--quantize nf4 needs bitsandbytes (pip install bitsandbytes)", ImportError):
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise InputError("--quantize nf4 needs bitsandbytes: pip install bitsandbytes") from error
     sizes = layer.in_features, layer.out_features
     packed = Linear4bit(*sizes, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
     block = 32 if layer.in_features % 64 else 64
