@@ -881,11 +881,8 @@ def train(args: Args) -> list[dict]:
     ending.restore()
 
     # 12. The trained policy, the curves, a summary
-    weights = end_processes(args, policy)
-    if process_rank() == 0:
-        writer.close()
-        save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
-        print_summary(args, run_dir, metrics, held_out, seen, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    end_run(args, run_dir, writer, policy, adapter, tokenizer, metrics, held_out, seen, seconds)
     return metrics
 
 
@@ -1085,13 +1082,9 @@ def read_rows(path, flag="--data", split="train"):
             rows = list(datasets.load_dataset("openai/gsm8k", "main", split=split, streaming=True))
         return [(f"gsm8k {split}, row {number}", row) for number, row in enumerate(rows, start=1)]
     rows, form = [], f"{flag} {path} is no file of JSON lines"
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
-            lines = list(file)
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
+    # -sig: a byte-order mark may come first
+    with refused(f"{form} in UTF-8", (OSError, UnicodeDecodeError)), open(path, encoding="utf-8-sig") as file:
+        lines = list(file)
     if "".join(lines[:10]).lstrip().startswith("["):
         raise InputError(f"{form} but a JSON array: write each of its rows on a separate line")
     for number, line in enumerate(lines, start=1):
@@ -2015,13 +2008,8 @@ def new_tokenizer(has_calls=False):
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?calc>|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def new_model(tokenizer):
@@ -3440,6 +3428,7 @@ EXCLUDED = [
     ("evaluate", "is a separate command that trains nothing", "ask sample_to resume run_dir track sft_data"),
     ("ask", "is a separate command that trains nothing", "sample_to resume run_dir track sft_data"),
     ("sample_to", "is a separate command that trains nothing", "resume run_dir track sft_data"),
+    ("sample_to", "keeps what the verifier judges right", "reward"),
     ("resume", "continues in its own directory", "run_dir"),
     ("shard", "splits the weights and the 8-bit state of all of them", "optimizer=adamw offload lora_rank"),
     ("offload", "keeps the state of optimizer adamw8bit on the host", "optimizer=adamw"),
@@ -3730,15 +3719,6 @@ def sum_gradients(args, parameters):
             gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
 
 
-def end_processes(args, policy):
-    """Leave the group of processes. Returns the weights that --shard has split, gathered; None without it."""
-    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
-    if num_processes() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return weights
-
-
 # ---- The beginning of a run ----
 #
 # What train() needs before its first step, each in one call: the checkpoint, the processes, the policy, the reference.
@@ -3765,10 +3745,8 @@ def start_run(args, held_out):
         raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {count} processes")
     if args.shard and count == 1:
         raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
-    if count > 1 and args.staleness:
-        raise InputError(f"--staleness works in one process, there are {count}")
-    if count > 1 and args.reward_model_steps:
-        raise InputError(f"--reward-model-steps trains in one process: {count} would have a reward model each")
+    if count > 1 and (alone := settings_given(args, "staleness reward_model_steps")):
+        raise InputError(f"{', '.join(alone)} works in one process, there are {count}")
     if len(held_out) < count:
         raise InputError(f"{len(held_out)} held-out problems are fewer than the {count} processes that share them")
     run_dir = [args.resume or args.run_dir or new_run_dir(args)]
@@ -4039,15 +4017,24 @@ def save_checkpoint(args, run_dir, writer, progress, policy, optimizer, referenc
         save(run_dir / "checkpoint.pt", content)
 
 
-def save_results(args, run_dir, model, tokenizer, weights, metrics):
-    """The policy as a transformers directory, metrics.jsonl and curves.png. weights: instead of the model's own."""
-    save_model(run_dir / "policy", model, tokenizer, weights)
+def end_run(args, run_dir, writer, policy, adapter, tokenizer, metrics, held_out, seen, seconds):
+    """Leave the group of processes. The first one writes the policy as a transformers directory, metrics.jsonl and
+    curves.png, and prints the summary."""
+    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
+    if num_processes() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if writer is None:
+        return
+    writer.close()
+    save_model(run_dir / "policy", adapter or policy, tokenizer, weights)
     if args.save_merged:
         plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
         save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
     with written_aside(run_dir / "metrics.jsonl") as path:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
     draw_curves(metrics, run_dir / "curves.png")
+    print_summary(args, run_dir, metrics, held_out, seen, seconds)
 
 
 def print_summary(args, run_dir, metrics, held_out, seen, seconds):
@@ -4470,12 +4457,10 @@ def keep_samples(args):
     path, policy = Path(args.sample_to), policy_of(args.model)
     if path.exists() or not path.parent.is_dir():
         raise InputError(f"--sample-to {path} {'exists: choose another' if path.exists() else 'lies in no directory'}")
-    if args.reward:
-        raise InputError("--sample-to keeps what the verifier judges right, and --reward takes the verifier's place")
+
     if args.tools != "none":
         raise InputError("--sample-to keeps texts, and --sft-data would imitate what the calculator wrote in them too")
-    problems, _ = load_problems(args)
-    args, problems = choose_to_look(args, [policy], problems)
+    args, problems = choose_to_look(args, [policy], load_problems(args)[0])
     model, tokenizer, eos_ids = load_policy(args, policy[0])
     counts, rows = Counter(), {}
     for step in trange(args.steps, desc="sample"):
@@ -4675,11 +4660,7 @@ def fine_tune(args):
             break
     bar.close()
     ending.restore()
-    weights = end_processes(args, policy)
-    if process_rank() == 0:
-        writer.close()
-        save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
-        print_summary(args, run_dir, metrics, held_out, [], time.perf_counter() - started)
+    end_run(args, run_dir, writer, policy, adapter, tokenizer, metrics, held_out, [], time.perf_counter() - started)
     return metrics
 
 
