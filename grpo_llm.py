@@ -1068,7 +1068,7 @@ def refused(beginning, kind=InputError):
     try:
         yield
     except kind as error:
-        reason = str(error).strip() or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise InputError(f"{beginning}: {reason.splitlines()[0]}") from error
 
 
@@ -3421,24 +3421,19 @@ RL_ONLY = (
 WHOLE_REWARDS = "format_weight length_weight overlong_buffer reward_model"
 
 
-# (a setting that is given, what it does, the settings that do not go with it). NAME=VALUE means this value alone
+# (settings, what each of them does, the settings that do not go with it). NAME=VALUE means this value alone
 EXCLUDED = [
     ("sft_data", "imitates a file, and samples nothing to learn from", RL_ONLY),
     ("sft_data", "imitates every token of a completion, and tools would have written some of them", "tools"),
-    ("evaluate", "is a separate command that trains nothing", "ask sample_to resume run_dir track sft_data"),
-    ("ask", "is a separate command that trains nothing", "sample_to resume run_dir track sft_data"),
-    ("sample_to", "is a separate command that trains nothing", "resume run_dir track sft_data"),
+    ("evaluate ask", "is a separate command", "sample_to"),
+    ("evaluate", "is a separate command", "ask"),
+    ("evaluate ask sample_to", "trains nothing", "resume run_dir track sft_data"),
     ("sample_to", "keeps what the verifier judges right", "reward"),
     ("resume", "continues in its own directory", "run_dir"),
     ("shard", "splits the weights and the 8-bit state of all of them", "optimizer=adamw offload lora_rank"),
     ("offload", "keeps the state of optimizer adamw8bit on the host", "optimizer=adamw"),
     ("lora_rank", "keeps the model as the run found it as the reference", "reference_every"),
-    ("data", "is read for task gsm8k and jsonl; the other tasks write their own", "task=arithmetic task=countdown"),
-    (
-        "eval_data",
-        "is read for task gsm8k and jsonl; the other tasks write their own",
-        "task=arithmetic task=countdown",
-    ),
+    ("data eval_data", "is read for task gsm8k and jsonl", "task=arithmetic task=countdown"),
     ("algorithm", "makes advantages of rewards in its own way", "scale decouple_rewards"),
     ("decouple_rewards", "scales each reward within its group, then their sum over the batch", "scale"),
     ("policy_loss=sapo", "has no clip range and no ratio of a sequence", "clip_low clip_high importance"),
@@ -3456,22 +3451,19 @@ EXCLUDED = [
 NAMES = "model data eval_data sft_data sample_to resume run_dir reward reward_model ask evaluate stop"  # never empty
 LIMITS = [("num_minibatches", "prompts_per_step"), ("eval_k", "eval_samples"), ("overlong_buffer", "max_tokens")]
 
-# (a setting that is given, what it does, the settings of which it needs one)
+# (settings, what each of them does, the settings of which it needs one)
 NEEDED = [
-    ("task=gsm8k", "needs a model that can read", "model"),
-    ("task=jsonl", "needs a model that can read", "model"),
+    ("task=gsm8k task=jsonl", "asks in words", "model"),
     ("sft_data", "trains a model that is there, such as the start of an earlier run", "model"),
-    ("system", "is for a model with a chat form", "model"),
-    ("stop", "ends the answers of a model; the small one ends by itself", "model"),
-    ("tools", "needs a model, or sums, whose worked solutions show how to call", "model task=arithmetic"),
+    ("system stop", "is for a model; the small one has no chat form and ends by itself", "model"),
+    ("tools", "is for a model, or for sums, whose worked solutions show how to call", "model task=arithmetic"),
     ("quantize", "freezes the weights, so that others must learn", "lora_rank"),
     ("save_merged", "merges an adapter", "lora_rank"),
-    ("sampler_cap", "changes the weights of sampler_correction", "sampler_correction"),
-    ("sampler_mask", "changes the weights of sampler_correction", "sampler_correction"),
+    ("sampler_cap sampler_mask", "changes the weights of sampler_correction", "sampler_correction"),
     ("unbiased_kl", "changes the KL in the loss", "beta"),
     ("reference_every", "refreshes the reference or trains the reward model", "beta reward_model_steps"),
-    ("reward_model_steps", "train the reward model", "reward_model"),
-    ("reward_model_steps", "are taken again after so many steps", "reference_every"),
+    ("reward_model_steps", "trains the reward model", "reward_model"),
+    ("reward_model_steps", "trains it after each round of so many steps", "reference_every"),
 ]
 
 
@@ -3480,7 +3472,7 @@ def settings_given(args, names):
     found = []
     for name, _, wanted in (word.partition("=") for word in names.split()):
         value = getattr(args, name)
-        if str(value) == wanted if wanted else value != getattr(Args, name):
+        if str(value) == wanted if wanted else value not in (getattr(Args, name), False):
             found.append(name if value is True else f"{name} {value}")
     return found
 
@@ -3496,12 +3488,13 @@ def check_settings(args):
         if "" in (value if isinstance(value, tuple) else (value and value.strip(),)):
             raise ValueError(f"{name} must not be empty, got {value!r}")
     looks = bool(args.evaluate or args.ask or args.sample_to)  # they train nothing
-    for name, what, others in EXCLUDED:
-        if settings_given(args, name) and (wrong := settings_given(args, others)):
-            raise ValueError(f"{settings_given(args, name)[0]} {what}: leave out {', '.join(wrong)}")
-    for name, what, others in NEEDED:
-        if settings_given(args, name) and not settings_given(args, others) and not (looks and "model" in others):
-            raise ValueError(f"{settings_given(args, name)[0]} {what}: give {' or '.join(others.split())}")
+    for names, what, others in EXCLUDED:
+        if (found := settings_given(args, names)) and (wrong := settings_given(args, others)):
+            raise ValueError(f"{found[0]} {what}: it does not go with {', '.join(wrong)}")
+    for names, what, others in NEEDED:
+        found, is_there = settings_given(args, names), settings_given(args, others)
+        if found and not is_there and not (looks and "model" in others):
+            raise ValueError(f"{found[0]} {what}: it needs {' or '.join(others.split())}")
     for name, limit in LIMITS:
         value, most = getattr(args, name), getattr(args, limit)
         if most and value > most and not (looks and name == "overlong_buffer"):

@@ -193,7 +193,7 @@ def test_gsm8k_is_learned_from_train_and_evaluated_on_test(grpo, monkeypatch):
 
 def test_an_evaluation_file_with_every_problem(grpo, tiny_grpo, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", SUMS)
-    with pytest.raises(grpo.InputError, match=r"30 of 30 problems stand in --eval-data .* too"):
+    with pytest.raises(grpo.InputError, match=r"of 30 with different prompts 30 stand in --eval-data .* too"):
         grpo.load_problems(tiny_grpo(task="jsonl", data=data, eval_data=data))
     empty = write_rows(tmp_path / "empty.jsonl", [])
     with pytest.raises(grpo.InputError, match=r"--eval-data .*empty.jsonl holds no problem"):
@@ -357,12 +357,15 @@ def test_the_small_model_refuses_letters(small_run, command):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--ask", " ", "--model", "m"], "ask needs a question"),
+        (["--ask", " ", "--model", "m"], "ask must not be empty"),
         (["--ask", "-3+4", "--model", "m"], "needs an equals sign, such as --ask=-3+4"),
         (["--ask", "1+1", "--model", "/tmp/no such/model"], "there is no directory /tmp/no such/model"),
         (["--evaluate", "EMPTY", "m"], "holds no model: it has no config.json"),
         (["--model", "EMPTY"], "holds no model: it has no config.json"),
-        (["--model", "m", "--task", "jsonl", "--data", "EMPTY/none"], "--data EMPTY/none cannot be read: No such file"),
+        (
+            ["--model", "m", "--task", "jsonl", "--data", "EMPTY/none"],
+            "--data EMPTY/none is no file of JSON lines in UTF-8: No such file",
+        ),
     ],
 )
 def test_one_sentence_for_what_cannot_be(grpo, tmp_path, monkeypatch, capsys, words, sentence):

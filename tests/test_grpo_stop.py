@@ -162,7 +162,10 @@ def test_a_special_token_as_a_stop_text_ends_as_eos_does(grpo, tiny_grpo, byte_l
 def test_stop_texts_on_the_command_line(grpo, monkeypatch):
     monkeypatch.setattr("sys.argv", ["grpo_llm.py", "--model", "m", "--stop", "</answer>", "\n\n"])
     assert grpo.parse_args().stop == ("</answer>", "\n\n") and grpo.Args().stop == ()
-    for words, message in ((["--stop", ""], "stop needs texts"), (["--stop", "x"], "system and stop are for --model")):
+    for words, message in (
+        (["--stop", ""], "stop must not be empty"),
+        (["--stop", "x"], "is for a model; the small one has no chat form"),
+    ):
         with pytest.raises(ValueError, match=message):
             grpo.Args(**({"model": "m"} if "" in words else {}), stop=tuple(words[1:]))
 

@@ -231,7 +231,7 @@ def test_the_small_model_learns_to_call(grpo, monkeypatch, tmp_path, capsys, com
     ("words", "message"),
     [
         (["--supervision", "process"], "supervision process pays for the steps that the policy writes"),
-        (["--task", "countdown"], "tools needs a model, or task arithmetic"),
+        (["--task", "countdown"], "tools calculator is for a model, or for sums"),
         (["--sft-data", "x", "--model", "m"], "sft_data imitates every token of a completion"),
         (["--stop", "</calc>", "--model", "m"], "stop '</calc>' would end an answer within a call or its result"),
         (["--stop", "8", "--model", "m"], "stop '8' would end an answer within a call or its result"),
