@@ -336,11 +336,8 @@ def write_sum(rng, args):
 
 def load_problems(args):
     """(problems to learn from, held-out problems). No held-out prompt is learned from."""
-    if args.task == "arithmetic":
-        rng = random.Random(args.seed)
-        found = [write_sum(rng, args) for _ in range(args.num_problems)]
-    else:
-        found = load_other_task(args)
+    rng, write = random.Random(args.seed), {"arithmetic": write_sum, "countdown": write_countdown}.get(args.task)
+    found = [write(rng, args) for _ in range(args.num_problems)] if write else read_problems(args, read_rows(args.data))
     drawn = found[: args.num_problems]
     problems = list({problem.prompt: problem for problem in drawn}.values())  # each prompt once
     apart = load_eval_problems(args)  # those of --eval-data; [] if the task has none of its own
@@ -771,8 +768,7 @@ def train(args: Args) -> list[dict]:
     reward_model = RewardModel(args) if args.reward_model else None
 
     # 4. A first evaluation; a resumed run has its own already
-    first, cursor, metrics = restore(saved, optimizer, reward_model)
-    waiting = restore_waiting(saved)  # rollouts, for --staleness
+    first, cursor, metrics, waiting = restore(saved, optimizer, reward_model)  # waiting: rollouts, for --staleness
     writer = open_log(args, run_dir, first)
     if not metrics:
         args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
@@ -1026,16 +1022,6 @@ def packed(waiting):
     ]
 
 
-def restore_waiting(saved):
-    """The rollouts that waited when the checkpoint was written."""
-    waiting = deque()
-    for rollout in saved.get("rollouts", ()) if saved else ():
-        seen = [(Group(Problem(*problem), *group), Rating(*rating)) for problem, *group, rating, _ in rollout]
-        taught = [pair for pair, row in zip(seen, rollout) if row[-1]]
-        waiting.append(([group for group, _ in taught], [rating for _, rating in taught], seen))
-    return waiting
-
-
 # ---- Problems: the other tasks, files ----
 #
 # Countdown writes its own problems. gsm8k and jsonl are read from a file or the Hub, and a row that cannot be used ends
@@ -1165,14 +1151,6 @@ def is_finite_number(x):
         return not isinstance(x, (str, bytes)) and abs(float(x)) <= torch.finfo(torch.float32).max
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
-
-
-def load_other_task(args):
-    """The problems of countdown, or of a file or the Hub."""
-    if args.task == "countdown":
-        rng = random.Random(args.seed)
-        return [write_countdown(rng, args) for _ in range(args.num_problems)]
-    return read_problems(args, read_rows(args.data))
 
 
 def load_eval_problems(args):
@@ -1736,11 +1714,11 @@ def columns_of(groups):
     rows = []
     for group in groups:
         problem, messages = group.problem, group.problem.messages
-        for text, tokens, mask in zip(group.texts, group.tokens.tolist(), group.mask.tolist()):
+        for text, tokens, length in zip(group.texts, group.tokens.tolist(), lengths_of(group.mask)):
             sampled = {
                 "prompt": [dict(message) for message in messages] if messages else problem.prompt,
                 "completion": [{"role": "assistant", "content": text}] if messages else text,
-                "completion_ids": tokens[: max((t + 1 for t, x in enumerate(mask) if x), default=0)],
+                "completion_ids": tokens[:length],
             }
             rows.append({"answer": problem.answer} | dict(problem.columns) | sampled)
     return {name: [row[name] for row in rows] for name in rows[0]}
@@ -2150,12 +2128,10 @@ def add_adapter(args, model):
     if os.path.isdir(config.base_model_name_or_path or ""):
         config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
     without_dropout(model)  # an adapter can bring its own
-    adapted = []
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):  # on a layer, or on a parameter such as the experts of a layer
-            parts = (name.replace(".base_layer", ""), getattr(module, "parameter_name", None))
-            adapted.append(".".join(part for part in parts if part).removesuffix(".weight"))
-    reached = reach(model, adapted)
+    tuner = adapter.base_model  # it knows its layers, and parameters such as the experts of a layer
+    reached = reach(
+        model, [x.removesuffix(".weight") for x in tuner.targeted_module_names + tuner.targeted_parameter_names]
+    )
     if "not" in reached:
         say(f"adapter     for {reached}")
     return adapter
@@ -3650,18 +3626,15 @@ def print_choices(args, why):
     lines = {}
     for name, reason in why.items():
         value, flag = getattr(args, name), name.replace("_", "-")
-        word = f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
+        word = f"--{flag}\0{value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
         lines.setdefault(reason, []).append(word)
     rows = []  # (some flags, the reason for them): what is longer than half a line goes on in the next one
     for reason, words in lines.items():
-        rows.append(["", reason])
-        for word in words:
-            if rows[-1][0] and len(f"{rows[-1][0]} {word}") > 50:
-                rows.append(["", ""])
-            rows[-1][0] = f"{rows[-1][0]} {word}".strip()
+        flags = textwrap.wrap(" ".join(words), 50, break_on_hyphens=False, break_long_words=False)
+        rows += zip(flags, [reason, *[""] * len(flags)])
     width = max((len(flags) for flags, _ in rows), default=0)
     for i, (flags, reason) in enumerate(rows):
-        say(f"{'' if i else 'chosen':12}{flags:{width}}  {reason}".rstrip())
+        say(f"{'' if i else 'chosen':12}{flags:{width}}  {reason}".replace("\0", " ").rstrip())
 
 
 # ---- Several processes (torchrun) ----
@@ -3829,13 +3802,19 @@ def score_reference(args, reference, adapter, sequences, micro_batches):
 
 
 def restore(saved, optimizer, reward_model):
-    """Restore optimizer and reward model. Returns the first step, where the stream of problems stands, the metrics."""
+    """Restore optimizer and reward model. Returns the first step, where the stream of problems stands, the metrics, and
+    the rollouts that waited."""
     if not saved:
-        return 0, 0, []
+        return 0, 0, [], deque()
     optimizer.load_state_dict(saved["optimizer"])
     if reward_model:
         reward_model.load_state_dict(saved)
-    return saved["step"], saved["cursor"], saved["metrics"]
+    waiting = deque()
+    for rollout in saved.get("rollouts", ()):
+        seen = [(Group(Problem(*problem), *group), Rating(*rating)) for problem, *group, rating, _ in rollout]
+        taught = [pair for pair, row in zip(seen, rollout) if row[-1]]
+        waiting.append(([group for group, _ in taught], [rating for _, rating in taught], seen))
+    return saved["step"], saved["cursor"], saved["metrics"], waiting
 
 
 def open_log(args, run_dir, first):
@@ -4383,10 +4362,8 @@ def asked_problem(args):
         return Problem(match[0], match[2], numbers=tuple(map(int, match[1].split(","))))
     if args.data or args.eval_data or (args.task == "gsm8k" and policy_of(args.model)[1]):
         try:
-            for problem in (
-                *load_eval_problems(args),
-                *(load_other_task(args) if args.task == "gsm8k" or args.data else ()),
-            ):
+            learned = read_problems(args, read_rows(args.data)) if args.task == "gsm8k" or args.data else []
+            for problem in load_eval_problems(args) + learned:
                 if problem.prompt == text:
                     return problem
         except (InputError, OSError) as error:
@@ -4450,7 +4427,6 @@ def keep_samples(args):
     path, policy = Path(args.sample_to), policy_of(args.model)
     if path.exists() or not path.parent.is_dir():
         raise InputError(f"--sample-to {path} {'exists: choose another' if path.exists() else 'lies in no directory'}")
-
     if args.tools != "none":
         raise InputError("--sample-to keeps texts, and --sft-data would imitate what the calculator wrote in them too")
     args, problems = choose_to_look(args, [policy], load_problems(args)[0])
@@ -4546,26 +4522,22 @@ def examples_of(args, model, tokenizer, eos_ids, rows, held_out):
     plain = replace(args, instruction="{}", system=None)
     with_system = replace(plain, system=args.system)
     not_learned = {tuple(encode_prompt(args, tokenizer, problem)) for problem in held_out}
-    examples, num_held_out, num_over, num_long, context = [], 0, 0, 0, context_of(model)
+    examples, notes, context = [], Counter(), context_of(model)
     for where, problem, text in rows:
         has_system = problem.messages and problem.messages[0]["role"] in ("system", "developer")
         with refused(where):
             prompt = encode_prompt(plain if has_system else with_system, tokenizer, problem)
             completion = encode_completion(tokenizer, eos_ids, text)
         if tuple(prompt) in not_learned:
-            num_held_out += 1
+            notes["are left out because their prompts are held out"] += 1
         elif len(prompt) + len(completion) > context:
-            num_over += 1
+            notes[f"are left out because they exceed the model's context of {context:,} tokens"] += 1
         else:
-            num_long += len(completion) > args.max_tokens
+            is_long = len(completion) > args.max_tokens
+            notes[f"are longer than --max-tokens {args.max_tokens}, where an evaluation cuts an answer"] += is_long
             examples.append((prompt, completion))
     epochs = args.steps * args.prompts_per_step / max(len(examples), 1)
     say(f"sft-data    {len(rows):,} lines; {args.steps} steps of {args.prompts_per_step} are {epochs:.2g} epochs")
-    notes = {
-        "are left out because their prompts are held out": num_held_out,
-        f"are left out because they exceed the model's context of {context:,} tokens": num_over,
-        f"are longer than --max-tokens {args.max_tokens}, where an evaluation cuts an answer": num_long,
-    }
     for note, count in notes.items():
         if count:
             say(f"            {count:,} {note}")
@@ -4611,7 +4583,7 @@ def fine_tune(args):
     adapter = prepare_policy(args, policy, tokenizer, saved)
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
-    first, _, metrics = restore(saved, optimizer, None)
+    first, _, metrics, _ = restore(saved, optimizer, None)
     writer = open_log(args, run_dir, first)
     if not metrics:
         args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)

@@ -1163,8 +1163,8 @@ GRPO = [
     ("the newest rollout is learned from", "waiting.popleft()", "waiting.pop()"),
     (
         "rollouts that waited are lost when a run resumes",
-        'in saved.get("rollouts", ()) if saved else ():',
-        "in ():",
+        'for rollout in saved.get("rollouts", ()):',
+        "for rollout in ():",
     ),
     ("what the tool wrote is learned", "self.waiting[row].pop(0), 0.0, 0", "self.waiting[row].pop(0), logprob[i], 1"),
     (
