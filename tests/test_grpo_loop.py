@@ -309,7 +309,7 @@ def test_without_beta_there_is_no_reference(watch, tiny_grpo):
 
 
 def test_lora_off_is_the_base_model(watch, tiny_grpo):
-    """[G22] Only the adapter learns; the reference, the adapter switched off, is the base model to the bit, though the
+    """[G22] Only the adapter learns; the reference, with the adapter's first weights, is the base model, though the
     adapter has moved; the same seed gives the same adapter."""
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     seen = watch(tiny_grpo(beta=0.1, lora_rank=4, steps=3))
