@@ -3784,7 +3784,7 @@ def prepare_policy(args, policy, tokenizer, saved):
 
 
 def reference_of(args, start_dir, policy, adapter, saved):
-    """The frozen reference. With an adapter it is the policy itself, to which score_reference() gives its first weights."""
+    """The frozen reference. With an adapter it is the policy itself, with the first weights in score_reference()."""
     if adapter:
         return policy
     reference = load_reference(args, start_dir, policy.plain_because)
