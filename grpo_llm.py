@@ -4483,6 +4483,11 @@ def print_kept(args, counts, num_prompts):
 # Supervised steps
 
 
+class Example(NamedTuple):
+    prompt: list  # tokens that are read
+    completion: list  # tokens that are imitated, with the EOS that ends them
+
+
 def read_completions(args):
     """[(where it stands, problem, completion)] of the lines {"prompt", "completion"} of --sft-data. A prompt is a text
     or the messages of a chat, a completion a text or the assistant's one message."""
@@ -4516,9 +4521,8 @@ def encode_completion(tokenizer, eos_ids, text):
 
 
 def examples_of(args, model, tokenizer, eos_ids, rows, held_out):
-    """[(prompt, completion)] of such rows, as tokens: what is read, and what is imitated with the EOS that ends it. A
-    file's prompt is complete, so no --instruction is added; --system is, where the prompt has no system turn. Says what
-    is left out, and why."""
+    """The Examples of such rows. A file's prompt is complete, so no --instruction is added; --system is, where the
+    prompt has no system turn. Says what is left out, and why."""
     plain = replace(args, instruction="{}", system=None)
     with_system = replace(plain, system=args.system)
     not_learned = {tuple(encode_prompt(args, tokenizer, problem)) for problem in held_out}
@@ -4535,7 +4539,7 @@ def examples_of(args, model, tokenizer, eos_ids, rows, held_out):
         else:
             is_long = len(completion) > args.max_tokens
             notes[f"are longer than --max-tokens {args.max_tokens}, where an evaluation cuts an answer"] += is_long
-            examples.append((prompt, completion))
+            examples.append(Example(prompt, completion))
     epochs = args.steps * args.prompts_per_step / max(len(examples), 1)
     say(f"sft-data    {len(rows):,} lines; {args.steps} steps of {args.prompts_per_step} are {epochs:.2g} epochs")
     for note, count in notes.items():

@@ -1040,8 +1040,8 @@ GRPO = [
     ("imitation: the tokens of one process", "total_tokens = over_ranks(mask.sum())", "total_tokens = mask.sum()"),
     (
         "prompt tokens in the imitation",
-        "examples.append((prompt, completion))",
-        "examples.append((prompt[:1], prompt[1:] + completion))",
+        "examples.append(Example(prompt, completion))",
+        "examples.append(Example(prompt[:1], prompt[1:] + completion))",
     ),
     ("EOS left out of the imitation", "ids if ids and ids[-1] in eos_ids else ids + eos", "ids"),
     (
