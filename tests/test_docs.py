@@ -1,5 +1,6 @@
 """The pages of docs/: their code runs, their figures are there and can be drawn again."""
 
+import json
 import re
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_the_transcript_is_what_was_printed():
     page = (ROOT / "docs" / "transcript.md").read_text(encoding="utf-8")
     printed = (ROOT / "benchmarks" / "results" / "transcript.txt").read_text(encoding="utf-8")
     assert f"```text\n{printed}```\n" in page and printed.count("\n$ ") == 8
+
+
+def test_the_length_of_the_script_is_what_was_counted():
+    """Each row of the table of RESULTS.md is a commit that benchmarks/grpo_history.py has counted."""
+    raw = (ROOT / "benchmarks" / "results" / "grpo_history.jsonl").read_text(encoding="utf-8").splitlines()
+    counted = {row["commit"]: row for row in map(json.loads, raw[1:])}
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w{7,})` \| (\S+) \|[^|]*\| ([\d,]+) \| ([\d,–]+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 5
+    for commit, date, *shown in rows:
+        row = counted[commit]
+        assert date == row["date"]
+        assert shown == [f"{row['lines']:,}", str(row["part1"] or "–"), str(row["train"])]
 
 
 def test_every_figure_is_shown_and_drawn_by_a_command():

@@ -531,7 +531,7 @@ def test_the_small_model_is_known_however_often_it_was_trained(grpo, small_run, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, "sft_data trains a model that is there"),
+        ({"model": None}, "trains a model that is there"),
         ({"beta": 0.1, "num_epochs": 2}, "does not go with num_epochs 2, beta 0.1"),
         ({"algorithm": "rft"}, "does not go with algorithm rft"),
         ({"format_weight": 1.0}, "does not go with format_weight 1.0"),
