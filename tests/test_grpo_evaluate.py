@@ -135,7 +135,9 @@ def test_a_prompt_beyond_the_context_of_one_model_is_asked_of_none(grpo, tiny_lm
     words = ["--evaluate", tiny_lm, "--task", "jsonl", "--data", data, "--eval-samples", 2, "--eval-k", 2]
     assert len(grpo.compare_models(settings(*words))[0]) == 4
     out = capsys.readouterr().out
-    assert f"{tiny_lm}: 1 of 5 prompts, up to " in out and "and --max-tokens 35 exceed the model's context of 256" in out
+    assert (
+        f"{tiny_lm}: 1 of 5 prompts, up to " in out and "and --max-tokens 35 exceed the model's context of 256" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,14 +333,14 @@ def test_a_run_of_a_real_model_can_be_trained_further(grpo, tiny_grpo, small_run
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--evaluate", "m", "--ask", "q"], "evaluate, ask and sample_to are separate commands"),
-        (["--evaluate", "m", "--run-dir", "r"], "resume, run_dir, track and sft_data exclude them"),
-        (["--ask", "q", "--resume", "r"], "resume, run_dir, track and sft_data exclude them"),
+        (["--evaluate", "m", "--ask", "q"], "is a separate command: it does not go with ask q"),
+        (["--evaluate", "m", "--run-dir", "r"], "trains nothing: it does not go with run_dir r"),
+        (["--ask", "q", "--resume", "r"], "ask q trains nothing: it does not go with resume r"),
         (["--evaluate", "m", "--model", "n"], "--evaluate takes the names of all models: write n behind it"),
         (["--evaluate", "m", "--task", "jsonl"], "task jsonl needs data"),
-        (["--evaluate", ""], "need a name or a path, got an empty one"),
-        (["--ask", ""], "ask needs a question, got an empty one"),
-        (["--eval-data", "e"], "eval_data is read for task gsm8k and jsonl; task arithmetic writes its own problems"),
+        (["--evaluate", ""], "evaluate must not be empty, got ('',)"),
+        (["--ask", ""], "ask must not be empty, got ''"),
+        (["--eval-data", "e"], "eval_data e is read for task gsm8k and jsonl: it does not go with task arithmetic"),
         (["--evaluate", "/nowhere/at/all"], "there is no directory /nowhere/at/all"),
         (["--ask", "3,4", "--task", "countdown", "--model", "m"], "task countdown wants numbers and a target"),
     ],
