@@ -1740,7 +1740,8 @@ def rewards_by(args, name, function, columns, step):
             found = f"a list of {len(rewards)}" if is_list else shortened(rewards)
             raise InputError(f"{gave} {found}, and a list of {len(about)} rewards is needed, the first for {about[0]}")
     else:
-        rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        single = {x: column for x, column in columns.items() if x != "completion_ids"}
+        rows = [dict(zip(single, row)) for row in zip(*single.values())]
         rewards = [result_of(args, name, function, row, own) for row, own in zip(rows, about)]
     for reward, own in zip(rewards, about):
         if reward is not None and not is_finite_number(reward):

@@ -105,7 +105,7 @@ def test_sampling_stops_when_all_have_ended(grpo, tiny_grpo, byte_lm, monkeypatc
     model, tokenizer, _ = grpo.load_model(args, byte_lm)
     may_end = tokenizer.batch_decode([[i] for i in model.stops.can_end.nonzero()[:, 0].tolist()])
     assert {">", "x>b"} <= {*may_end} and len(may_end) < 200 and all(">" in x or "\ufffd" in x for x in may_end)
-    model.stops = grpo.Stops(("",), tokenizer, torch.ones(model.config.vocab_size, dtype=torch.bool))
+    model.stops = grpo.Watch(tokenizer, torch.ones(model.config.vocab_size, dtype=torch.bool), ("",))
     calls, forward = [], type(model.model).forward
     monkeypatch.setattr(type(model.model), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     _, _, mask = grpo.sample(args, model, [[7, 8]], noise_of(4, 24), 1.0, [NEVER], 0)
