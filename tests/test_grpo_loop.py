@@ -849,5 +849,5 @@ def test_processes_must_divide_the_prompts(grpo, tiny_grpo, reward_model, monkey
     with pytest.raises(grpo.InputError, match="1 held-out problems are fewer than the 2 processes"):
         grpo.train(tiny_grpo(prompts_per_step=4, eval_problems=1))
     options = {"reward_model": reward_model, "reward_model_steps": 3, "reference_every": 2, "prompts_per_step": 4}
-    with pytest.raises(grpo.InputError, match="reward_model_steps 1 works in one process, there are 2"):
+    with pytest.raises(grpo.InputError, match="reward_model_steps 3 works in one process, there are 2"):
         grpo.train(tiny_grpo(**options))
