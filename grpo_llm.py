@@ -88,6 +88,7 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_typ
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
@@ -258,8 +259,8 @@ def token_logprobs(logits, tokens, temperature):
 
     Use the temperature of the sampling: with another one the ratio is not 1 before the first update.
     """
-    logits = logits / temperature
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    logits = logits if temperature == 1 else logits / temperature
+    return -nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
 def kl_k3(logprob, ref_logprob):
@@ -2806,15 +2807,16 @@ def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
     """(S, T) log-probabilities of a batch's completions, 0 off their masks.
 
     The logits of all tokens would be the largest tensor of all: 8 × 1,024 tokens × 152k words × 4 bytes = 5 GB. They
-    are computed for logprob_tokens tokens at a time, and again in the backward pass [G16].
+    are computed for logprob_tokens tokens at a time, and all but the last chunk's again in the backward pass [G16].
     """
     masks = attention_masks(model, batch.attention_mask, batch.positions, batch.positions)
     hidden = last_states(model, batch.ids, batch.positions, masks).flatten(0, 1)[batch.sources]
     head, parts = model.get_output_embeddings(), []
-    for states, targets in zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)):
-        if torch.is_grad_enabled():
+    chunks = list(zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)))
+    for states, targets in chunks:
+        if torch.is_grad_enabled() and len(parts) < len(chunks) - 1:
             parts.append(checkpoint(logprobs_of, head, states, targets, temperature, use_reentrant=False))
-        else:
+        else:  # the backward pass begins with the last chunk, when no other chunk's logits exist
             parts.append(logprobs_of(head, states, targets, temperature))
     logprobs = torch.zeros(len(batch.sequences), max_tokens, device=hidden.device)
     return logprobs.index_put(batch.places, torch.cat(parts))

@@ -308,8 +308,8 @@ MUTANTS += [("ppo_atari.py", *mutant) for mutant in ATARI]
 RLHF = [
     (
         "temperature forgotten in the score",
-        "    logits = logits / temperature\n    return logits.gather",
-        "    return logits.gather",
+        "    logits = logits if temperature == 1 else logits / temperature\n",
+        "",
     ),
     (
         "preference the wrong way round",
@@ -554,7 +554,11 @@ GRPO = [
     ),
     ("a token gets its own step alone", "own.flip(0).cumsum(0).flip(0)", "own"),
     ("a token gets the steps before it", "own.flip(0).cumsum(0).flip(0)", "own.cumsum(0)"),
-    ("temperature forgotten in the trainer", "    logits = logits / temperature\n", ""),
+    (
+        "temperature forgotten in the trainer",
+        "    logits = logits if temperature == 1 else logits / temperature\n",
+        "",
+    ),
     ("k3 the wrong way round", "log_ratio = ref_logprob - logprob\n", "log_ratio = logprob - ref_logprob\n"),
     ("k1 for k3", "return log_ratio.expm1() - log_ratio", "return -log_ratio"),
     ("k2 for k3", "return log_ratio.expm1() - log_ratio", "return log_ratio.square() / 2"),

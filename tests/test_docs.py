@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import mutants
+import numpy as np
 import pytest
 from contract import ROOT
 
@@ -61,6 +62,20 @@ def test_the_length_of_the_script_is_what_was_counted():
         assert shown == [f"{row['lines']:,}", str(row["part1"] or "–"), str(row["train"])]
 
 
+def test_the_numbers_about_variance_are_the_measured_ones():
+    """Of the two pages about the foundations: four deviations, and how many seeds learn."""
+    kept = json.loads((ROOT / "benchmarks" / "results" / "foundations.json").read_text(encoding="utf-8"))
+    deviations = [f"{np.std(values):.2f}" for values in kept["gradients"].values()]
+    learned = [sum(np.mean(curve[-100:]) > 0.7 for curve in curves) for curves in kept["curves"].values()]
+    assert [len(values) for values in kept["gradients"].values()] == [2000] * 4
+    assert learned == [10, 10, 3, 7]
+    page = (ROOT / "docs" / "0_foundations.md").read_text(encoding="utf-8")
+    assert f"the standard deviation is {deviations[0]} with $b = 0$\nand {deviations[1]} with $V$" in page
+    assert f"it is {deviations[2]} with $b = 0$, and still {deviations[3]} with $V$" in page
+    assert "all ten learn, with $b = 0$ as with $V$. With the 10, three of ten learn" in page
+    assert "with $b = 0$, and seven of ten with $V$" in page
+
+
 def test_every_figure_is_shown_and_drawn_by_a_command():
     """Each PNG of docs/figures stands in some page, and its name in the benchmark that draws it."""
     figures = sorted((ROOT / "docs" / "figures").glob("*.png"))
@@ -79,8 +94,12 @@ PROSE = [*sorted(ROOT.glob("*.md")), *PAGES, *sorted((ROOT / "docs" / "zh").glob
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_line_of_prose_is_longer_than_120(page):
-    """But for tables, code, headings and pictures, which cannot be broken."""
+    """But for tables, code, headings, pictures and the link to the notebook, which cannot be broken."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    prose = [line for line in text.splitlines() if line.strip() and not re.match(r" *[|#!<>]|    ", line)]
+    prose = [
+        line
+        for line in text.splitlines()
+        if line.strip() and not re.match(r" *[|#!<>]|    |\[[^]]+\]\(https://colab\.", line)
+    ]
     assert len(prose) > 5
     assert [line for line in prose if len(line) > 120] == []
