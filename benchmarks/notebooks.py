@@ -9,6 +9,7 @@ The English notebooks run. The Chinese ones have the same code, which tests/test
 import copy
 import os
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -39,30 +40,36 @@ def checked(notebook):
 
 
 def run(path, folder):
-    """Run a notebook in a copy of the repository below this folder: (the notebook with its outputs, seconds)."""
+    """Run a notebook in a copy of the repository below this folder: (its outputs, wall seconds, CPU seconds)."""
     copied = Path(folder) / "repository"
     shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(*NOT_COPIED))
     notebook = checked(nbformat.read(path, as_version=4))
     nbformat.validate(notebook)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     where = {"metadata": {"path": str(copied / "docs" / "notebooks")}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
-    return notebook, time.perf_counter() - started
+    NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=where).execute()
+    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - used
+    return notebook, time.perf_counter() - started, used
+
+
+def keep(line):
+    """Put the line of a notebook into the raw results, in the place of an older one."""
+    kept = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
+    lines = {line.split()[0]: line for line in [*kept, line] if not line.startswith("#")}
+    head = [f"# {machine()}, one thread; notebook, cells of code, seconds, CPU seconds, load of the machine, day"]
+    FILE.write_text("\n".join([*head, *(lines[stem] for stem in sorted(lines))]) + "\n", encoding="utf-8")
 
 
 def main():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     paths = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-    kept = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
-    lines = {line.split()[0]: line for line in kept if not line.startswith("#")}
     for path in [path for path in paths if path.stem in sys.argv[1:]] or paths:
         with tempfile.TemporaryDirectory() as folder:
-            notebook, seconds = run(path, folder)
+            notebook, seconds, cpu = run(path, folder)
         cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-        lines[path.stem] = f"{path.stem} {cells} {seconds:.1f} {time.strftime('%Y-%m-%d')}"
-        print(lines[path.stem], flush=True)
-        head = [f"# {machine()}, one thread; notebook, cells of code, seconds, day"]
-        FILE.write_text("\n".join([*head, *(lines[stem] for stem in sorted(lines))]) + "\n", encoding="utf-8")
+        line = f"{path.stem} {cells} {seconds:.1f} {cpu:.1f} {os.getloadavg()[1]:.1f} {time.strftime('%Y-%m-%d')}"
+        print(line, flush=True)
+        keep(line)
 
 
 if __name__ == "__main__":

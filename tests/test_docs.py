@@ -1,9 +1,9 @@
 """The pages of docs/: their code runs, their figures are there and can be drawn again."""
 
 import json
+import multiprocessing
+import os
 import re
-import subprocess
-import sys
 
 import mutants
 import numpy as np
@@ -17,13 +17,39 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+# A new process for each page, forked from one that has nothing but these imports, which would take longer than most
+# pages.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["datasets", "gymnasium", "torch.utils.tensorboard", "transformers.models.llama"])
+
+
+def run_code(code, output):
+    with open(output, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    exec("import torch\ntorch.set_num_threads(1)\n" + code, {"__name__": "__main__"})
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_code_runs(page):
+def test_code_runs(page, tmp_path):
     """All Python blocks of a page, from top to bottom, in one session in the repository's root."""
-    code = "\n".join(["import torch", "torch.set_num_threads(1)", *blocks(page)])
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    code = "\n".join(blocks(page))
+    process = FRESH.Process(target=run_code, args=(code, tmp_path / "printed.txt"))
+    process.start()
+    process.join(timeout=300)
+    process.kill()  # if it hangs
+    assert process.exitcode == 0, (tmp_path / "printed.txt").read_text(encoding="utf-8")
     assert "assert " in code  # a page's code states what comes out
+
+
+def test_an_error_in_a_page_is_seen(tmp_path):
+    process = FRESH.Process(target=run_code, args=("print('so far')\nassert 1 == 2", tmp_path / "printed.txt"))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == 1
+    printed = (tmp_path / "printed.txt").read_text(encoding="utf-8")
+    assert "so far" in printed and "AssertionError" in printed
 
 
 def test_planted_bugs_of_the_pages_can_be_written(tmp_path):

@@ -114,7 +114,7 @@ def test_notebook_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     import notebooks as benchmark
 
-    notebook, _ = benchmark.run(ROOT / "docs" / "notebooks" / notebooks.place(page), tmp_path)
+    notebook, *_ = benchmark.run(ROOT / "docs" / "notebooks" / notebooks.place(page), tmp_path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and not is_comment(cell.source)]
     assert [cell.source for cell in code if cell.execution_count is None] == []
     assert any("text" in output for cell in code for output in cell.outputs)
