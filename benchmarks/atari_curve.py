@@ -32,11 +32,16 @@ def keep(run_dir, path):
 def draw(path, figure):
     head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    for name, label, color in (("episodic_return", "of each rollout", "0.8"), ("return_100", "of the last 100", "C0")):
-        points = [(row["global_step"] / 1e6, row[f"charts/{name}"]) for row in rows if f"charts/{name}" in row]
+    unit, word = (1e6, "million") if rows[-1]["global_step"] >= 1e6 else (1e3, "thousand")
+    labels = {"episodic_return": "games that end in one rollout", "return_100": "last 100 games"}
+    for (name, label), color in zip(labels.items(), ("0.8", "C0")):
+        points = [(row["global_step"] / unit, row[f"charts/{name}"]) for row in rows if f"charts/{name}" in row]
         axes.plot(*zip(*points), color=color, label=label)
-    axes.set(xlabel="million agent's steps of 4 frames", ylabel="mean score of games", title=head["args"]["env_id"])
-    axes.legend()
+    axes.set(xlabel=f"{word} steps of the agent, 4 frames each", ylabel="mean score", title=head["args"]["env_id"])
+    axes.legend(loc="lower right" if "Pong" in head["args"]["env_id"] else "upper left")
+    if "Pong" in head["args"]["env_id"]:
+        axes.axhline(18, color="0.4", ls="--", lw=1)
+        axes.text(0, 17.6, "18 points", va="top", color="0.4")
     axes.figure.savefig(figure, dpi=120)
     best = max(rows, key=lambda row: row.get("charts/return_100", -1e9))
     print(f"{figure.relative_to(ROOT)}: best mean of 100 games {best['charts/return_100']:.2f} at step", end=" ")

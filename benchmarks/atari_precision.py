@@ -68,10 +68,12 @@ def draw_and_print():
             bins = [[row["score"] for row in mine if i * width <= row["step"] < (i + 1) * width] for i in range(10)]
             at = [(i + 0.5) * width for i, scores in enumerate(bins) if scores]
             label = precision if seed == 1 else None
-            axes.plot(at, [mean(scores) for scores in bins if scores], color=color, label=label)
+            axes.plot(at, [mean(scores) for scores in bins if scores], ".-", color=color, label=label)
             last.append(mean(row["score"] for row in mine if row["step"] >= 0.8 * steps))
         print(f"{precision:8}  {', '.join(f'{score:.1f}' for score in last)}; mean {mean(last):.2f}")
-    axes.set(xlabel="agent's steps", ylabel="mean score of the games that ended", title="Breakout, a line a seed")
+    axes.set(xlabel="steps of the agent", ylabel=f"mean score, in {width:,} steps each")
+    axes.set(title="Breakout: one line for each seed")
+    axes.set_xticks(range(0, steps + 1, 2 * width), [f"{step:,}" for step in range(0, steps + 1, 2 * width)])
     axes.legend()
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "figures" / "atari_precision.png", dpi=120)

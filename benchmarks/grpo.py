@@ -102,7 +102,7 @@ def tools(args):
 
 
 def draw(rows, figure):
-    """Reward and pass@1 of each run, a colour for each kind."""
+    """Reward and pass@1 of each run, a colour for each kind. If nothing lies between two evaluations, they are dots."""
     panels = Figure(figsize=(10, 4), layout="constrained").subplots(1, 3)
     names = list(dict.fromkeys(row["run"] for row in rows))
     kinds = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in names))
@@ -113,9 +113,23 @@ def draw(rows, figure):
             kind = name.rsplit("-", 1)[0]
             points = [(row["step"], row[key]) for row in rows if row["run"] == name and key in row]
             label = kind if name == next(other for other in names if other.startswith(kind)) else None
-            axes.plot(*zip(*points), color=f"C{kinds.index(kind)}", alpha=0.6, lw=1, label=label)
+            is_pair = len(points) == 2  # before and after: dots, one colour for each seed
+            color = f"C{names.index(name) if len(kinds) == 1 else kinds.index(kind)}"
+            label = name.replace("-", " ") if len(kinds) == 1 else label
+            if is_pair:
+                points = [(i, value) for i, (_, value) in enumerate(points)]
+            style = "o" if is_pair else ".-" if key.startswith("eval") else "-"
+            axes.plot(*zip(*points), style, color=color, alpha=0.6, lw=1, label=label)
         axes.set(title=title, xlabel="step", ylim=(0, 1.02))
-    panels[0].legend()
+        if is_pair:
+            steps = [row["step"] for row in rows if row["run"] == names[0] and key in row]
+            axes.set_xticks([0, 1], ["before", f"after {steps[-1]} steps"])
+            axes.set(xlim=(-0.5, 1.5), xlabel="")
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("share")
+    panels[0].legend(title=None if len(kinds) == 1 else "supervision; one line a run")
     panels[0].figure.savefig(figure, dpi=120)
 
 

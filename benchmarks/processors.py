@@ -176,6 +176,7 @@ def draw(rows, path):
     from matplotlib.figure import Figure
 
     panels = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
+    names = {"own": "the processor's own", "avx2": "AVX2 only", "sse4": "SSE4 only"}
     for axes, key, title in zip(
         panels,
         ("curve of KL", "curve of truth"),
@@ -184,8 +185,8 @@ def draw(rows, path):
         for i, kind in enumerate(SETS):
             for j, row in enumerate(row for row in rows if row["set"] == kind):
                 steps = range(1, len(row[key]) + 1)
-                axes.plot(steps, row[key], color=f"C{i}", lw=0.8, alpha=0.7, label=None if j else kind)
-        axes.set(xlabel="iteration", title=title)
+                axes.plot(steps, row[key], color=f"C{i}", lw=0.8, alpha=0.7, label=None if j else names.get(kind, kind))
+        axes.set(xlabel="iteration; one line for each run", title=title)
         axes.set_ylim(bottom=0)
     panels[0].axhline(6, color="0.4", ls="--", lw=1)
     panels[0].text(30, 6.05, "bound: 6", ha="right", va="bottom", color="0.4")

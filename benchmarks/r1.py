@@ -152,10 +152,15 @@ def draw(rows):
             axes.plot([i + 0.08 * (k - 2) for k in range(len(found))], [x[name] for x in found], "o", color="C0", ms=4)
             middle = sorted(x[name] for x in found)[len(found) // 2]
             axes.plot([i - 0.3, i + 0.3], [middle, middle], color="C1")
-        labels = [stage.removeprefix("mixed ") for stage in columns]
-        axes.set_xticks(range(len(columns)), labels, rotation=30)
+        words = {"start": "before", "zero": "zero: RL", "sft": "sft: imitate", "r1": "r1: RL again"}
+        words |= {"alone": "alone: RL only", "mixed": "mixed: before", "language": "language:\nRL, readable"}
+        names = [stage.removeprefix("mixed ") for stage in columns]
+        axes.set_xticks(range(len(columns)), [words[name] for name in names], rotation=30, ha="right", fontsize=9)
         axes.set(title=title, ylim=(0, 1.02))
         axes.grid(axis="y", alpha=0.3)
+    panels[0].plot([], [], "o", color="C0", ms=4, label="one seed")
+    panels[0].plot([], [], color="C1", label="median")
+    panels[0].legend(loc="lower right")
     figure.savefig(ROOT / "docs" / "figures" / "r1.png", dpi=120)
 
 

@@ -120,15 +120,15 @@ def draw(path, figure):
     panels = Figure(figsize=(10, 6.5), layout="constrained").subplots(2, 2)
     titles = {"objective/scores": "score of the reward model", "objective/gold": ""}
     titles |= {"objective/kl": "KL to the reference, nats a response", "response/length": "tokens a response"}
-    titles["objective/gold"] = "the other reward model's score"
+    titles["objective/gold"] = "score of a second reward model, which judges only"
     runs = dict.fromkeys(row["run"] for row in rows if row.get("stage") == "ppo")
     for axes, (key, title) in zip(panels.flat, titles.items()):
         for name in runs:
             points = [(row["step"], row[key]) for row in rows if row["run"] == name and row.get("stage") == "ppo"]
             axes.plot(*zip(*points), label=name)
         axes.set(title=title, xlabel="iteration")
-    panels.flat[2].set_yscale("symlog", linthresh=10)
-    panels.flat[0].legend(fontsize=8)
+    panels.flat[2].set_ylim(bottom=0)
+    panels.flat[0].figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     panels.flat[0].figure.savefig(figure, dpi=120)
     print(f"{figure} ({head['machine']})")
 

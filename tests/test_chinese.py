@@ -3,8 +3,11 @@
 docs/X.md belongs with docs/zh/X.md, and README.md with README.zh.md. The glossary is one page for both languages.
 """
 
+import ast
 import functools
+import io
 import re
+import tokenize
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -74,12 +77,13 @@ def contents(page):
     for target in links(page):
         path, _, anchor = target.partition("#")
         if re.match(r"\w+:", target):
-            outside.append(target)
+            outside.append(target.replace("/docs/notebooks/zh/", "/docs/notebooks/"))  # each language has its notebook
         elif path.endswith(".png"):
             figures.append(Path(path).name)
         else:
             where = english((page.parent / path).resolve()) if path else english(page)
-            if path == "" or where != english(page) or anchor:  # a link to the same page in the other language is free
+            # a link to the same page in the other language is free, and one to a page without English
+            if where.name not in NO_ENGLISH and (path == "" or where != english(page) or anchor):
                 inside.append(f"{name(where)}#{anchor}")
     code = [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", prose)]
     return {
@@ -261,3 +265,71 @@ def test_what_differs_is_named(tmp_path, monkeypatch):
         links.cache_clear()
         (found,) = differences(page, twin)
         assert found.startswith(f"{kind}: docs/zh/x.md lacks ")
+
+
+MESSAGES = ROOT / "docs" / "zh" / "messages.md"
+
+
+@functools.cache
+def texts_of(script):
+    """Every string and every comment of a script, in one line each; what an f-string fills in is "…"."""
+    source = read(ROOT / script)
+    found = [
+        token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return [" ".join(text.split()) for text in found]
+
+
+def is_in(message, texts):
+    """Is the message, whose "…" stand for anything, in one of the texts?"""
+    pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
+    return any(re.search(pattern, text) for text in texts)
+
+
+def messages_of(page):
+    """[(message, [scripts])] of the tables that follow a comment which names their scripts."""
+    tables = re.findall(r"^<!-- ([\w. ]+) -->\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = [(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE), scripts.split()) for scripts, table in tables]
+    assert all(len(table.splitlines()) == len(found) + 2 for (_, table), (found, _) in zip(tables, rows))
+    return [(message, scripts) for found, scripts in rows for message in found]
+
+
+def test_messages_stand_in_the_scripts():
+    """docs/zh/messages.md quotes each message to the letter; every heading of --help is there."""
+    found = messages_of(read(MESSAGES))
+    assert len(found) >= 90
+    assert len(read(MESSAGES).split("| 标题 |")) + len(read(MESSAGES).split("| 信息 |")) - 2 == len(
+        re.findall(r"^<!-- [\w. ]+ -->$", read(MESSAGES), re.MULTILINE)
+    )
+    wrong = [
+        f"{script}: {message}"
+        for message, scripts in found
+        for script in scripts
+        if not is_in(message, texts_of(script))
+    ]
+    if wrong:
+        pytest.fail("\n".join(["docs/zh/messages.md quotes what is not there:", *wrong]), pytrace=False)
+    for script in ("rlhf_gpt2_ppo.py", "grpo_llm.py"):
+        source = read(ROOT / script)
+        fields = source[source.index("class Args:") :].split("@property")[0].split("\n\n    def ")[0]
+        headings = re.findall(r"^    # (.+)$", fields, re.MULTILINE)
+        assert len(headings) >= 10
+        assert set(headings) <= {message for message, scripts in found if scripts == [script]}, script
+
+
+def test_a_message_that_changed_is_found():
+    texts = ["error … of … rows", "memory it ran out: … from here on"]
+    assert is_in("memory it ran out: … from here on", texts) and is_in("… of … rows", texts)
+    assert not is_in("memory ran out: … from here on", texts) and not is_in("rows of …", texts)
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "zh" / "troubleshooting.md"], ids=name)
+def test_the_messages_are_linked(page):
+    assert any(target.partition("#")[0].endswith("messages.md") for target in links(page))

@@ -125,6 +125,37 @@ def test_scripts_stand_alone():
         assert not re.search(r"(?<![.\w])(eval|exec)\(", read(path))  # model.eval() is another thing
 
 
+IMPORTS = """
+import contextlib, importlib, io, sys
+import torch
+known = set(sys.modules)
+for script in sys.argv[1:]:
+    module = importlib.import_module(script)
+    for when in ("import", "help"):
+        if when == "help":
+            sys.argv = [f"{script}.py", "--help"]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                module.main()
+        names = {name.partition(".")[0] for name in set(sys.modules) - known}
+        known |= set(sys.modules)
+        print(script, when, *names - sys.stdlib_module_names)
+"""
+
+
+def test_import_and_help_wait_for_little_but_torch():
+    """transformers, datasets, TensorBoard, Matplotlib and the emulator take seconds. Only a run imports them."""
+    scripts = ["rlhf_gpt2_ppo", "grpo_llm", "ppo_cartpole", "ppo_atari"]
+    run = subprocess.run([sys.executable, "-c", IMPORTS, *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    words = [line.split() for line in run.stdout.splitlines()]
+    new = {(script, when): set(names) for script, when, *names in words}
+    assert len(new) == 8 and all(script in new[script, "import"] for script in scripts)
+    assert "gymnasium" in new["ppo_cartpole", "import"] and "tyro" in new["rlhf_gpt2_ppo", "help"]
+    quick = {"gymnasium", "farama_notifications", "numpy", "cython_runtime", "tyro", "docstring_parser", "typeguard"}
+    slow = {name for names in new.values() for name in names if not name.startswith("_")} - quick - set(scripts)
+    assert slow == set()
+
+
 def test_every_script_keeps_the_contract():
     for path, functions in SCRIPTS.items():
         module = load_script(path)

@@ -66,10 +66,11 @@ def draw(rows):
     for kind in KINDS[1:]:
         points = [(rate, quartiles) for name, rate, quartiles, _ in summary(rows) if name == kind]
         rates = [rate for rate, _ in points]
-        axes.plot(rates, [middle for _, (_, middle, _) in points], marker="o", label=kind)
+        label = kind.replace("random", "with stochastic rounding")
+        axes.plot(rates, [middle for _, (_, middle, _) in points], marker="o", label=label)
         axes.fill_between(rates, [low for _, (low, _, _) in points], [high for _, (*_, high) in points], alpha=0.3)
-    axes.axhline(1, color="0.7")
-    axes.set(xscale="log", xlabel="learning rate", title="way of the weights, as a share of float32's")
+    axes.axhline(1, color="0.4", ls="--", lw=1, zorder=0, label="float32")
+    axes.set(xscale="log", xlabel="learning rate", title="how far the weights go, as a share of float32")
     axes.legend()
     axes.figure.savefig(ROOT / "docs" / "figures" / "claims_bf16.png", dpi=120)
 

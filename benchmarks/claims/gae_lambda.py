@@ -127,19 +127,18 @@ def draw():
         axes[1].plot(errors[:, 2], f"C{i}o-", label=f"σ = {sigma:g}")
         axes[1].fill_between(range(len(LAMBDAS)), errors[:, 3], errors[:, 4], color=f"C{i}", alpha=0.2)
     axes[0].set(title="chain: bias falls, deviation rises")
-    axes[1].set(title="chain: the error of a mean of 25", ylim=0)
-    axes[0].legend(fontsize=7)
+    axes[1].set(title="chain: error of a mean of 25, quartiles shaded", ylim=0)
+    axes[0].legend(fontsize=8, title="σ: the critic's error", title_fontsize=8)
     axes[1].legend(fontsize=8)
     print("\n| λ | CartPole, area under the curve: median (quartiles) |\n|---|---|")
-    medians = []
     for place, (lam, name) in enumerate(CARTPOLE.items()):
         areas = [row["area"] for row in cartpole if row["variant"] == name]
         low, middle, high = np.quantile(areas, (0.25, 0.5, 0.75))
         print(f"| {lam:g} | {middle:.0f} ({low:.0f} to {high:.0f}) |")
-        medians.append(middle)
-        axes[2].plot([place] * len(areas), areas, "C0.", alpha=0.5)
-    axes[2].plot(medians, "k-")
-    axes[2].set(title="CartPole: mean return, a dot a seed")
+        axes[2].plot([place] * len(areas), areas, "C0.", alpha=0.5, label=None if place else "one seed")
+        axes[2].plot([place - 0.2, place + 0.2], [middle, middle], "k-", label=None if place else "median")
+    axes[2].set(title="CartPole: mean return over the run", xlim=(-0.5, len(CARTPOLE) - 0.5))
+    axes[2].legend(fontsize=8, loc="lower right")
     axes[0].figure.savefig(ROOT / "docs" / "figures" / "claims_gae_lambda.png", dpi=120)
 
 

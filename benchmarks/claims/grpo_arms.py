@@ -91,7 +91,7 @@ ARMS = {  # name → flags
     **ALGORITHMS,
 }
 CLAIMS = {
-    "online": ["GRPO", *(name for name in ARMS if "RFT" in name)],
+    "online": ["GRPO", "offline RFT", "online RFT"],
     "iterative": ["GRPO", *(name for name in ARMS if "β" in name)],
     "groups": ["groups of 2", "groups of 4", "GRPO", "groups of 16", "groups of 32", "groups of 64"],
     "stale": ["GRPO", *STALE],
@@ -215,7 +215,7 @@ def draw(claim, arms):
     is_long = len(arms) > 7  # a legend would hide the curves
     title = "pass@1, held out: medians" + ", colours as on the right" * is_long
     left.set(xlabel="step", title=title, xticks=range(0, STEPS + 1, STEPS // 2))
-    right.set(title="pass@1 at the end less GRPO's", xlabel="a dot a seed; the bar is the median")
+    right.set(title="pass@1 at the end, minus GRPO's", xlabel="one dot for each seed; bar: median")
     if not is_long:
         left.legend(fontsize="small")
     left.figure.savefig(ROOT / "docs" / "figures" / FIGURES[claim], dpi=120)

@@ -154,7 +154,7 @@ def draw():
             np.maximum(curves[0, :, 0], 3), np.median(curves[:, :, 1], 0) + 1e-6, style, color=color, label=label
         )
     left.set_xticks(range(6), [f"{name}\n{place}" for place in PLACES for name in ESTIMATORS])
-    left.set(title="error of the expected gradient, a dot a seed", ylabel="‖E[g] − ∇KL‖ / ‖∇KL‖")
+    left.set(title="error of the expected gradient; one dot for each seed", ylabel="‖E[g] − ∇KL‖ / ‖∇KL‖")
     right.set(title="distance from the optimum", xlabel="gradient steps", ylabel="KL(π‖π*), median")
     right.set(xscale="log", yscale="log")
     right.legend(fontsize=8)

@@ -122,7 +122,7 @@ def draw(rows):
             for row in rows
             if row["part"] == "question" and (row["group_size"], row["scale_by_std"]) == (group_size, scale_by_std)
         ]
-        label = f"G = {group_size}, {'with' if scale_by_std else 'without'} std"
+        label = f"G = {group_size}, {'divided' if scale_by_std else 'not divided'} by std"
         panels[0].plot(*zip(*points), "-" if scale_by_std else "--", label=label)
     panels[0].set(
         xlabel="share of right answers p", title="weight of a question in the policy gradient", ylim=(0, None)
@@ -136,7 +136,7 @@ def draw(rows):
         ):
             label = f"{names[row['reduction']]}, {name}"
             panels[1].plot(np.arange(len(p)) * 10, share, style, color=f"C{color}", label=label)
-    panels[1].set(xlabel="step", title="share of long ones among answers", ylim=(0, 1.1))
+    panels[1].set(xlabel="step", title="share of the long among the answers", ylim=(0, 1.1))
     for axes in panels:
         axes.legend(fontsize="x-small", loc="upper center", ncols=3 if axes is panels[1] else 1)
     panels[0].figure.savefig(ROOT / "docs" / "figures" / "claims_normalisation.png", dpi=120)

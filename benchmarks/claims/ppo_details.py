@@ -128,8 +128,13 @@ def draw():
             axes.plot([middle], [i], "|", color="k", markersize=14)
         axes.set_yticks(range(len(VARIANTS)), list(VARIANTS))
         axes.axvline(np.median(areas["defaults"]), color="0.8", zorder=0)
-        axes.set(title=env_id, xlabel="mean return over the run, a dot a seed")
+        axes.set(title=env_id, xlabel="mean return over the run")
     panels[0].invert_yaxis()
+    for color, label in (("C3", "one seed: worse than the defaults"), ("0.5", "no difference seen"), ("C2", "better")):
+        panels[0].plot([], [], ".", color=color, label=label)
+    panels[0].plot([], [], "|", color="k", markersize=12, label="median")
+    panels[0].plot([], [], color="0.8", label="median of the defaults")
+    panels[0].figure.legend(loc="outside lower center", ncols=5, fontsize=9)
     panels[0].figure.savefig(ROOT / "docs" / "figures" / "claims_ppo_details.png", dpi=120)
 
 

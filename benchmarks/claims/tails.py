@@ -98,10 +98,17 @@ def draw():
             for i in range(0, len(points), 4):
                 low, high = min(series[1][i]), max(series[1][i])
                 print(f"{error}, {key} {points[i]:g}: {x} {xs[i]:.2f}, V {low:.3f} to {high:.3f}, U {rewards[i]:.2f}")
-    left.set(title="best of n", xlabel="KL, nats", yscale="symlog")
-    right.set(title=f"a share of the responses made likelier, for {BUDGET} nats", xscale="log", yscale="symlog")
-    right.set(xlabel="their lowest reward, t", xlim=(1, 300))
-    left.legend(fontsize=8)
+    left.set(title="best of n", xlabel="KL, nats")
+    right.set(title=f"responses with a reward above t made likelier, for {BUDGET} nats", xscale="log")
+    right.set(xlabel="threshold t", xlim=(1, 300))
+    right.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
+    for panel, ticks in ((left, [0, 1, 3, 10, 30, 100, 300]), (right, [0, 0.1, 0.3, 1, 3, 10])):
+        panel.set_yscale("symlog", linthresh=ticks[1])
+        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=-0.3 * ticks[1])
+        panel.grid(axis="y", alpha=0.3)
+    left.legend(fontsize=9)
     left.figure.savefig(ROOT / "docs" / "figures" / "claims_tails.png", dpi=120)
 
 

@@ -102,7 +102,7 @@ def draw():
 
     rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()][1:]
     cartpole = [row for row in rows if row["env"] == "CartPole"]
-    left, right = Figure(figsize=(9, 3.8), layout="constrained").subplots(1, 2)
+    left, right = Figure(figsize=(9, 4.4), layout="constrained").subplots(1, 2)
     rng = np.random.default_rng(0)
     print("| limit | bootstrap | return of 500-step episodes: median (quartiles) | V at the start | V 0.3 m aside |")
     print("|---|---|---|---|---|")
@@ -117,7 +117,8 @@ def draw():
             text = "as it is" if name == "right" else "cut"
             cells = [f"{limit}", text, f"{middle:.0f} ({low:.0f} to {high:.0f})", f"{value:.1f}", f"{aside:.1f}"]
             print(f"| {' | '.join(cells)} |")
-            label = text if i == 0 else None
+            words = {"right": "V of the last state, as is right", "wrong": "0, as if it were the end"}
+            label = words[name] if i == 0 else None
             left.plot(np.full(len(returns), i + 0.25 * j - 0.12), returns, ".", color=color, alpha=0.6, label=label)
             left.plot([i + 0.25 * j - 0.12], [middle], "_", color="k", markersize=14)
         ours, theirs = (rng.choice(x, (10_000, len(x))).mean(1) for x in pair)
@@ -126,7 +127,9 @@ def draw():
         print(f"| {limit} | difference of the means (95%) | {difference:+.0f} ({low:+.0f} to {high:+.0f}) | | |")
     left.set_xticks(range(len(LIMITS)), [f"{limit}" for limit in LIMITS])
     left.set(title="CartPole", xlabel="time limit in training", ylabel="return of greedy 500-step episodes")
-    left.legend(fontsize=8, title="V at the limit")
+    left.plot([], [], "_", color="k", markersize=14, label="median")
+    labels = dict(title="value after the limit; one dot for each seed", loc="outside lower center", ncols=3)
+    left.figure.legend(*left.get_legend_handles_labels(), fontsize=8, title_fontsize=8, **labels)
     for j, (name, color) in enumerate((("right", "C0"), ("wrong", "C3"))):
         mine = [row for row in rows if row["env"] == "StayOrLeave" and row["variant"] == name]
         returns, stays, values = ([row[key] for row in mine] for key in ("return", "stay", "value"))
@@ -134,7 +137,9 @@ def draw():
         print(f"StayOrLeave, {name}: return of 500 steps {middle:.1f} ({low:.1f} to {high:.1f}), ", end="")
         print(f"π(stay) {np.median(stays):.4f} ({min(stays):.4f} to {max(stays):.4f}), V {np.median(values):.2f}")
         right.plot(np.full(len(returns), j), returns, ".", color=color, alpha=0.6, markersize=10)
-    right.set_xticks([0, 1], ["V as it is", "V cut"])
+    right.set_xticks([0, 1], ["V of the last state", "0"])
+    right.axhline(50, color="0.4", ls="--", lw=1)
+    right.text(1.45, 49.5, "best: 50", ha="right", va="top", color="0.4", fontsize=9)
     right.set(title="StayOrLeave, limit 8", ylabel="expected return of 500 steps", ylim=(0, 52), xlim=(-0.5, 1.5))
     left.figure.savefig(ROOT / "docs" / "figures" / "claims_truncation.png", dpi=120)
 
