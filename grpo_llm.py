@@ -88,7 +88,6 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_typ
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PositiveInt = Annotated[int, "must be above 0", lambda x: x > 0]
@@ -117,7 +116,7 @@ class Args:
     # the problems
     terms: PositiveInt = 5  # numbers in a problem of arithmetic or countdown
     max_term: PositiveInt = 9  # the largest number that such a problem may have
-    operators: str = "+"  # signs in a problem of arithmetic: "+" or "+-"
+    operators: Literal["+", "+-"] = "+"  # signs in a problem of arithmetic
     eval_data: str | None = None  # file of held-out problems, in the form of --data; default some of the problems found
     num_problems: PositiveInt = 20_000  # problems to generate; of a file, the most rows to take, at random
     # the algorithm
@@ -204,7 +203,6 @@ class Args:
     shard: bool = False  # under torchrun: each process keeps a part of weights, gradients and 8-bit state (FSDP2)
 
     def __post_init__(self):
-        check_bounds(self)
         check_settings(self)
         object.__setattr__(self, "reward", with_absolute_path(self.reward))  # a run is resumed from any directory
 
@@ -261,7 +259,7 @@ def token_logprobs(logits, tokens, temperature):
     Use the temperature of the sampling: with another one the ratio is not 1 before the first update.
     """
     logits = logits if temperature == 1 else logits / temperature
-    return -nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+    return -torch.nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
 
 
 def kl_k3(logprob, ref_logprob):
@@ -338,13 +336,10 @@ def write_sum(rng, args):
 
 def load_problems(args):
     """(problems to learn from, held-out problems). No held-out prompt is learned from."""
-    if args.task == "arithmetic":
-        rng = random.Random(args.seed)
-        found = [write_sum(rng, args) for _ in range(args.num_problems)]
-    else:
-        found = load_other_task(args)
+    rng, write = random.Random(args.seed), {"arithmetic": write_sum, "countdown": write_countdown}.get(args.task)
+    found = [write(rng, args) for _ in range(args.num_problems)] if write else read_problems(args, read_rows(args.data))
     drawn = found[: args.num_problems]
-    problems = each_prompt_once(drawn)
+    problems = list({problem.prompt: problem for problem in drawn}.values())  # each prompt once
     apart = load_eval_problems(args)  # those of --eval-data; [] if the task has none of its own
     held_out = (apart or problems[: len(problems) // 2])[: args.eval_problems]
     not_learned = {problem.prompt for problem in apart or held_out}
@@ -421,12 +416,10 @@ def rate_group(args, group, tokenizer, eos_ids, reward_model, step):
     """The rewards of a group: of each completion, and of each step in it. An error message names the training step."""
     is_truncated = truncated_rows(args, group, eos_ids)
     columns = zip(group.texts, lengths_of_texts(args, group, is_truncated), is_truncated.tolist())
-    parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], step)
+    parts = parts_by_name([reward_parts(args, group.problem, *column) for column in columns], group, step)
     if reward_model:
-        scores = reward_model.score(answers_of(args, group, is_truncated))
-        parts["model"] = (args.reward_model_weight * scores).tolist()
-    check_rewards(parts, group, step)
-    parts = {name: torch.tensor([float(reward) for reward in rewards]) for name, rewards in parts.items()}
+        scores = args.reward_model_weight * reward_model.score(answers_of(args, group, is_truncated))
+        parts |= parts_by_name([{"model": score} for score in scores.tolist()], group, step)
     parts |= group.own_rewards
     step_rewards, step_of_line = zip(*(step_rewards_of(group.problem, before_stop(args, text)) for text in group.texts))
     step_ids = step_ids_of(tokenizer, group, step_of_line)
@@ -775,8 +768,7 @@ def train(args: Args) -> list[dict]:
     reward_model = RewardModel(args) if args.reward_model else None
 
     # 4. A first evaluation; a resumed run has its own already
-    first, cursor, metrics = restore(saved, optimizer, reward_model)
-    waiting = restore_waiting(args, saved, problems, tokenizer, eos_ids, reward_model)  # rollouts, for --staleness
+    first, cursor, metrics, waiting = restore(saved, optimizer, reward_model)  # waiting: rollouts, for --staleness
     writer = open_log(args, run_dir, first)
     if not metrics:
         args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
@@ -877,7 +869,7 @@ def train(args: Args) -> list[dict]:
         show_answers(args, run_dir, writer, bar, metrics, groups, ratings, advantages)
         warn_without_variance(args, bar, metrics)
         if is_last or is_due(args.checkpoint_every, done):
-            progress = {"step": done, "cursor": cursor, "metrics": metrics, "waiting": packed(waiting)}
+            progress = {"step": done, "cursor": cursor, "metrics": metrics, "rollouts": packed(waiting)}
             save_checkpoint(args, run_dir, writer, progress, policy, optimizer, reference, reward_model)
         if is_ending:
             break
@@ -885,11 +877,8 @@ def train(args: Args) -> list[dict]:
     ending.restore()
 
     # 12. The trained policy, the curves, a summary
-    weights = end_processes(args, policy)
-    if process_rank() == 0:
-        writer.close()
-        save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
-        print_summary(args, run_dir, metrics, held_out, seen, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    end_run(args, run_dir, writer, policy, adapter, tokenizer, metrics, held_out, seen, seconds)
     return metrics
 
 
@@ -1027,30 +1016,10 @@ def soft_overlong_punishment(num_tokens, max_tokens, buffer):
 
 def packed(waiting):
     """Rollouts that wait to be learned from (--staleness [G39]), as plain data for the checkpoint."""
-    rollouts = []
-    for groups, _, seen in waiting:
-        columns = [(x.problem.prompt, x.tokens, x.logprobs, x.mask, x.own_rewards) for x, _ in seen]
-        rollouts.append((columns, [i for i, (group, _) in enumerate(seen) if any(group is x for x in groups)]))
-    return rollouts
-
-
-def restore_waiting(args, saved, problems, tokenizer, eos_ids, reward_model):
-    """The rollouts that waited when the checkpoint was written: texts and ratings are found again."""
-    waiting, by_prompt = deque(), {problem.prompt: problem for problem in problems}
-    for columns, chosen in saved.get("waiting", ()) if saved else ():
-        seen = []
-        for name, tokens, logprobs, mask, own_rewards in columns:
-            if name not in by_prompt:
-                raise InputError(
-                    f"--resume: answers wait for the prompt {shortened(name)}, which the data has no longer"
-                )
-            completions = [row[:length].tolist() for row, length in zip(tokens, lengths_of(mask))]
-            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            prompt = encode_prompt(args, tokenizer, by_prompt[name])
-            group = Group(by_prompt[name], prompt, tokens, logprobs, mask, texts, own_rewards)
-            seen.append((group, rate_group(args, group, tokenizer, eos_ids, reward_model, saved["step"])))
-        waiting.append(([seen[i][0] for i in chosen], [seen[i][1] for i in chosen], seen))
-    return waiting
+    return [
+        [(tuple(group.problem), *group[1:], tuple(rating), any(group is x for x in groups)) for group, rating in seen]
+        for groups, _, seen in waiting
+    ]
 
 
 # ---- Problems: the other tasks, files ----
@@ -1079,25 +1048,29 @@ def say(line):
         print(line)
 
 
+@contextmanager
+def refused(beginning, kind=InputError):
+    """A context that turns an error of this kind into an InputError with this beginning, such as a row's place."""
+    try:
+        yield
+    except kind as error:
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise InputError(f"{beginning}: {reason.splitlines()[0]}") from error
+
+
 def read_rows(path, flag="--data", split="train"):
     """(where the row stands, row) for each row of the file that a flag names, or of a split of gsm8k from the Hub."""
     if path is None:
         import datasets
 
         datasets.disable_progress_bars()
-        try:
+        with refused(f"{flag} takes a file in the form of gsm8k, which cannot be fetched", Exception):
             rows = list(datasets.load_dataset("openai/gsm8k", "main", split=split, streaming=True))
-        except Exception as error:
-            raise InputError(f"gsm8k cannot be fetched: {error}. {flag} takes a file in its form") from error
         return [(f"gsm8k {split}, row {number}", row) for number, row in enumerate(rows, start=1)]
     rows, form = [], f"{flag} {path} is no file of JSON lines"
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # -sig: a byte-order mark may come first
-            lines = list(file)
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{form} in UTF-8: {error.reason} at byte {error.start}") from error
+    # -sig: a byte-order mark may come first
+    with refused(f"{form} in UTF-8", (OSError, UnicodeDecodeError)), open(path, encoding="utf-8-sig") as file:
+        lines = list(file)
     if "".join(lines[:10]).lstrip().startswith("["):
         raise InputError(f"{form} but a JSON array: write each of its rows on a separate line")
     for number, line in enumerate(lines, start=1):
@@ -1124,8 +1097,13 @@ def read_problem(args, row):
         raise InputError("--instruction is for prompts that are texts, this one is a list of messages")
     if messages and args.system is not None and messages[0]["role"] in ("system", "developer"):
         raise InputError(f"--system adds a system turn, and this prompt has one: {shortened(messages[0])}")
-    if has_no_verifier:
-        return with_answer(Problem(prompt, None, messages=messages, columns=columns), answer)
+    if has_no_verifier:  # an answer that the verifier could not compare is left out; the functions still get it
+        problem = Problem(prompt, str(answer).strip(), messages=messages, columns=columns)
+        with suppress(InputError):
+            if isinstance(answer, (str, int)) or is_finite_number(answer):
+                check_answer(problem)
+                return problem
+        return problem._replace(answer=None)
     if not (isinstance(answer, (str, int)) or is_finite_number(answer)) or not str(answer).strip():
         raise InputError(f"answer must be a text or a number, found {shortened(answer)}")
     answer = str(answer).strip()
@@ -1175,22 +1153,14 @@ def is_finite_number(x):
         return False
 
 
-def load_other_task(args):
-    """The problems of countdown, or of a file or the Hub."""
-    if args.task == "countdown":
-        rng = random.Random(args.seed)
-        return [write_countdown(rng, args) for _ in range(args.num_problems)]
-    return read_problems(args, read_rows(args.data))
-
-
 def load_eval_problems(args):
     """The problems of --eval-data, or of gsm8k's test split. [] if the held-out ones are some of the problems found."""
     if not has_eval_problems(args):
         return []
-    problems = each_prompt_once(read_problems(args, read_rows(args.eval_data, "--eval-data", "test")))
-    if not problems:
+    found = read_problems(args, read_rows(args.eval_data, "--eval-data", "test"))
+    if not found:
         raise InputError(f"--eval-data {args.eval_data} holds no problem")
-    return problems
+    return list({problem.prompt: problem for problem in found}.values())
 
 
 def has_eval_problems(args):
@@ -1198,19 +1168,13 @@ def has_eval_problems(args):
     return args.eval_data is not None or (args.task == "gsm8k" and args.data is None)
 
 
-def each_prompt_once(problems):
-    return list({problem.prompt: problem for problem in problems}.values())
-
-
 def read_problems(args, rows):
     """The problems of such rows in random order: in a sorted file the first ones are alike."""
     problems = []
     for where, row in rows:
-        try:
+        with refused(where):
             problems.append(read_problem(args, row))
             check_answer(problems[-1])
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
     names = dict.fromkeys(name for problem in problems for name, _ in problem.columns)  # None where a row lacks one
     problems = [problem._replace(columns=(*(names | dict(problem.columns)).items(),)) for problem in problems]
     random.Random(args.seed).shuffle(problems)
@@ -1227,16 +1191,11 @@ def check_problems(args, found, drawn, problems, learned, held_out):
     prompts_per_step = args.prompts_per_step or 1  # None: chosen later, at most as many as there are
     num_in_both = len(problems) - len(learned) if has_eval_problems(args) else 0
     other = f"--eval-data {args.eval_data}" if args.eval_data else "gsm8k's test split"
-    if num_in_both and len(learned) < prompts_per_step:
-        raise InputError(
-            f"{num_in_both} of {len(problems)} problems stand in {other} too, and the others are too few for steps of "
-            f"{prompts_per_step}: bring more, or lower --prompts-per-step"
-        )
     if len(learned) < prompts_per_step or not held_out:
+        where = f"{num_in_both} stand in {other} too" if num_in_both else f"{len(held_out)} are held out"
         raise InputError(
-            f"too few problems: of {len(problems)} with different prompts {len(held_out)} are held out and "
-            f"{len(learned)} are left, and a step takes {prompts_per_step}. Bring more, or lower --prompts-per-step or "
-            "--eval-problems"
+            f"too few problems: of {len(problems)} with different prompts {where} and {len(learned)} are left, and a "
+            f"step takes {prompts_per_step}. Bring more, or lower --prompts-per-step or --eval-problems"
         )
     left_out = {
         f"are left out by --num-problems {args.num_problems}": len(found) - len(drawn),
@@ -1625,23 +1584,20 @@ def step_ids_of(tokenizer, group, step_of_line):
     return ids
 
 
-def parts_by_name(rows, step):
-    """The dicts that reward_parts() gave for the completions of a group, as one dict of lists."""
+def parts_by_name(rows, group, step):
+    """The dicts that reward_parts() gave for the completions of a group, as one dict of lists. Refuses a reward that is
+    no finite number: it would become the weights."""
     if not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
         found = " and ".join(sorted({str(list(row) if isinstance(row, dict) else row) for row in rows}))
         raise InputError(f"reward_parts must give every completion the same rewards, in step {step} it gave {found}")
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def check_rewards(parts, group, step):
-    """Refuse a reward that is no finite number: it would become the weights."""
-    for name, rewards in parts.items():
-        for reward, text in zip(rewards, group.texts):
+    for row, text in zip(rows, group.texts):
+        for name, reward in row.items():
             if not is_finite_number(reward):
                 raise InputError(
                     f"reward {name} is {shortened(reward)} in step {step}, where a finite number is needed: problem "
                     f"{shortened(group.problem.prompt)}, completion {shortened(text)}"
                 )
+    return {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
 
 
 # ---- Your own reward (--reward) ----
@@ -1718,37 +1674,19 @@ def check_own_reward(args, problems, held_out):
     """Load the functions, print their names, and refuse one that has a parameter which cannot be given."""
     own_functions.cache_clear()  # the file may have changed since the last run of this process
     LOGGED.clear()
-    functions = own_functions(args.reward)
+    file, names = file_of(args.reward), []
     columns = {"answer", *(dict(problems[0].columns).keys() & dict(held_out[0].columns).keys())}
-    for name, function in functions.items():
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError) as error:
-            raise InputError(f"--reward {file_of(args.reward)}: the parameters of {name} are unknown") from error
-        offered = {*columns, *(FOR_LISTS + TRAINER if is_for_lists(function) else ("prompt", "completion"))}
-        for x in parameters:
-            is_needed = x.default is x.empty and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
-            if is_needed and (x.name not in offered or x.kind == x.POSITIONAL_ONLY):
-                raise InputError(
-                    f"--reward {file_of(args.reward)}: {name} needs {x.name}, and what can be given by name is "
-                    f"{', '.join(sorted(offered))}"
-                )
-    names = [f"{name} (lists)" if is_for_lists(function) else name for name, function in functions.items()]
-    say(f"reward      {', '.join(names)} of {file_of(args.reward)}")
+    for name, function in own_functions(args.reward).items():
+        with refused(f"--reward {file}: the parameters of {name} are unknown", (TypeError, ValueError)):
+            signature, of_lists = inspect.signature(function), is_for_lists(function)
+        offered = {*columns, *(FOR_LISTS + TRAINER if of_lists else ("prompt", "completion"))}
+        with refused(f"--reward {file}: {name} is given by name {', '.join(sorted(offered))}", TypeError):
+            signature.bind(**dict.fromkeys(offered & signature.parameters.keys()))
+        names.append(f"{name} (lists)" if of_lists else name)
+    say(f"reward      {', '.join(names)} of {file}")
     num_unknown = sum(problem.answer is None for problem in problems)
     if num_unknown:
         say(f"            {num_unknown:,} problems have no answer that can be compared, so accuracies leave them out")
-
-
-def with_answer(problem, answer):
-    """The problem with its answer. Without one if the verifier could not compare it; the functions still get it."""
-    if not isinstance(answer, (str, int)) and not is_finite_number(answer):
-        return problem
-    try:
-        check_answer(problem._replace(answer=str(answer).strip()))
-    except InputError:
-        return problem
-    return problem._replace(answer=str(answer).strip())
 
 
 def with_own_rewards(args, groups, step=None):
@@ -1776,11 +1714,11 @@ def columns_of(groups):
     rows = []
     for group in groups:
         problem, messages = group.problem, group.problem.messages
-        for text, tokens, mask in zip(group.texts, group.tokens.tolist(), group.mask.tolist()):
+        for text, tokens, length in zip(group.texts, group.tokens.tolist(), lengths_of(group.mask)):
             sampled = {
                 "prompt": [dict(message) for message in messages] if messages else problem.prompt,
                 "completion": [{"role": "assistant", "content": text}] if messages else text,
-                "completion_ids": tokens[: max((t + 1 for t, x in enumerate(mask) if x), default=0)],
+                "completion_ids": tokens[:length],
             }
             rows.append({"answer": problem.answer} | dict(problem.columns) | sampled)
     return {name: [row[name] for row in rows] for name in rows[0]}
@@ -1788,29 +1726,26 @@ def columns_of(groups):
 
 def rewards_by(args, name, function, columns, step):
     """The rewards of a function for all completions: a list of floats, NaN where it gave None."""
-    pairs = list(zip(columns["prompt"], columns["completion"]))
+    pairs = zip(columns["prompt"], columns["completion"])
     about = [f"problem {shortened(prompt)}, completion {shortened(completion)}" for prompt, completion in pairs]
+    gave = f"--reward {file_of(args.reward)}: {name} gave"
     if is_for_lists(function):
         given = {f"{x}s" if x in ("prompt", "completion") else x: list(column) for x, column in columns.items()}
-        given |= zip(TRAINER, (STATE, ignore if step is None else log_metric, ignore))
-        found = result_of(args, name, function, given, f"{about[0]}, the first of {len(about)}")
-        rewards = found.tolist() if hasattr(found, "tolist") else found  # of numpy or torch
-        if not isinstance(rewards, (list, tuple)) or len(rewards) != len(about):
-            size = f"a list of {len(rewards)}" if isinstance(rewards, (list, tuple)) else shortened(found)
-            raise InputError(
-                f"--reward {file_of(args.reward)}: {name} gave {size}, and a list of {len(about)} rewards is needed: "
-                f"one for each completion, of which the first is {about[0]}"
-            )
+        given |= {"trainer_state": STATE, "log_extra": lambda *table: None}  # log_extra: TRL's table of completions
+        given["log_metric"] = log_metric if step is not None else lambda name, value: None
+        rewards = result_of(args, name, function, given, f"{about[0]}, the first of {len(about)}")
+        rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # of numpy or torch
+        is_list = isinstance(rewards, (list, tuple))
+        if not is_list or len(rewards) != len(about):
+            found = f"a list of {len(rewards)}" if is_list else shortened(rewards)
+            raise InputError(f"{gave} {found}, and a list of {len(about)} rewards is needed, the first for {about[0]}")
     else:
         single = {x: column for x, column in columns.items() if x != "completion_ids"}
         rows = [dict(zip(single, row)) for row in zip(*single.values())]
         rewards = [result_of(args, name, function, row, own) for row, own in zip(rows, about)]
     for reward, own in zip(rewards, about):
         if reward is not None and not is_finite_number(reward):
-            raise InputError(
-                f"--reward {file_of(args.reward)}: {name} gave {shortened(reward)}, and a finite number or None is "
-                f"needed: {own}"
-            )
+            raise InputError(f"{gave} {shortened(reward)}, and a finite number or None is needed: {own}")
     return [math.nan if reward is None else float(reward) for reward in rewards]
 
 
@@ -1827,17 +1762,11 @@ def result_of(args, name, function, given, about):
         raise InputError(f"--reward {file}{line_in(file, error)}: {name} raised {one_line(error)}: {about}") from error
 
 
-@cache
-def event_loop():
-    return asyncio.new_event_loop()
+event_loop = cache(asyncio.new_event_loop)  # one for all calls, so that a function can keep its connections open
 
 
 def log_metric(name, value):
     LOGGED.setdefault(name, []).append(float(value))
-
-
-def ignore(*arguments):
-    """For log_extra, TRL's table of completions, and for log_metric in an evaluation."""
 
 
 def logged_metrics():
@@ -1876,10 +1805,8 @@ def reward_ids(tokenizer, prompt, text, has_ended):
     it has none, the form of rlhf_gpt2_ppo.py: prompt, response, and EOS if the response has ended."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
+        with refused(f"the reward model's chat template refuses the answer {text[:60]!r}", Exception):
             whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
-        except Exception as error:  # a template has its own words for what it refuses
-            raise InputError(f"the reward model's chat template refuses the answer {text[:60]!r}: {error}") from error
         return tokenizer(whole, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str):
         raise InputError("the reward model has no chat template for prompts that are lists of messages: bring texts")
@@ -1976,14 +1903,6 @@ def check_device(device):
         raise InputError(f"--device {device} is not available: {reason}") from error
 
 
-def check_model_name(name):
-    """Refuse a directory without a model, and a path that is neither a directory nor the form of a Hub id."""
-    if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise InputError(f"there is no directory {name}")
-    if os.path.isdir(name) and not {"config.json", "adapter_config.json"} & {*os.listdir(name)}:
-        raise InputError(f"the directory {name} holds no model: it has no config.json")
-
-
 def from_disk(kind, name, **options):
     """transformers' AutoTokenizer, AutoModelForCausalLM, … of a Hub id or a directory."""
     import transformers
@@ -2020,11 +1939,9 @@ def encode_prompt(args, tokenizer, problem):
         ids = tokenizer(f"{text}\n")["input_ids"]
         return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # some append an EOS, which nothing should follow
     messages = messages_of(args, problem)
-    try:
+    about = f"the chat template of {args.model} refuses the prompt {shortened(problem.prompt)}"
+    with refused(about, Exception):  # a template has its own words for what it refuses, such as a system role
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template has its own words for what it refuses, such as a system role
-        prompt = shortened(problem.prompt)
-        raise InputError(f"the chat template of {args.model} refuses the prompt {prompt}: {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -2035,13 +1952,14 @@ def context_of(model):
     return max(found) if max(found) > 0 else math.inf
 
 
-def prompt_sizes(args, tokenizer, problems):
-    """{prompt: its number of tokens}. The small model has one token a character, so thousands need not be encoded."""
-    sizes = {}
-    for problem in problems:
-        ids = encode_prompt(args, tokenizer, problem) if args.model else f"{problem.prompt}\n"
-        sizes[problem.prompt] = len(ids)
-    return sizes
+def that_fit(args, context, tokenizer, problems):
+    """(the problems that leave room for max_tokens in a model's context, how many do not as the beginning of a
+    sentence). The small model has one token a character, so thousands of prompts need not be encoded."""
+    sizes = [len(encode_prompt(args, tokenizer, x) if args.model else f"{x.prompt}\n") for x in problems]
+    room = context - args.max_tokens
+    kept = [problem for problem, size in zip(problems, sizes) if size <= room]
+    over = f"{len(problems) - len(kept):,} of {len(problems):,} prompts, up to {max(sizes):,} tokens long, and"
+    return kept, f"{over} --max-tokens {args.max_tokens} exceed the model's context of {context:,}"
 
 
 def those_that_fit(args, model, tokenizer, problems, held_out):
@@ -2049,20 +1967,14 @@ def those_that_fit(args, model, tokenizer, problems, held_out):
 
     Beyond its context a model with learned positions fails, and one with rotary positions has learned nothing.
     """
-    context, sizes = context_of(model), prompt_sizes(args, tokenizer, problems + held_out)
-    room = context - args.max_tokens
-    short_enough = [[problem for problem in part if sizes[problem.prompt] <= room] for part in (problems, held_out)]
-    num_over = len(problems + held_out) - sum(map(len, short_enough))
-    if not num_over:
-        return short_enough
-    over = (
-        f"{num_over:,} of {len(sizes):,} prompts, up to {max(sizes.values()):,} tokens long, and --max-tokens "
-        f"{args.max_tokens} exceed the model's context of {context:,}"
-    )
-    if len(short_enough[0]) < args.prompts_per_step or len(short_enough[1]) < num_processes():
-        raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
-    say(f"            {over}: they are left out, {len(short_enough[0]):,} and {len(short_enough[1]):,} are left")
-    return short_enough
+    kept, over = that_fit(args, context_of(model), tokenizer, problems + held_out)
+    if len(kept) < len(problems + held_out):
+        prompts = {problem.prompt for problem in kept}
+        problems, held_out = ([x for x in part if x.prompt in prompts] for part in (problems, held_out))
+        if len(problems) < args.prompts_per_step or len(held_out) < num_processes():
+            raise InputError(f"{over}: too few are left; lower --max-tokens or shorten the prompts")
+        say(f"            {over}: they are left out, {len(problems):,} and {len(held_out):,} are left")
+    return problems, held_out
 
 
 def new_tokenizer(has_calls=False):
@@ -2075,13 +1987,8 @@ def new_tokenizer(has_calls=False):
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?calc>|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def new_model(tokenizer):
@@ -2176,10 +2083,9 @@ def base_of_adapter(name):
     """The name of the model that a saved PEFT adapter was trained on. None if `name` is no adapter."""
     from transformers.utils import find_adapter_config_file
 
-    try:
+    path = None
+    with suppress(OSError):  # neither a directory nor a name that the Hub could have
         path = find_adapter_config_file(name)
-    except OSError:  # neither a directory nor a name that the Hub could have
-        path = None
     if path is None:
         return None
     base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -2190,19 +2096,14 @@ def base_of_adapter(name):
 
 def with_adapter(model, name):
     """The model with a saved LoRA adapter on it, which can be trained further."""
-    try:
+    with refused(f"{name} is an adapter, which needs peft (pip install peft)", ImportError):
         from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise InputError(f"{name} is an adapter, which needs peft: pip install peft") from error
-    try:
+    with refused(f"the adapter {name} does not fit {model.name_or_path}", (OSError, ValueError, RuntimeError)):
         kind = PeftConfig.from_pretrained(name).peft_type
         if kind != "LORA":
             raise ValueError(f"it is of the kind {kind.value}, and only LoRA can be trained further")
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT reads an attribute's old name
             return PeftModel.from_pretrained(model, name, is_trainable=True, torch_device="cpu")
-    except (OSError, ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"the adapter {name} does not fit {model.name_or_path}: {line}") from error
 
 
 def add_adapter(args, model):
@@ -2211,10 +2112,8 @@ def add_adapter(args, model):
     Returns PEFT's handle. The model's name is saved with the adapter, a directory's as a full path, so that the adapter
     loads from anywhere.
     """
-    try:
+    with refused("--lora-rank needs peft (pip install peft)", ImportError):
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError("--lora-rank needs peft: pip install peft") from error
     if args.model and base_of_adapter(args.model):
         adapter = with_adapter(model, args.model)
     else:
@@ -2230,30 +2129,22 @@ def add_adapter(args, model):
     if os.path.isdir(config.base_model_name_or_path or ""):
         config.base_model_name_or_path = os.path.abspath(config.base_model_name_or_path)
     without_dropout(model)  # an adapter can bring its own
-    adapted = []
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):  # on a layer, or on a parameter such as the experts of a layer
-            parts = (name.replace(".base_layer", ""), getattr(module, "parameter_name", None))
-            adapted.append(".".join(part for part in parts if part).removesuffix(".weight"))
-    reached = reach(model, adapted)
+    tuner = adapter.base_model  # it knows its layers, and parameters such as the experts of a layer
+    reached = reach(
+        model, [x.removesuffix(".weight") for x in tuner.targeted_module_names + tuner.targeted_parameter_names]
+    )
     if "not" in reached:
         say(f"adapter     for {reached}")
     return adapter
 
 
 @contextmanager
-def as_begun(adapter, start):
-    """A context in which the policy is the reference, which is the model as the run found it [G22].
-
-    A new adapter is switched off. An adapter that --model named has its first weights, `start`.
-    """
-    if not start:
-        with adapter.disable_adapter():
-            yield
-        return
+def as_begun(adapter):
+    """A context in which the policy is the reference, the model as the run found it: the adapter has its first weights,
+    which are no change at all if the adapter is new [G22]."""
     trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     now = [parameter.data for parameter in trained]
-    for parameter, weights in zip(trained, start):
+    for parameter, weights in zip(trained, adapter.first_weights):
         parameter.data = weights
     try:
         yield
@@ -2292,11 +2183,9 @@ def nf4_linear(layer, device):
     bitsandbytes 0.50.2 packs a matrix in blocks of consecutive weights. On a CPU with AVX-512 it unpacks it row by row,
     which is wrong unless a row has whole blocks. So the block is chosen by the row, and the result is looked at.
     """
-    try:
+    with refused("--quantize nf4 needs bitsandbytes (pip install bitsandbytes)", ImportError):
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise InputError("--quantize nf4 needs bitsandbytes: pip install bitsandbytes") from error
     sizes = layer.in_features, layer.out_features
     packed = Linear4bit(*sizes, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
     block = 32 if layer.in_features % 64 else 64
@@ -2355,24 +2244,25 @@ def reach(model, reached):
 def read_model(args, name):
     """(model, tokenizer) from disk or the Hub. An adapter that was saved is merged into the model that it was trained
     on; with --lora-rank that model comes without it, and add_adapter() adds it."""
-    base = base_of_adapter(name)
-    try:
-        model = from_disk("AutoModelForCausalLM", base or name, dtype=getattr(torch, args.dtype))
-    except InputError as error:
-        raise InputError(f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error) from error
-    if base and not args.lora_rank:
+    model = base_from_disk("AutoModelForCausalLM", name, dtype=getattr(torch, args.dtype))
+    if base_of_adapter(name) and not args.lora_rank:
         model = with_adapter(model, name).merge_and_unload().requires_grad_(True)
     return model, read_tokenizer(name)
 
 
+def base_from_disk(kind, name, **options):
+    """from_disk() of a model, or of the model that an adapter was trained on."""
+    base = base_of_adapter(name)
+    with refused(f"{name} is an adapter, and its base_model_name_or_path") if base else nullcontext():
+        return from_disk(kind, base or name, **options)
+
+
 def read_tokenizer(name):
     """The tokenizer of a model. An adapter can be saved without one: then it is that of its base model."""
-    try:
-        return from_disk("AutoTokenizer", name)
-    except InputError:
-        if (base := base_of_adapter(name)) is None:
-            raise
-        return from_disk("AutoTokenizer", base)
+    if base_of_adapter(name):
+        with suppress(InputError):
+            return from_disk("AutoTokenizer", name)
+    return base_from_disk("AutoTokenizer", name)
 
 
 # ---- Texts that end a completion (--stop) ----
@@ -2381,10 +2271,12 @@ def read_tokenizer(name):
 # text has one of the stop texts. Only few tokens can complete one, so only after these a row is decoded.
 
 
-class Stops(NamedTuple):
-    texts: tuple
+class Watch(NamedTuple):
+    """How the samplers find a stop text, or a call of the tool, in what they have written."""
+
     tokenizer: object
-    can_end: torch.Tensor  # (V,) whether a stop text may be complete after this token
+    can_end: torch.Tensor  # (V,) whether what is looked for may be complete after this token
+    texts: tuple = ()  # the stop texts
 
 
 def has_stop(texts, completion):
@@ -2409,12 +2301,11 @@ def special_stops(texts, tokenizer):
 
 
 def find_stops(args, model, tokenizer):
-    """What without_stopped() needs, None without --stop. can_end is true for a token that has the last letter of a stop
-    text."""
+    """What without_stopped() needs, None without --stop. A token that has the last letter of a stop text may end it."""
     if not args.stop:
         return None
     can_end = tokens_with({text[-1] for text in args.stop}, model, tokenizer)
-    return Stops(args.stop, tokenizer, can_end.to(args.device))
+    return Watch(tokenizer, can_end.to(args.device), args.stop)
 
 
 def tokens_with(letters, model, tokenizer):
@@ -2451,22 +2342,14 @@ def without_stopped(model, going, tokens, t, rows=None):
 CALL = r"<calc>([^<>]*)</calc>"
 
 
-class Tool(NamedTuple):
-    tokenizer: object
-    can_end: torch.Tensor  # (V,) which tokens may end a call
-    compute: object  # text of a call → text of the answer
-
-
 def find_tool(args, model, tokenizer):
-    """The tool of --tools, None without it."""
+    """What ToolCalls needs, None without --tools."""
     if args.tools == "none":
         return None
-    example = tokenizer.decode(
-        tokenizer("<calc>1</calc>", add_special_tokens=False)["input_ids"], skip_special_tokens=True
-    )
-    if not re.fullmatch(CALL, example):
+    ids = tokenizer("<calc>1</calc>", add_special_tokens=False)["input_ids"]
+    if not re.fullmatch(CALL, tokenizer.decode(ids, skip_special_tokens=True)):
         raise InputError(f"--tools: the tokenizer of {args.model or 'the small model'} cannot write <calc>1</calc>")
-    return Tool(tokenizer, tokens_with({">"}, model, tokenizer).to(args.device), calculate)
+    return Watch(tokenizer, tokens_with({">"}, model, tokenizer).to(args.device))
 
 
 def calculate(expression):
@@ -2519,7 +2402,7 @@ class ToolCalls:
         for row, text, old in zip(asking.tolist(), now, before):
             calls = re.findall(CALL, text)
             if row not in self.waiting and len(calls) > len(re.findall(CALL, old)):  # a token may go on behind the call
-                answer = self.tool.tokenizer(self.tool.compute(calls[-1]), add_special_tokens=False)["input_ids"]
+                answer = self.tool.tokenizer(calculate(calls[-1]), add_special_tokens=False)["input_ids"]
                 self.waiting[row] = [token for token in answer if token not in self.eos]
 
 
@@ -3421,6 +3304,8 @@ def load(path, *keys):
         missing = set(keys) - content.keys()
     except Exception as error:
         raise InputError(f"{path} is no checkpoint of this script, or is damaged") from error
+    if content.get("waiting"):
+        raise InputError(f"{path} holds answers that wait in the form of an older version: start the run again")
     if removed and keys:  # without keys only the settings are read, and the file will be loaded again
         say(f"resume      settings that no longer exist are ignored: {', '.join(removed)}")
     if missing:
@@ -3510,142 +3395,99 @@ RL_ONLY = (
     "truncated truncation_penalty reference_every format_weight length_weight overlong_buffer decouple_rewards "
     "reward_model reward_model_weight reward_model_steps reward_model_learning_rate"
 )
+# The rewards of a whole completion
+WHOLE_REWARDS = "format_weight length_weight overlong_buffer reward_model"
 
 
-def check_bounds(args):
-    """Raise ValueError for the first field that lies outside the bounds in its type. NaN lies outside all."""
-    for field in fields(args):
-        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
-        if bounds and not bounds[1](getattr(args, field.name)):
-            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+# (settings, what each of them does, the settings that do not go with it). NAME=VALUE means this value alone
+EXCLUDED = [
+    ("sft_data", "imitates a file, and samples nothing to learn from", RL_ONLY),
+    ("sft_data", "imitates every token of a completion, and tools would have written some of them", "tools"),
+    ("evaluate ask", "is a separate command", "sample_to"),
+    ("evaluate", "is a separate command", "ask"),
+    ("evaluate ask sample_to", "trains nothing", "resume run_dir track sft_data"),
+    ("sample_to", "keeps what the verifier judges right", "reward"),
+    ("resume", "continues in its own directory", "run_dir"),
+    ("shard", "splits the weights and the 8-bit state of all of them", "optimizer=adamw offload lora_rank"),
+    ("offload", "keeps the state of optimizer adamw8bit on the host", "optimizer=adamw"),
+    ("lora_rank", "keeps the model as the run found it as the reference", "reference_every"),
+    ("data eval_data", "is read for task gsm8k and jsonl", "task=arithmetic task=countdown"),
+    ("algorithm", "makes advantages of rewards in its own way", "scale decouple_rewards"),
+    ("decouple_rewards", "scales each reward within its group, then their sum over the batch", "scale"),
+    ("policy_loss=sapo", "has no clip range and no ratio of a sequence", "clip_low clip_high importance"),
+    ("policy_loss=cispo", "has no lower clip and no ratio of a sequence", "clip_low importance"),
+    ("old_logprobs=sampler", "makes the weights π_old/π of the sampler 1 everywhere", "sampler_correction"),
+    ("unbiased_kl", "changes the KL in the loss, which is in the reward here", "algorithm=reinforce++"),
+    ("staleness", "keeps rated answers for later, and this changes how they are rated", "reward_model_steps"),
+    ("reward", "takes the place of the verifier, which this needs", "supervision algorithm=rft reward_model_steps"),
+    ("supervision", "is GRPO's own", "algorithm scale decouple_rewards"),
+    ("supervision", "needs the values of a solution's steps", "task=countdown task=jsonl"),
+    ("supervision", "pays for the steps that the policy writes, and tools write some of them", "tools"),
+    ("supervision", "pays for each step, not for a whole completion", f"{WHOLE_REWARDS} truncated=penalise"),
+]
+
+NAMES = "model data eval_data sft_data sample_to resume run_dir reward reward_model ask evaluate stop"  # never empty
+LIMITS = [("num_minibatches", "prompts_per_step"), ("eval_k", "eval_samples"), ("overlong_buffer", "max_tokens")]
+
+# (settings, what each of them does, the settings of which it needs one)
+NEEDED = [
+    ("task=gsm8k task=jsonl", "asks in words", "model"),
+    ("sft_data", "trains a model that is there, such as the start of an earlier run", "model"),
+    ("system stop", "is for a model; the small one has no chat form and ends by itself", "model"),
+    ("tools", "is for a model, or for sums, whose worked solutions show how to call", "model task=arithmetic"),
+    ("quantize", "freezes the weights, so that others must learn", "lora_rank"),
+    ("save_merged", "merges an adapter", "lora_rank"),
+    ("sampler_cap sampler_mask", "changes the weights of sampler_correction", "sampler_correction"),
+    ("unbiased_kl", "changes the KL in the loss", "beta"),
+    ("reference_every", "refreshes the reference or trains the reward model", "beta reward_model_steps"),
+    ("reward_model_steps", "trains the reward model", "reward_model"),
+    ("reward_model_steps", "trains it after each round of so many steps", "reference_every"),
+]
+
+
+def settings_given(args, names):
+    """Those of the settings "NAME NAME=VALUE …" that are not at their default, or have this value, as "name value"."""
+    found = []
+    for name, _, wanted in (word.partition("=") for word in names.split()):
+        value = getattr(args, name)
+        if str(value) == wanted if wanted else value not in (getattr(Args, name), False):
+            found.append(name if value is True else f"{name} {value}")
+    return found
 
 
 def check_settings(args):
-    """Raise ValueError where settings do not fit each other."""
+    """Raise ValueError where a setting is out of its bounds, which stand in its type, or where two do not fit."""
+    for field in fields(args):
+        _, *bounds = get_args(field.type) if hasattr(field.type, "__metadata__") else (None,)
+        if bounds and not bounds[1](getattr(args, field.name)):  # NaN lies outside all bounds
+            raise ValueError(f"{field.name} {bounds[0]}, got {getattr(args, field.name)}")
+    for name in NAMES.split():
+        value = getattr(args, name)
+        if "" in (value if isinstance(value, tuple) else (value and value.strip(),)):
+            raise ValueError(f"{name} must not be empty, got {value!r}")
+    looks = bool(args.evaluate or args.ask or args.sample_to)  # they train nothing
+    for names, what, others in EXCLUDED:
+        if (found := settings_given(args, names)) and (wrong := settings_given(args, others)):
+            raise ValueError(f"{found[0]} {what}: it does not go with {', '.join(wrong)}")
+    for names, what, others in NEEDED:
+        found, is_there = settings_given(args, names), settings_given(args, others)
+        if found and not is_there and not (looks and "model" in others):
+            raise ValueError(f"{found[0]} {what}: it needs {' or '.join(others.split())}")
+    for name, limit in LIMITS:
+        value, most = getattr(args, name), getattr(args, limit)
+        if most and value > most and not (looks and name == "overlong_buffer"):
+            raise ValueError(f"{name} {value} must not exceed {limit} {most}")
     if args.group_size == 1:
-        raise ValueError(f"group_size must be 2 or more, or every advantage is 0, got {args.group_size}")
-    if args.prompts_per_step and args.prompts_per_step < args.num_minibatches:
-        raise ValueError(
-            f"num_minibatches {args.num_minibatches} must not exceed prompts_per_step {args.prompts_per_step}"
-        )
-    if args.eval_samples and args.eval_k > args.eval_samples:
-        raise ValueError(f"eval_k {args.eval_k} must not exceed eval_samples {args.eval_samples}")
-    if args.operators not in ("+", "+-"):
-        raise ValueError(f"operators must be + or +-, got {args.operators!r}")
+        raise ValueError("group_size must be 2 or more, or every advantage is 0, got 1")
     if args.dtype == "bfloat16" and args.optimizer == "adamw" and not args.lora_rank:
         raise ValueError("dtype bfloat16 needs optimizer adamw8bit: adamw rounds small steps back to where they began")
-    if args.quantize != "none" and not args.lora_rank:
-        raise ValueError(f"quantize {args.quantize} freezes the weights, and lora_rank 0 adds none that could learn")
-    if args.save_merged and not args.lora_rank:
-        raise ValueError("save_merged merges the adapter of lora_rank, got lora_rank 0")
-    if args.offload and args.optimizer == "adamw":
-        raise ValueError(f"offload keeps the state of optimizer adamw8bit on the host, got {args.optimizer}")
-    if args.shard and (args.optimizer == "adamw" or args.offload or args.lora_rank):
-        raise ValueError("shard needs optimizer adamw8bit, and works with neither offload nor lora_rank")
-    looks = bool(args.evaluate), args.ask is not None, args.sample_to is not None
-    only_looks = any(looks)
-    if sum(looks) > 1:
-        raise ValueError("evaluate, ask and sample_to are separate commands: give one of them")
-    if only_looks and (args.resume or args.run_dir or args.track or args.sft_data):
-        raise ValueError("evaluate, ask and sample_to train nothing: resume, run_dir, track and sft_data exclude them")
-    if args.sft_data and args.model is None:
-        raise ValueError("sft_data trains a model that is there, such as the start of an earlier run: got no model")
-    idle = [name for name in RL_ONLY.split() if args.sft_data and getattr(args, name) != getattr(Args, name)]
-    if idle:
-        raise ValueError(
-            f"sft_data imitates a file, and samples nothing to learn from: {', '.join(idle)} would do nothing"
-        )
-    if args.task in ("gsm8k", "jsonl") and args.model is None and not only_looks:
-        raise ValueError(f"task {args.task} needs a model that can read, got no model")
-    if args.data and args.task not in ("gsm8k", "jsonl"):
-        raise ValueError(f"data is read for task gsm8k and jsonl; task {args.task} writes its own problems")
-    if args.eval_data and args.task not in ("gsm8k", "jsonl"):
-        raise ValueError(f"eval_data is read for task gsm8k and jsonl; task {args.task} writes its own problems")
     if args.instruction is not None and "{}" not in args.instruction:
         raise ValueError(f"instruction needs {{}} in the place of the problem, got {args.instruction!r}")
-    needs_data = args.ask is None and not (args.evaluate and args.eval_data)
-    if args.task == "jsonl" and args.data is None and needs_data:
+    if args.task == "jsonl" and args.data is None and args.ask is None and not (args.evaluate and args.eval_data):
         raise ValueError("task jsonl needs data, a file of lines with prompt and answer, got none")
-    is_plain = (args.algorithm, args.scale, args.decouple_rewards) == ("grpo", "group", False)
-    if args.supervision == "process" and not is_plain:
-        raise ValueError(
-            f"supervision process is GRPO's own: algorithm {args.algorithm}, scale {args.scale} and decouple_rewards "
-            f"{args.decouple_rewards} must be grpo, group and False"
-        )
-    if args.algorithm != "grpo" and (args.scale != "group" or args.decouple_rewards):
-        raise ValueError(f"scale and decouple_rewards are for algorithm grpo, got {args.algorithm}")
-    idle = {"sapo": ("clip_low", "clip_high"), "cispo": ("clip_low",)}.get(args.policy_loss, ())
-    for name in idle:
-        if getattr(args, name) != getattr(Args, name):
-            raise ValueError(f"policy_loss {args.policy_loss} has no {name}, got {getattr(args, name)}")
-    if args.decouple_rewards and args.scale != "group":
-        raise ValueError(
-            "decouple_rewards scales each reward within its group and then their sum over the batch: scale must be "
-            f"group, got {args.scale}"
-        )
-    if args.policy_loss != "clip" and args.importance == "sequence":
-        raise ValueError(f"importance sequence is for policy_loss clip, GSPO's, got policy_loss {args.policy_loss}")
-    if args.sampler_correction != "none" and args.old_logprobs == "sampler":
-        raise ValueError(
-            "sampler_correction weighs by π_old/π of the sampler, which old_logprobs sampler makes 1 everywhere"
-        )
-    if args.sampler_correction == "none" and (args.sampler_mask or args.sampler_cap != Args.sampler_cap):
-        raise ValueError("sampler_cap and sampler_mask change the weights of sampler_correction, which is none")
-    if args.unbiased_kl and (not args.beta or args.algorithm == "reinforce++"):
-        raise ValueError(
-            "unbiased_kl changes the KL in the loss: beta must be above 0, and algorithm reinforce++ has the KL in the "
-            "reward"
-        )
-    if not only_looks and args.max_tokens and args.overlong_buffer > args.max_tokens:
-        raise ValueError(f"overlong_buffer {args.overlong_buffer} must not exceed max_tokens {args.max_tokens}")
-    if args.staleness and args.reward_model_steps:
-        raise ValueError("staleness keeps rated answers for later, and reward_model_steps changes how they are rated")
-    if args.supervision == "process" and args.task in ("countdown", "jsonl"):
-        raise ValueError(
-            f"supervision process needs the values of a solution's steps, which task {args.task} does not have"
-        )
-    of_the_whole = args.format_weight, args.length_weight, args.overlong_buffer, args.reward_model
-    if args.supervision == "process" and (any(of_the_whole) or args.truncated == "penalise"):
-        raise ValueError(
-            "supervision process pays for each step: format_weight, length_weight, overlong_buffer, reward_model and "
-            "truncated penalise, which judge a whole completion, would do nothing"
-        )
-    needs_verifier = args.supervision == "process" or args.algorithm == "rft" or args.reward_model_steps
-    if args.reward and needs_verifier:
-        raise ValueError(
-            "reward takes the place of the verifier, which supervision process, algorithm rft and reward_model_steps "
-            "need"
-        )
-    if args.model is None and (args.system is not None or args.stop) and not only_looks:
-        raise ValueError("system and stop are for --model: the small model has no chat form, and ends by itself")
-    if args.tools != "none" and args.model is None and args.task != "arithmetic" and not only_looks:
-        raise ValueError("tools needs a model, or task arithmetic, whose worked sums show the small model how to call")
-    if args.tools != "none":
-        ends = [text for text in args.stop if text in "<calc></calc>" or re.fullmatch(r"[-0-9./]+", text)]
-        if ends:
-            raise ValueError(f"tools: stop {ends[0]!r} would end an answer within a call or its result")
-    if args.tools != "none" and args.sft_data:
-        raise ValueError("sft_data imitates every token of a completion, and tools would have written some of them")
-    if args.tools != "none" and args.supervision == "process":
-        raise ValueError("supervision process pays for the steps that the policy writes, and tools write some of them")
-    if "" in args.stop:
-        raise ValueError("stop needs texts that end a completion, got an empty one")
-    if args.reference_every and not (args.beta or args.reward_model_steps):
-        raise ValueError(f"reference_every {args.reference_every} refreshes nothing: beta and reward_model_steps are 0")
-    if args.reward_model_steps and not (args.reward_model and args.reference_every):
-        raise ValueError("reward_model_steps needs reward_model and reference_every, the steps between two rounds")
-    if args.lora_rank and args.reference_every:
-        raise ValueError("lora_rank keeps the model without the adapter as the reference: reference_every must be 0")
-    names = args.model, args.data, args.resume, args.run_dir, args.reward_model, args.reward, args.eval_data
-    if "" in (*names, *args.evaluate, args.sft_data, args.sample_to):
-        raise ValueError(
-            "model, data, eval_data, sft_data, sample_to, resume, run_dir, reward, reward_model and evaluate need a "
-            "name or a path, got an empty one"
-        )
-    if args.ask is not None and not args.ask.strip():
-        raise ValueError("ask needs a question, got an empty one")
-    if args.resume and args.run_dir:
-        raise ValueError(f"resume {args.resume} continues in its own directory, not in run_dir {args.run_dir}")
+    ends = [text for text in args.stop if text in "<calc></calc>" or re.fullmatch(r"[-0-9./]+", text)]
+    if args.tools != "none" and ends:
+        raise ValueError(f"tools: stop {ends[0]!r} would end an answer within a call or its result")
     try:
         re.compile(args.format_pattern)
     except re.error as error:
@@ -3758,21 +3600,19 @@ def num_parameters(name):
 
 def empty_model(name):
     """The model of a Hub id or a directory without its weights, from its config.json alone."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
-    transformers.utils.logging.set_verbosity_error()
-    base = base_of_adapter(name)
-    try:
-        config = from_disk("AutoConfig", base or name)
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except (InputError, ValueError) as error:
-        reason = f"{name} is an adapter, and its base_model_name_or_path {error}" if base else error
-        raise InputError(str(reason)) from error
+    config = base_from_disk("AutoConfig", name)
+    with refused(name, ValueError), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def choose_settings(args, saved, problems):
     """The settings of a run, all of them: as --resume's run had them, or chosen, and then printed."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if saved:
         return replace(args, **{name: getattr(saved["args"], name) for name in CHOSEN if getattr(args, name) is None})
     try:
@@ -3788,18 +3628,15 @@ def print_choices(args, why):
     lines = {}
     for name, reason in why.items():
         value, flag = getattr(args, name), name.replace("_", "-")
-        word = f"--{flag} {value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
+        word = f"--{flag}\0{value}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}"
         lines.setdefault(reason, []).append(word)
     rows = []  # (some flags, the reason for them): what is longer than half a line goes on in the next one
     for reason, words in lines.items():
-        rows.append(["", reason])
-        for word in words:
-            if rows[-1][0] and len(f"{rows[-1][0]} {word}") > 50:
-                rows.append(["", ""])
-            rows[-1][0] = f"{rows[-1][0]} {word}".strip()
+        flags = textwrap.wrap(" ".join(words), 50, break_on_hyphens=False, break_long_words=False)
+        rows += zip(flags, [reason, *[""] * len(flags)])
     width = max((len(flags) for flags, _ in rows), default=0)
     for i, (flags, reason) in enumerate(rows):
-        say(f"{'' if i else 'chosen':12}{flags:{width}}  {reason}".rstrip())
+        say(f"{'' if i else 'chosen':12}{flags:{width}}  {reason}".replace("\0", " ").rstrip())
 
 
 # ---- Several processes (torchrun) ----
@@ -3850,15 +3687,6 @@ def sum_gradients(args, parameters):
             gradient_of(parameter).copy_(over_ranks(gradient_of(parameter).to(args.device)))
 
 
-def end_processes(args, policy):
-    """Leave the group of processes. Returns the weights that --shard has split, gathered; None without it."""
-    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
-    if num_processes() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return weights
-
-
 # ---- The beginning of a run ----
 #
 # What train() needs before its first step, each in one call: the checkpoint, the processes, the policy, the reference.
@@ -3880,19 +3708,13 @@ def load_checkpoint(args):
 def start_run(args, held_out):
     """Start processes, threads and Weights & Biases, and check the device. Returns the settings, with this process's
     own device, and the run directory. A new run makes it later: if loading the model fails, nothing is left behind."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     count = num_processes()
     if args.prompts_per_step % count:
         raise InputError(f"--prompts-per-step {args.prompts_per_step} cannot be split evenly over {count} processes")
     if args.shard and count == 1:
         raise InputError("--shard needs several processes: torchrun --nproc-per-node=2 grpo_llm.py …")
-    if count > 1 and args.staleness:
-        raise InputError(f"--staleness works in one process, there are {count}")
-    if count > 1 and args.reward_model_steps:
-        raise InputError(f"--reward-model-steps trains in one process: {count} would have a reward model each")
+    if count > 1 and (alone := settings_given(args, "staleness reward_model_steps")):
+        raise InputError(f"{', '.join(alone)} works in one process, there are {count}")
     if len(held_out) < count:
         raise InputError(f"{len(held_out)} held-out problems are fewer than the {count} processes that share them")
     run_dir = [args.resume or args.run_dir or new_run_dir(args)]
@@ -3945,10 +3767,8 @@ def prepare_policy(args, policy, tokenizer, saved):
     torch.manual_seed(args.seed)  # the adapter's first weights: the same in every process
     adapter = add_adapter(args, policy) if args.lora_rank else None
     base = args.model and base_of_adapter(args.model)
-    if adapter:
-        is_needed = base and args.beta  # a new adapter begins as no change at all: it is enough to switch it off
-        first = [x.detach().clone() for x in policy.parameters() if x.requires_grad] if is_needed else None
-        adapter.first_weights = first
+    if adapter and args.beta:
+        adapter.first_weights = [x.detach().clone() for x in policy.parameters() if x.requires_grad]
     if policy.plain_because:
         say(f"path        plain, not fast: {policy.plain_because}")
     if args.staleness and args.sampler_correction == "none" and args.old_logprobs != "sampler":
@@ -3966,7 +3786,7 @@ def prepare_policy(args, policy, tokenizer, saved):
 
 
 def reference_of(args, start_dir, policy, adapter, saved):
-    """The frozen reference. With an adapter it is the policy itself, and score_reference() switches the adapter off."""
+    """The frozen reference. With an adapter it is the policy itself, with the first weights in score_reference()."""
     if adapter:
         return policy
     reference = load_reference(args, start_dir, policy.plain_because)
@@ -3979,18 +3799,24 @@ def reference_of(args, start_dir, policy, adapter, saved):
 
 def score_reference(args, reference, adapter, sequences, micro_batches):
     """ln π_ref of the sequences, (B, T)."""
-    with as_begun(adapter, adapter.first_weights) if adapter else nullcontext():
+    with as_begun(adapter) if adapter else nullcontext():
         return score(args, reference, sequences, micro_batches)
 
 
 def restore(saved, optimizer, reward_model):
-    """Restore optimizer and reward model. Returns the first step, where the stream of problems stands, the metrics."""
+    """Restore optimizer and reward model. Returns the first step, where the stream of problems stands, the metrics, and
+    the rollouts that waited."""
     if not saved:
-        return 0, 0, []
+        return 0, 0, [], deque()
     optimizer.load_state_dict(saved["optimizer"])
     if reward_model:
         reward_model.load_state_dict(saved)
-    return saved["step"], saved["cursor"], saved["metrics"]
+    waiting = deque()
+    for rollout in saved.get("rollouts", ()):
+        seen = [(Group(Problem(*problem), *group), Rating(*rating)) for problem, *group, rating, _ in rollout]
+        taught = [pair for pair, row in zip(seen, rollout) if row[-1]]
+        waiting.append(([group for group, _ in taught], [rating for _, rating in taught], seen))
+    return saved["step"], saved["cursor"], saved["metrics"], waiting
 
 
 def open_log(args, run_dir, first):
@@ -4165,15 +3991,24 @@ def save_checkpoint(args, run_dir, writer, progress, policy, optimizer, referenc
         save(run_dir / "checkpoint.pt", content)
 
 
-def save_results(args, run_dir, model, tokenizer, weights, metrics):
-    """The policy as a transformers directory, metrics.jsonl and curves.png. weights: instead of the model's own."""
-    save_model(run_dir / "policy", model, tokenizer, weights)
+def end_run(args, run_dir, writer, policy, adapter, tokenizer, metrics, held_out, seen, seconds):
+    """Leave the group of processes. The first one writes the policy as a transformers directory, metrics.jsonl and
+    curves.png, and prints the summary."""
+    weights = {name: gathered(x.detach()) for name, x in policy.named_parameters()} if args.shard else None
+    if num_processes() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if writer is None:
+        return
+    writer.close()
+    save_model(run_dir / "policy", adapter or policy, tokenizer, weights)
     if args.save_merged:
         plain = replace(args, lora_rank=0, quantize="none", optimizer="adamw8bit", save_merged=False, device="cpu")
         save_model(run_dir / "merged", load_model(plain, str(run_dir / "policy"))[0], tokenizer)
     with written_aside(run_dir / "metrics.jsonl") as path:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in metrics), encoding="utf-8")
     draw_curves(metrics, run_dir / "curves.png")
+    print_summary(args, run_dir, metrics, held_out, seen, seconds)
 
 
 def print_summary(args, run_dir, metrics, held_out, seen, seconds):
@@ -4223,14 +4058,7 @@ ASKED = ("task", "instruction", "system", "stop", "tools", "max_tokens", "temper
 NO_RUN = {"run_dir": None, "resume": None, "track": False, "offload": False, "shard": False, "sft_data": None}
 
 # Settings of training, which need not be chosen here
-UNUSED = {
-    "optimizer": "adamw8bit",
-    "learning_rate": 1.0,
-    "gradient_checkpointing": False,
-    "prompts_per_step": 1,
-    "group_size": 2,
-    "offload": False,
-}
+UNUSED = {"optimizer": "adamw8bit", "learning_rate": 1.0, "gradient_checkpointing": False, "offload": False}
 
 
 def policy_of(name):
@@ -4245,7 +4073,10 @@ def policy_of(name):
     if path.is_dir() and (path.parent / "checkpoint.pt").is_file():  # policy, merged, or the small model's start
         with suppress(InputError):  # a run of another script
             return name, load(path.parent / "checkpoint.pt")["args"]
-    check_model_name(name)
+    if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # the form of a Hub id
+        raise InputError(f"there is no directory {name}")
+    if path.is_dir() and not ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
+        raise InputError(f"the directory {name} holds no model: it has no config.json")
     return name, None
 
 
@@ -4318,23 +4149,27 @@ def settings_of_model(args, directory, saved):
     return replace(args, model=directory)
 
 
-def choose_to_look(args, policy, problems):
-    """The settings that were not given, chosen and printed, and the device made ready."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def choose_to_look(args, policies, problems):
+    """(the settings with those that were not given chosen and printed, the problems that every model can read: that
+    leave room for max_tokens in its context). Makes the device ready."""
     if num_processes() > 1:
         raise InputError("--evaluate, --ask and --sample-to work in one process: start them without torchrun")
-    unused = {name: x for name, x in UNUSED.items() if getattr(args, name) is None}
-    if args.sample_to:  # it samples as many prompts at a time, and completions of each, as a run does
-        unused = {name: x for name, x in unused.items() if name not in ("prompts_per_step", "group_size")}
-    if "prompts_per_step" in unused:
-        unused["prompts_per_step"] = args.num_minibatches
-    args = choose_settings(replace(settings_of_model(args, *policy), **unused), None, problems)
+    unused = UNUSED if args.sample_to else {**UNUSED, "prompts_per_step": args.num_minibatches, "group_size": 2}
+    unused = {name: x for name, x in unused.items() if getattr(args, name) is None}
+    args = choose_settings(replace(settings_of_model(args, *policies[0]), **unused), None, problems)
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
-    return args
+    for directory, saved in policies:
+        own, tokenizer = settings_of_model(args, directory, saved), read_tokenizer(directory)
+        if own.model is None:
+            check_characters(tokenizer, problems)
+        kept, over = that_fit(own, context_of(empty_model(directory)), tokenizer, problems)
+        if not kept:
+            raise InputError(f"{directory}: {over}: lower --max-tokens or shorten the prompts")
+        if len(kept) < len(problems):
+            say(f"            {directory}: {over}: they are left out")
+        problems = kept
+    return args, problems
 
 
 def load_policy(args, directory):
@@ -4346,23 +4181,6 @@ def load_policy(args, directory):
     if model.plain_because:
         say(f"path        plain, not fast: {model.plain_because}")
     return model, tokenizer, eos_ids
-
-
-def problems_for_all(args, policies, problems):
-    """The problems that every model can read: that leave room for max_tokens in its context."""
-    for directory, saved in policies:
-        own, tokenizer = settings_of_model(args, directory, saved), read_tokenizer(directory)
-        if own.model is None:
-            check_characters(tokenizer, problems)
-        sizes, context = prompt_sizes(own, tokenizer, problems), context_of(empty_model(directory))
-        kept = [problem for problem in problems if sizes[problem.prompt] + args.max_tokens <= context]
-        if len(kept) < len(problems):
-            over = f"of {len(problems):,} prompts and --max-tokens {args.max_tokens} exceed the context of {context:,}"
-            if not kept:
-                raise InputError(f"all {over} that {directory} has: lower --max-tokens or shorten the prompts")
-            say(f"            {len(problems) - len(kept):,} {over} that {directory} has: they are left out")
-        problems = kept
-    return problems
 
 
 def check_characters(tokenizer, problems):
@@ -4389,8 +4207,7 @@ def compare_models(args):
 
     policies = [policy_of(name) for name in args.evaluate]
     problems = problems_to_evaluate(args, policies)
-    args = choose_to_look(args, policies[0], problems)
-    problems = problems_for_all(args, policies, problems)
+    args, problems = choose_to_look(args, policies, problems)
     tables = []
     for number, (name, policy) in enumerate(zip(args.evaluate, policies)):
         say(f"model {string.ascii_uppercase[number % 26]}     {name}")
@@ -4468,17 +4285,14 @@ def paired_interval(differences):
     It is the normal interval after two problems are added: half a one with difference 1, half a one with −1, one with
     0. Without them it would have no width where the models agree on the few problems that were asked.
     """
-    n = len(differences) + 2
-    mean = sum(differences) / n
-    variance = (sum(x**2 for x in differences) + 1) / n - mean**2
-    half = 1.96 * math.sqrt(variance / n)
-    return max(mean - half, -1.0), min(mean + half, 1.0)
+    low, high = normal_interval([*differences, 0.5**0.5, -(0.5**0.5)], 0)  # the same sum of squares, 1
+    return max(low, -1.0), min(high, 1.0)
 
 
-def normal_interval(scores):
+def normal_interval(scores, correction=1):
     """The 95% interval of the mean of problems' scores of any size; NaN for one problem, which tells no variance."""
     x = torch.tensor(scores, dtype=torch.float64)
-    half = 1.96 * float(x.std() / len(x) ** 0.5) if len(x) > 1 else math.nan
+    half = 1.96 * float(x.std(correction=correction) / len(x) ** 0.5) if len(x) > 1 else math.nan
     return float(x.mean()) - half, float(x.mean()) + half
 
 
@@ -4512,10 +4326,9 @@ def ask_policy(args):
     known, its reward. Returns a (name, text, reward or None, ln π, tokens, has it ended) for each."""
     policy = policy_of(args.model)
     problem = asked_problem(args)
-    args = choose_to_look(args, policy, [problem])
     if args.task == "arithmetic" and not problem.answer and args.instruction is None:
         args = replace(args, instruction="{}")  # "What is {}?" is for sums
-    problems_for_all(args, [policy], [problem])
+    args, _ = choose_to_look(args, [policy], [problem])
     model, tokenizer, eos_ids = load_policy(args, policy[0])
     reward_model = RewardModel(args) if args.reward_model and problem.answer else None
     names, is_known = [("ask", problem.prompt)], bool(problem.answer or args.reward)
@@ -4551,10 +4364,8 @@ def asked_problem(args):
         return Problem(match[0], match[2], numbers=tuple(map(int, match[1].split(","))))
     if args.data or args.eval_data or (args.task == "gsm8k" and policy_of(args.model)[1]):
         try:
-            for problem in (
-                *load_eval_problems(args),
-                *(load_other_task(args) if args.task == "gsm8k" or args.data else ()),
-            ):
+            learned = read_problems(args, read_rows(args.data)) if args.task == "gsm8k" or args.data else []
+            for problem in load_eval_problems(args) + learned:
                 if problem.prompt == text:
                     return problem
         except (InputError, OSError) as error:
@@ -4618,13 +4429,9 @@ def keep_samples(args):
     path, policy = Path(args.sample_to), policy_of(args.model)
     if path.exists() or not path.parent.is_dir():
         raise InputError(f"--sample-to {path} {'exists: choose another' if path.exists() else 'lies in no directory'}")
-    if args.reward:
-        raise InputError("--sample-to keeps what the verifier judges right, and --reward takes the verifier's place")
     if args.tools != "none":
         raise InputError("--sample-to keeps texts, and --sft-data would imitate what the calculator wrote in them too")
-    problems, _ = load_problems(args)
-    args = choose_to_look(args, policy, problems)
-    problems = problems_for_all(args, [policy], problems)
+    args, problems = choose_to_look(args, [policy], load_problems(args)[0])
     model, tokenizer, eos_ids = load_policy(args, policy[0])
     counts, rows = Counter(), {}
     for step in trange(args.steps, desc="sample"):
@@ -4683,26 +4490,20 @@ class Example(NamedTuple):
     completion: list  # tokens that are imitated, with the EOS that ends them
 
 
-def read_completion(row):
-    """(problem, completion) of a row {"prompt", "completion"}. The prompt is a text or the messages of a chat, the
-    completion a text or the assistant's one message."""
-    prompt, messages = read_prompt(row, ("prompt", "completion"), "--sft-data")
-    completion = row["completion"]
-    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
-        completion = completion[0].get("content") if completion[0].get("role") == "assistant" else completion
-    if not isinstance(completion, str) or not completion.strip():
-        raise InputError(f"completion must be a text or one message of the assistant, found {shortened(completion)}")
-    return Problem(prompt.removesuffix("\n"), None, messages=messages), completion  # encode_prompt() adds the newline
-
-
 def read_completions(args):
-    """[(where it stands, problem, completion)] of the lines of --sft-data."""
+    """[(where it stands, problem, completion)] of the lines {"prompt", "completion"} of --sft-data. A prompt is a text
+    or the messages of a chat, a completion a text or the assistant's one message."""
     rows = []
     for where, row in read_rows(args.sft_data, "--sft-data"):
-        try:
-            rows.append((where, *read_completion(row)))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+        with refused(where):
+            prompt, messages = read_prompt(row, ("prompt", "completion"), "--sft-data")
+            text = row["completion"]
+            if isinstance(text, list) and len(text) == 1 and isinstance(text[0], dict):
+                text = text[0].get("content") if text[0].get("role") == "assistant" else text
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"completion must be a text or one message of the assistant, found {shortened(text)}")
+            problem = Problem(prompt.removesuffix("\n"), None, messages=messages)  # encode_prompt() adds the newline
+            rows.append((where, problem, text))
     if not rows:
         raise InputError(f"--sft-data {args.sft_data} has no rows")
     return rows
@@ -4727,28 +4528,22 @@ def examples_of(args, model, tokenizer, eos_ids, rows, held_out):
     plain = replace(args, instruction="{}", system=None)
     with_system = replace(plain, system=args.system)
     not_learned = {tuple(encode_prompt(args, tokenizer, problem)) for problem in held_out}
-    examples, num_held_out, num_over, num_long, context = [], 0, 0, 0, context_of(model)
+    examples, notes, context = [], Counter(), context_of(model)
     for where, problem, text in rows:
         has_system = problem.messages and problem.messages[0]["role"] in ("system", "developer")
-        try:
+        with refused(where):
             prompt = encode_prompt(plain if has_system else with_system, tokenizer, problem)
-            example = Example(prompt, encode_completion(tokenizer, eos_ids, text))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+            completion = encode_completion(tokenizer, eos_ids, text)
         if tuple(prompt) in not_learned:
-            num_held_out += 1
-        elif len(prompt) + len(example.completion) > context:
-            num_over += 1
+            notes["are left out because their prompts are held out"] += 1
+        elif len(prompt) + len(completion) > context:
+            notes[f"are left out because they exceed the model's context of {context:,} tokens"] += 1
         else:
-            num_long += len(example.completion) > args.max_tokens
-            examples.append(example)
+            is_long = len(completion) > args.max_tokens
+            notes[f"are longer than --max-tokens {args.max_tokens}, where an evaluation cuts an answer"] += is_long
+            examples.append(Example(prompt, completion))
     epochs = args.steps * args.prompts_per_step / max(len(examples), 1)
     say(f"sft-data    {len(rows):,} lines; {args.steps} steps of {args.prompts_per_step} are {epochs:.2g} epochs")
-    notes = {
-        "are left out because their prompts are held out": num_held_out,
-        f"are left out because they exceed the model's context of {context:,} tokens": num_over,
-        f"are longer than --max-tokens {args.max_tokens}, where an evaluation cuts an answer": num_long,
-    }
     for note, count in notes.items():
         if count:
             say(f"            {count:,} {note}")
@@ -4794,7 +4589,7 @@ def fine_tune(args):
     adapter = prepare_policy(args, policy, tokenizer, saved)
     optimizer = new_optimizer(args, policy)
     parameters = optimizer.param_groups[0]["params"]
-    first, _, metrics = restore(saved, optimizer, None)
+    first, _, metrics, _ = restore(saved, optimizer, None)
     writer = open_log(args, run_dir, first)
     if not metrics:
         args, scores = retry_with_less(args, "generate_rows", evaluate, policy, tokenizer, eos_ids, held_out)
@@ -4836,11 +4631,7 @@ def fine_tune(args):
             break
     bar.close()
     ending.restore()
-    weights = end_processes(args, policy)
-    if process_rank() == 0:
-        writer.close()
-        save_results(args, run_dir, adapter or policy, tokenizer, weights, metrics)
-        print_summary(args, run_dir, metrics, held_out, [], time.perf_counter() - started)
+    end_run(args, run_dir, writer, policy, adapter, tokenizer, metrics, held_out, [], time.perf_counter() - started)
     return metrics
 
 

@@ -186,7 +186,7 @@ def token_logprobs(logits, tokens, temperature):
     Use the temperature of the sampling: with another one the ratio is not 1 before the first update.
     """
     logits = logits if temperature == 1 else logits / temperature
-    return -nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
+    return -torch.nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view_as(tokens)
 
 
 def preference_loss(chosen_score, rejected_score):

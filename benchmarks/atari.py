@@ -2,6 +2,7 @@
 
 Run      python benchmarks/atari.py                               (what is not given is skipped with a word)
          python benchmarks/atari.py --cleanrl FOLDER --cleanrl-python VENV/bin/python
+         … --envpool-python VENV2/bin/python                      (if the variant with envpool needs another one)
          python benchmarks/atari.py --device cuda --programs ours ours-compiled ours-graphs cleanrl …    (on a GPU)
 Writes   benchmarks/results/atari_speed.jsonl or, on a GPU, atari_speed_cuda.jsonl (raw, a line a run)
 
@@ -13,10 +14,11 @@ Programs, interleaved round by round, each in a process of its own. Pong, 8 game
     ours-compiled    the network under torch.compile, which the script does without
     ours-graphs      the same with mode="reduce-overhead": CUDA graphs on a GPU
     cleanrl          CleanRL's cleanrl/ppo_atari.py, which you fetch yourself (it needs gymnasium 0.29.1, ale-py 0.10.1)
-    cleanrl-envpool  its cleanrl/ppo_atari_envpool.py (it needs envpool 0.8.4 and gym 0.23.1)
+    cleanrl-envpool  its cleanrl/ppo_atari_envpool.py (it needs envpool 1.0.1, as later versions return
+                     from reset() what the file does not expect, and gym 0.23.1)
 
-The first two iterations warm up and are not counted. For ours the time is split into environment, rest of the rollout
-and update.
+A program that fails is left out from then on, and the others are measured. The first two iterations warm up and are not
+counted. For ours the time is split into environment, rest of the rollout and update.
 """
 
 import argparse
@@ -96,9 +98,22 @@ def run_ours(program, iterations, device):
     }
 
 
-def run_peer(program, iterations, options, threads):
+def run_apart(program, options):
+    """run_ours in a process of its own."""
+    command = [sys.executable, __file__, "--one", program, "--iterations", str(options.iterations)]
+    run = subprocess.run([*command, "--device", options.device], capture_output=True, text=True)
+    line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise RuntimeError(run.stderr[-600:])
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def run_peer(program, options, threads):
     """A peer's file, unchanged: it prints a line "SPS: …" after each iteration; the lines' times are what counts."""
     file, env_id = PEERS[program]
+    iterations, interpreter = options.iterations, options.cleanrl_python
+    if program == "cleanrl-envpool":
+        interpreter = options.envpool_python or interpreter
     start = f"import runpy, sys; sys.argv = sys.argv[1:]; {'import ale_py; ' if program == 'cleanrl' else ''}"
     start += "runpy.run_path(sys.argv[0], run_name='__main__')"
     flags = ["--env-id", env_id, "--total-timesteps", str(ROLLOUT * iterations)]
@@ -108,7 +123,7 @@ def run_peer(program, iterations, options, threads):
     environment |= {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [options.cleanrl_python, "-c", start, str(path), *flags],
+            [interpreter, "-c", start, str(path), *flags],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -118,7 +133,7 @@ def run_peer(program, iterations, options, threads):
         times = [time.perf_counter() for line in process.stdout if line.startswith("SPS:")]
         errors = process.communicate()[1]
     if len(times) < iterations:
-        sys.exit(f"{program} printed {len(times)} SPS lines for {iterations}:\n{errors[-2000:]}")
+        raise RuntimeError(f"it printed {len(times)} SPS lines for {iterations}:\n{errors[-2000:]}")
     return {"sps": ROLLOUT * (iterations - WARM_UP) / (times[-1] - times[WARM_UP - 1])}
 
 
@@ -132,18 +147,12 @@ def measure(options):
         file.write(json.dumps({"machine": machine(options.device), "date": time.strftime("%Y-%m-%d")}) + "\n")
         for round_number in range(1, options.rounds + 1):
             for program in list(programs):
-                if program in PEERS:
-                    result = run_peer(program, options.iterations, options, threads)
-                else:
-                    command = [sys.executable, __file__, "--one", program, "--iterations", str(options.iterations)]
-                    command += ["--device", options.device]
-                    run = subprocess.run(command, capture_output=True, text=True)
-                    line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
-                    if line is None:
-                        print(f"failed      {program}, left out from here on:\n{run.stderr[-600:]}")
-                        programs.remove(program)
-                        continue
-                    result = json.loads(line.removeprefix("RESULT "))
+                try:
+                    result = run_peer(program, options, threads) if program in PEERS else run_apart(program, options)
+                except (OSError, RuntimeError) as error:
+                    print(f"failed      {program}, left out from here on: {error}")
+                    programs.remove(program)
+                    continue
                 line = json.dumps({"program": program, "round": round_number, **result})
                 file.write(line + "\n")
                 file.flush()
@@ -161,7 +170,7 @@ def print_table(options):
     print(f"\n{device}, {head['date']}\n")
     print("| program | steps a second: median (lowest to highest) | ours is faster | environment, rollout, update |")
     print("|---|---|---|---|")
-    ours = median(row["sps"] for row in rows if row["program"] == "ours")
+    own = [row["sps"] for row in rows if row["program"] == "ours"]
     for program in dict.fromkeys(row["program"] for row in rows):
         mine = [row for row in rows if row["program"] == program]
         sps = [row["sps"] for row in mine]
@@ -169,7 +178,7 @@ def print_table(options):
         if "update" in mine[0]:
             shares = (median(row[key] for row in mine) for key in ("environment", "rest_of_rollout", "update"))
             parts = ", ".join(f"{100 * share:.0f}%" for share in shares)
-        ratio = "" if program == "ours" else f"{ours / median(sps):.2f}×"
+        ratio = f"{median(own) / median(sps):.2f}×" if own and program != "ours" else ""
         print(f"| {program} | {median(sps):,.0f} ({min(sps):,.0f} to {max(sps):,.0f}) | {ratio} | {parts} |")
 
 
@@ -183,6 +192,7 @@ if __name__ == "__main__":
     parser.add_argument("--results", help="name of the file of raw results")
     parser.add_argument("--cleanrl", help="a copy of CleanRL's repository")
     parser.add_argument("--cleanrl-python", default=sys.executable, help="an interpreter with what it needs")
+    parser.add_argument("--envpool-python", help="one with what its envpool variant needs; default --cleanrl-python")
     parser.add_argument("--one", choices=list(OURS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

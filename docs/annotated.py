@@ -24,10 +24,10 @@ LANGUAGES = {
         "dark": "dark",
         "auto": "as the system",
         "lines": "Lines:",
-        "test": "Test",
-        "page": "Page",
-        "paper": "Paper",
-        "picture": "Moving picture",
+        "test": "Test:",
+        "page": "Page:",
+        "paper": "Paper:",
+        "picture": "Moving picture:",
         "see": "explained at line {}",
         "equations": "The equations",
         "machinery": "Machinery: lines {} to {}. A first reader can stop here.",
@@ -45,10 +45,10 @@ LANGUAGES = {
         "dark": "深色",
         "auto": "跟随系统",
         "lines": "所在行：",
-        "test": "测试",
-        "page": "页面",
-        "paper": "论文",
-        "picture": "动图",
+        "test": "测试：",
+        "page": "页面：",
+        "paper": "论文：",
+        "picture": "动图：",
         "see": "见第 {} 行",
         "equations": "公式",
         "machinery": "Machinery：第 {} 到 {} 行。第一次阅读可以到此为止。",
@@ -179,11 +179,11 @@ class Script:
 
 
 def paper_links(text):
-    found = {}
-    for name, place in PLACE.findall(text):
-        if place or name not in {found_name for found_name, _ in found}:
-            found[name, place] = f'<a href="https://arxiv.org/abs/{PAPERS[name]}">{name} {place}</a>'
-    return list(found.values())
+    """[link] of each paper that a text names, by equation or section if it says which."""
+    found = dict.fromkeys(PLACE.findall(text))
+    exact = {name for name, place in found if place}
+    kept = [(name, place) for name, place in found if place or name not in exact]
+    return [f'<a href="https://arxiv.org/abs/{PAPERS[name]}">{f"{name} {place}".strip()}</a>' for name, place in kept]
 
 
 def annotated(edition, name, formula, nested):
@@ -209,7 +209,7 @@ def annotated(edition, name, formula, nested):
     def note(start, node, tags):
         """The HTML beside the line `start`: a function or class that begins there (or None), tags that stand there."""
         told = [tag for tag in tags if script.place_of(tag) in tags[tag]]
-        parts, latex, pages, papers, tests = [], [], [], [], []
+        parts, latex, pages, tests, said = [], [], [], [], ""
         for tag in tags:
             title = edition.markdown.renderInline(edition.tags[tag][1])
             head = f'<a href="{edition.detail(tag, here)}">{tag} {title}</a>'
@@ -225,15 +225,15 @@ def annotated(edition, name, formula, nested):
             latex += latex_for(tag)
             tests += re.findall(r"(tests/\w+\.py)::(\w+)", test)
             pages += page_links(tag)
-            papers += paper_links(" ".join(items))
+            said += " ".join(items)
         if node:
-            said = ast.get_docstring(node) or ""
+            docstring = ast.get_docstring(node) or ""
+            said += docstring
             if not told:
-                latex += [found for key in places_in(said) for found in latex_for(key)]
+                latex += [found for key in places_in(docstring) for found in latex_for(key)]
             tests += edition.tests_of(name, node.name)
             pages += page_links(node.name)
-            papers += paper_links(said)
-            if not tags and (tests or pages or papers or latex):
+            if not tags and (tests or pages or paper_links(said) or latex):
                 parts.append(f'<p class="title"><a href="#L{node.lineno}"><code>{node.name}</code></a></p>')
         parts += [formula(found, True) for found in dict.fromkeys(latex)]
         pictures = [PICTURES[key] for key in (*told, node.name if node else "") if key in PICTURES]
@@ -242,11 +242,11 @@ def annotated(edition, name, formula, nested):
         for label, links in (
             (words["test"], tests),
             (words["page"], pages),
-            (words["paper"], papers),
+            (words["paper"], paper_links(said)),
             (words["picture"], pictures),
         ):
             if links and parts:
-                parts.append(f'<p class="links">{label}: {" · ".join(dict.fromkeys(links))}</p>')
+                parts.append(f'<p class="links">{label} {" · ".join(dict.fromkeys(links))}</p>')
         return f"<aside>{''.join(parts)}</aside>" if parts else ""
 
     nodes = {script.starts.get(node.lineno, node.lineno): node for node in script.definitions}

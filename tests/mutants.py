@@ -800,8 +800,8 @@ GRPO = [
     ),
     (
         "prompts beyond the context kept",
-        "for problem in part if sizes[problem.prompt] <= room]",
-        "for problem in part]",
+        "for problem, size in zip(problems, sizes) if size <= room]",
+        "for problem, size in zip(problems, sizes)]",
     ),
     (
         "no room for the completion",
@@ -906,13 +906,17 @@ GRPO = [
         "(prompt, text, not cut)",
         "(prompt, text, True)",
     ),
-    ("the first adapter dropped", "if base and not args.lora_rank:\n", "if False:\n"),
+    ("the first adapter dropped", "if base_of_adapter(name) and not args.lora_rank:\n", "if False:\n"),
     (
         "a brought adapter thrown away for a new one",
         "if args.model and base_of_adapter(args.model):\n        adapter",
         "if False:\n        adapter",
     ),
-    ("the reference before the first adapter", "    if not start:\n", "    if True:\n"),
+    (
+        "the reference before the first adapter",
+        "zip(trained, adapter.first_weights)",
+        "zip(trained, [0 * x for x in now])",
+    ),
     ("merged weights stay frozen", ".merge_and_unload().requires_grad_(True)", ".merge_and_unload()"),
     ("dropout of a brought adapter", "    without_dropout(model)  # an adapter can bring its own\n", ""),
     (
@@ -1042,8 +1046,8 @@ GRPO = [
     ("imitation: the tokens of one process", "total_tokens = over_ranks(mask.sum())", "total_tokens = mask.sum()"),
     (
         "prompt tokens in the imitation",
-        "example = Example(prompt, encode_completion(tokenizer, eos_ids, text))",
-        "example = Example(prompt[:1], prompt[1:] + encode_completion(tokenizer, eos_ids, text))",
+        "examples.append(Example(prompt, completion))",
+        "examples.append(Example(prompt[:1], prompt[1:] + completion))",
     ),
     ("EOS left out of the imitation", "ids if ids and ids[-1] in eos_ids else ids + eos", "ids"),
     (
@@ -1070,7 +1074,7 @@ GRPO = [
     ),
     ("gsm8k evaluated on its training split", '"--eval-data", "test"))', '"--eval-data", "train"))'),
     ("shares taken for yes and no", "        n *= p * (1 - p) / variance\n", "        pass\n"),
-    ("no problem added to the pairs", "n = len(differences) + 2", "n = len(differences)"),
+    ("no problem added to the pairs", "[*differences, 0.5**0.5, -(0.5**0.5)]", "differences"),
     (
         "a resumed run writes a step's samples twice",
         'json.loads(line)["step"] > step:',
@@ -1165,14 +1169,14 @@ GRPO = [
     ("the newest rollout is learned from", "waiting.popleft()", "waiting.pop()"),
     (
         "rollouts that waited are lost when a run resumes",
-        'in saved.get("waiting", ()) if saved else ():',
-        "in () if saved else ():",
+        'for rollout in saved.get("rollouts", ()):',
+        "for rollout in ():",
     ),
     ("what the tool wrote is learned", "self.waiting[row].pop(0), 0.0, 0", "self.waiting[row].pop(0), logprob[i], 1"),
     (
         "the tool's answer in another row",
-        "                answer = self.tool.tokenizer(self.tool.compute(calls[-1])",
-        "                row = 0\n                answer = self.tool.tokenizer(self.tool.compute(calls[-1])",
+        "                answer = self.tool.tokenizer(calculate(calls[-1])",
+        "                row = 0\n                answer = self.tool.tokenizer(calculate(calls[-1])",
     ),
     ("a call is answered while an answer is written", "if row not in self.waiting and len(calls)", "if len(calls)"),
     (

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from contract import ROOT, load_script
 
 
 @pytest.fixture
@@ -515,6 +516,27 @@ def test_a_missing_rom(atari, small, monkeypatch, tmp_path):
     monkeypatch.setenv("ALE_ROMS_DIR", str(tmp_path))
     with pytest.raises(atari.InputError, match=r"--env-id ALE/Breakout-v5: its ROM is not available: .*breakout.bin"):
         atari.make_envs(small(), 1)
+
+
+def test_the_speed_benchmark_goes_on_where_a_program_fails(monkeypatch, tmp_path, capsys):
+    benchmark = load_script(ROOT / "benchmarks" / "atari.py")
+    words = {"programs": ["ours", "cleanrl", "cleanrl-envpool"], "rounds": 2, "iterations": 3, "device": "cpu"}
+    options = SimpleNamespace(**words, results=None, cleanrl="cleanrl", cleanrl_python="python", envpool_python=None)
+
+    def run_peer(program, *_):
+        if program == "cleanrl-envpool":
+            raise RuntimeError("no module named envpool")
+        return {"sps": 250.0}
+
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "run_apart", lambda *_: {"sps": 1000.0})
+    monkeypatch.setattr(benchmark, "run_peer", run_peer)
+    benchmark.measure(options)
+    benchmark.print_table(options)
+    printed = capsys.readouterr().out
+    assert printed.count("failed      cleanrl-envpool, left out from here on: no module named envpool") == 1
+    assert "| cleanrl | 250 (250 to 250) | 4.00× |" in printed
+    assert len((tmp_path / "atari_speed.jsonl").read_text(encoding="utf-8").splitlines()) == 1 + 2 * 2
 
 
 def test_processes_must_divide_the_environments(atari, small, monkeypatch):

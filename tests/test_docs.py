@@ -75,6 +75,19 @@ def test_the_transcript_is_what_was_printed():
     assert f"```text\n{printed}```\n" in page and printed.count("\n$ ") == 8
 
 
+def test_the_length_of_the_script_is_what_was_counted():
+    """Each row of the table of RESULTS.md is a commit that benchmarks/grpo_history.py has counted."""
+    raw = (ROOT / "benchmarks" / "results" / "grpo_history.jsonl").read_text(encoding="utf-8").splitlines()
+    counted = {row["commit"]: row for row in map(json.loads, raw[1:])}
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w{7,})` \| (\S+) \|[^|]*\| ([\d,]+) \| ([\d,–]+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 5
+    for commit, date, *shown in rows:
+        row = counted[commit]
+        assert date == row["date"]
+        assert shown == [f"{row['lines']:,}", str(row["part1"] or "–"), str(row["train"])]
+
+
 def test_the_numbers_about_variance_are_the_measured_ones():
     """Of the two pages about the foundations: four deviations, and how many seeds learn."""
     kept = json.loads((ROOT / "benchmarks" / "results" / "foundations.json").read_text(encoding="utf-8"))

@@ -110,7 +110,7 @@ def test_another_rank_is_refused(grpo, tiny_grpo, adapter, command):
     [
         (
             {"base_model_name_or_path": "runs/gone/start"},
-            "its base_model_name_or_path runs/gone/start cannot be loaded",
+            "its base_model_name_or_path: runs/gone/start cannot be loaded",
         ),
         ({"base_model_name_or_path": None}, "does not say of which model"),
         ({"target_modules": ["query_key_value"]}, "does not fit"),
@@ -211,7 +211,7 @@ def test_a_hub_id_stays_a_hub_id(grpo, tiny_grpo, tiny_lm):
 
 
 def test_save_merged_needs_an_adapter(grpo):
-    with pytest.raises(ValueError, match="save_merged merges the adapter of lora_rank, got lora_rank 0"):
+    with pytest.raises(ValueError, match="save_merged merges an adapter: it needs lora_rank"):
         grpo.Args(save_merged=True)
 
 

@@ -134,7 +134,10 @@ def test_a_prompt_beyond_the_context_of_one_model_is_asked_of_none(grpo, tiny_lm
     data = write_rows(tmp_path / "d.jsonl", [*SUMS[:4], {"prompt": "1+" * 120 + "1", "answer": 121}])
     words = ["--evaluate", tiny_lm, "--task", "jsonl", "--data", data, "--eval-samples", 2, "--eval-k", 2]
     assert len(grpo.compare_models(settings(*words))[0]) == 4
-    assert f"1 of 5 prompts and --max-tokens 35 exceed the context of 256 that {tiny_lm} has" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        f"{tiny_lm}: 1 of 5 prompts, up to " in out and "and --max-tokens 35 exceed the model's context of 256" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_gsm8k_is_learned_from_train_and_evaluated_on_test(grpo, monkeypatch):
 
 def test_an_evaluation_file_with_every_problem(grpo, tiny_grpo, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", SUMS)
-    with pytest.raises(grpo.InputError, match=r"30 of 30 problems stand in --eval-data .* too"):
+    with pytest.raises(grpo.InputError, match=r"of 30 with different prompts 30 stand in --eval-data .* too"):
         grpo.load_problems(tiny_grpo(task="jsonl", data=data, eval_data=data))
     empty = write_rows(tmp_path / "empty.jsonl", [])
     with pytest.raises(grpo.InputError, match=r"--eval-data .*empty.jsonl holds no problem"):
@@ -330,14 +333,14 @@ def test_a_run_of_a_real_model_can_be_trained_further(grpo, tiny_grpo, small_run
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--evaluate", "m", "--ask", "q"], "evaluate, ask and sample_to are separate commands"),
-        (["--evaluate", "m", "--run-dir", "r"], "resume, run_dir, track and sft_data exclude them"),
-        (["--ask", "q", "--resume", "r"], "resume, run_dir, track and sft_data exclude them"),
+        (["--evaluate", "m", "--ask", "q"], "is a separate command: it does not go with ask q"),
+        (["--evaluate", "m", "--run-dir", "r"], "trains nothing: it does not go with run_dir r"),
+        (["--ask", "q", "--resume", "r"], "ask q trains nothing: it does not go with resume r"),
         (["--evaluate", "m", "--model", "n"], "--evaluate takes the names of all models: write n behind it"),
         (["--evaluate", "m", "--task", "jsonl"], "task jsonl needs data"),
-        (["--evaluate", ""], "need a name or a path, got an empty one"),
-        (["--ask", ""], "ask needs a question, got an empty one"),
-        (["--eval-data", "e"], "eval_data is read for task gsm8k and jsonl; task arithmetic writes its own problems"),
+        (["--evaluate", ""], "evaluate must not be empty, got ('',)"),
+        (["--ask", ""], "ask must not be empty, got ''"),
+        (["--eval-data", "e"], "eval_data e is read for task gsm8k and jsonl: it does not go with task arithmetic"),
         (["--evaluate", "/nowhere/at/all"], "there is no directory /nowhere/at/all"),
         (["--ask", "3,4", "--task", "countdown", "--model", "m"], "task countdown wants numbers and a target"),
     ],
@@ -357,12 +360,15 @@ def test_the_small_model_refuses_letters(small_run, command):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--ask", " ", "--model", "m"], "ask needs a question"),
+        (["--ask", " ", "--model", "m"], "ask must not be empty"),
         (["--ask", "-3+4", "--model", "m"], "needs an equals sign, such as --ask=-3+4"),
         (["--ask", "1+1", "--model", "/tmp/no such/model"], "there is no directory /tmp/no such/model"),
         (["--evaluate", "EMPTY", "m"], "holds no model: it has no config.json"),
         (["--model", "EMPTY"], "holds no model: it has no config.json"),
-        (["--model", "m", "--task", "jsonl", "--data", "EMPTY/none"], "--data EMPTY/none cannot be read: No such file"),
+        (
+            ["--model", "m", "--task", "jsonl", "--data", "EMPTY/none"],
+            "--data EMPTY/none is no file of JSON lines in UTF-8: No such file",
+        ),
     ],
 )
 def test_one_sentence_for_what_cannot_be(grpo, tmp_path, monkeypatch, capsys, words, sentence):

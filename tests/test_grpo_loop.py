@@ -309,7 +309,7 @@ def test_without_beta_there_is_no_reference(watch, tiny_grpo):
 
 
 def test_lora_off_is_the_base_model(watch, tiny_grpo):
-    """[G22] Only the adapter learns; the reference, the adapter switched off, is the base model to the bit, though the
+    """[G22] Only the adapter learns; the reference, with the adapter's first weights, is the base model, though the
     adapter has moved; the same seed gives the same adapter."""
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     seen = watch(tiny_grpo(beta=0.1, lora_rank=4, steps=3))
@@ -849,5 +849,5 @@ def test_processes_must_divide_the_prompts(grpo, tiny_grpo, reward_model, monkey
     with pytest.raises(grpo.InputError, match="1 held-out problems are fewer than the 2 processes"):
         grpo.train(tiny_grpo(prompts_per_step=4, eval_problems=1))
     options = {"reward_model": reward_model, "reward_model_steps": 3, "reference_every": 2, "prompts_per_step": 4}
-    with pytest.raises(grpo.InputError, match="trains in one process"):
+    with pytest.raises(grpo.InputError, match="reward_model_steps 3 works in one process, there are 2"):
         grpo.train(tiny_grpo(**options))

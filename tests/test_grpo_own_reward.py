@@ -282,15 +282,15 @@ def test_what_is_no_reward(grpo, own, command, code, message):
         (
             "def reward(text):\n    return 1\n",
             "",
-            "reward needs text, and what can be given by name is answer, completi",
+            "reward is given by name answer, completion, level, prompt: missing a required argument: 'text'",
         ),
         (
             "def reward(completion, solution):\n    return 1\n",
             "",
-            "reward needs solution, and what can be given by name",
+            "missing a required argument: 'solution'",
         ),
-        ("def reward(completions, solution, **k):\n    return 1\n", "", "reward needs solution, and what can be given"),
-        ("def reward(completion, /):\n    return 1\n", "", "reward needs completion, and what can be given by name"),
+        ("def reward(completions, solution, **k):\n    return 1\n", "", "missing a required argument: 'solution'"),
+        ("def reward(completion, /):\n    return 1\n", "", "reward is given by name answer, completion"),
     ],
 )
 def test_files_that_are_refused(grpo, own, tmp_path, code, chosen, message):
@@ -309,14 +309,14 @@ def test_files_that_are_refused(grpo, own, tmp_path, code, chosen, message):
     [
         ({"reward": "rewards"}, "reward must be a file such as rewards.py"),
         ({"reward": "rewards.py:"}, "reward must be a file such as rewards.py"),
-        ({"reward": ""}, "reward, reward_model and evaluate need a name or a path"),
-        ({"reward": "r.py", "supervision": "process"}, "reward takes the place of the verifier"),
-        ({"reward": "r.py", "algorithm": "rft"}, "reward takes the place of the verifier"),
+        ({"reward": ""}, "reward must not be empty"),
+        ({"reward": "r.py", "supervision": "process"}, "takes the place of the verifier"),
+        ({"reward": "r.py", "algorithm": "rft"}, "takes the place of the verifier"),
         (
             {"reward": "r.py", "reward_model": "m", "reward_model_steps": 1, "reference_every": 1},
-            "reward takes the place of the verifier",
+            "takes the place of the verifier",
         ),
-        ({"system": "s"}, "system and stop are for --model"),
+        ({"system": "s"}, "system s is for a model; the small one has no chat form"),
     ],
 )
 def test_settings_that_do_not_fit(grpo, changes, message):

@@ -715,47 +715,62 @@ def test_a_learned_reward_that_is_no_number(grpo, tiny_grpo, command, tmp_path, 
         (["--group-size", "1"], "group_size must be 2 or more, or every advantage is 0, got 1"),
         (["--num-minibatches", "4", "--prompts-per-step", "3"], "num_minibatches 4 must not exceed prompts_per_step 3"),
         (["--eval-k", "17", "--eval-samples", "16"], "eval_k 17 must not exceed eval_samples 16"),
-        (["--operators", "*"], "operators must be + or +-, got '*'"),
+        (["--operators", "*"], "invalid choice"),
         (["--dtype", "bfloat16", "--optimizer", "adamw"], "dtype bfloat16 needs optimizer adamw8bit"),
-        (["--task", "gsm8k"], "task gsm8k needs a model that can read"),
+        (["--task", "gsm8k"], "task gsm8k asks in words: it needs model"),
         (["--task", "jsonl", "--model", "m"], "task jsonl needs data"),
-        (["--reference-every", "3"], "reference_every 3 refreshes nothing"),
-        (["--reward-model-steps", "3"], "reward_model_steps needs reward_model and reference_every"),
-        (["--quantize", "int8"], "quantize int8 freezes the weights, and lora_rank 0 adds none that could learn"),
-        (["--lora-rank", "4", "--beta", "1", "--reference-every", "3"], "reference_every must be 0"),
-        (["--supervision", "process", "--algorithm", "rloo"], "supervision process is GRPO's own"),
-        (["--supervision", "process", "--scale", "none"], "scale none and decouple_rewards False must be grpo, group"),
-        (["--algorithm", "rloo", "--scale", "batch"], "scale and decouple_rewards are for algorithm grpo, got rloo"),
-        (["--algorithm", "reinforce++", "--scale", "none"], "are for algorithm grpo, got reinforce++"),
-        (["--policy-loss", "sapo", "--clip-high", "9"], "policy_loss sapo has no clip_high, got 9.0"),
-        (["--policy-loss", "cispo", "--clip-low", "0.1"], "policy_loss cispo has no clip_low, got 0.1"),
+        (["--reference-every", "3"], "refreshes the reference or trains the reward model: it needs beta or"),
+        (["--reward-model-steps", "3"], "reward_model_steps 3 trains the reward model: it needs reward_model"),
+        (["--quantize", "int8"], "quantize int8 freezes the weights, so that others must learn: it needs lora_rank"),
+        (["--lora-rank", "4", "--beta", "1", "--reference-every", "3"], "lora_rank 4 keeps the model"),
+        (
+            ["--supervision", "process", "--algorithm", "rloo"],
+            "supervision process is GRPO's own: it does not go with algorithm rloo",
+        ),
+        (["--supervision", "process", "--scale", "none"], "GRPO's own: it does not go with scale none"),
+        (["--algorithm", "rloo", "--scale", "batch"], "algorithm rloo makes advantages of rewards in its own way"),
+        (["--algorithm", "reinforce++", "--scale", "none"], "in its own way: it does not go with scale none"),
+        (
+            ["--policy-loss", "sapo", "--clip-high", "9"],
+            "policy_loss sapo has no clip range and no ratio of a sequence: it does not go with clip_high 9.0",
+        ),
+        (
+            ["--policy-loss", "cispo", "--clip-low", "0.1"],
+            "has no lower clip and no ratio of a sequence: it does not go with clip_low 0.1",
+        ),
         (
             ["--sampler-cap", "3"],
-            "sampler_cap and sampler_mask change the weights of sampler_correction, which is none",
+            "sampler_cap 3.0 changes the weights of sampler_correction: it needs sampler_correction",
         ),
-        (["--decouple-rewards", "--scale", "batch"], "scale must be group, got batch"),
+        (["--decouple-rewards", "--scale", "batch"], "their sum over the batch: it does not go with scale batch"),
         (
             ["--policy-loss", "cispo", "--importance", "sequence"],
-            "is for policy_loss clip, GSPO's, got policy_loss cispo",
+            "no ratio of a sequence: it does not go with importance sequence",
         ),
         (
             ["--sampler-correction", "token", "--old-logprobs", "sampler"],
-            "which old_logprobs sampler makes 1 everywhere",
+            "makes the weights π_old/π of the sampler 1 everywhere: it does not go with sampler_correction token",
         ),
-        (["--sampler-mask"], "change the weights of sampler_correction, which is none"),
-        (["--unbiased-kl"], "unbiased_kl changes the KL in the loss: beta must be above 0"),
+        (["--sampler-mask"], "sampler_mask changes the weights of sampler_correction"),
+        (["--unbiased-kl"], "unbiased_kl changes the KL in the loss: it needs beta"),
         (
             ["--unbiased-kl", "--beta", "1", "--algorithm", "reinforce++"],
-            "algorithm reinforce++ has the KL in the reward",
+            "which is in the reward here: it does not go with algorithm reinforce++",
         ),
         (["--overlong-buffer", "41"], "overlong_buffer 41 must not exceed max_tokens 40"),
         (["--off-policy-limit", "0"], "off_policy_limit must be above 0, got 0.0"),
         (["--no-scale-by-std"], "--no-scale-by-std was removed: --scale none took its place"),
-        (["--supervision", "process", "--length-weight", "1"], "which judge a whole completion, would do nothing"),
-        (["--supervision", "process", "--task", "countdown"], "which task countdown does not have"),
-        (["--data", "d.jsonl"], "data is read for task gsm8k and jsonl; task arithmetic writes its own problems"),
+        (
+            ["--supervision", "process", "--length-weight", "1"],
+            "not for a whole completion: it does not go with length_weight 1.0",
+        ),
+        (
+            ["--supervision", "process", "--task", "countdown"],
+            "the values of a solution's steps: it does not go with task countdown",
+        ),
+        (["--data", "d.jsonl"], "data d.jsonl is read for task gsm8k and jsonl: it does not go with task arithmetic"),
         (["--instruction", "Add."], "instruction needs {} in the place of the problem, got 'Add.'"),
-        (["--model", ""], "need a name or a path, got an empty one"),
+        (["--model", ""], "model must not be empty, got ''"),
         (["--format-pattern", "("], "format_pattern '(' is no regular expression"),
         (["--reduction", "mean"], "invalid choice"),
         (["--no-such-flag"], "no-such-flag"),
@@ -773,7 +788,7 @@ def test_bad_flags(command, tmp_path, words, message):
 
 
 def test_resume_and_run_dir_exclude_each_other(grpo):
-    with pytest.raises(ValueError, match="resume a continues in its own directory, not in run_dir b"):
+    with pytest.raises(ValueError, match="resume a continues in its own directory: it does not go with run_dir b"):
         grpo.Args(resume="a", run_dir="b")
 
 
@@ -840,7 +855,7 @@ def test_missing_packages(grpo, tiny_grpo, command, monkeypatch):
     for name in ("peft", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
     status, _, error = command(*flags(grpo, tiny_grpo(lora_rank=4)))
-    assert status == 2 and "--lora-rank needs peft: pip install peft" in error
+    assert status == 2 and "--lora-rank needs peft (pip install peft)" in error
     status, _, error = command(*flags(grpo, tiny_grpo(track=True)))
     assert status == 2 and "--track needs Weights & Biases: pip install wandb" in error and "Traceback" not in error
 

@@ -105,7 +105,7 @@ def test_sampling_stops_when_all_have_ended(grpo, tiny_grpo, byte_lm, monkeypatc
     model, tokenizer, _ = grpo.load_model(args, byte_lm)
     may_end = tokenizer.batch_decode([[i] for i in model.stops.can_end.nonzero()[:, 0].tolist()])
     assert {">", "x>b"} <= {*may_end} and len(may_end) < 200 and all(">" in x or "\ufffd" in x for x in may_end)
-    model.stops = grpo.Stops(("",), tokenizer, torch.ones(model.config.vocab_size, dtype=torch.bool))
+    model.stops = grpo.Watch(tokenizer, torch.ones(model.config.vocab_size, dtype=torch.bool), ("",))
     calls, forward = [], type(model.model).forward
     monkeypatch.setattr(type(model.model), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     _, _, mask = grpo.sample(args, model, [[7, 8]], noise_of(4, 24), 1.0, [NEVER], 0)
@@ -162,7 +162,10 @@ def test_a_special_token_as_a_stop_text_ends_as_eos_does(grpo, tiny_grpo, byte_l
 def test_stop_texts_on_the_command_line(grpo, monkeypatch):
     monkeypatch.setattr("sys.argv", ["grpo_llm.py", "--model", "m", "--stop", "</answer>", "\n\n"])
     assert grpo.parse_args().stop == ("</answer>", "\n\n") and grpo.Args().stop == ()
-    for words, message in ((["--stop", ""], "stop needs texts"), (["--stop", "x"], "system and stop are for --model")):
+    for words, message in (
+        (["--stop", ""], "stop must not be empty"),
+        (["--stop", "x"], "is for a model; the small one has no chat form"),
+    ):
         with pytest.raises(ValueError, match=message):
             grpo.Args(**({"model": "m"} if "" in words else {}), stop=tuple(words[1:]))
 

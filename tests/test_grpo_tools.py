@@ -150,7 +150,8 @@ def test_a_run_with_the_tool(grpo, tiny_grpo, caller, no_picture, monkeypatch, c
     monkeypatch.setattr(
         grpo, "reduce_loss", lambda loss, mask, *rest: kept.append(mask) or reduce_loss(loss, mask, *rest)
     )
-    tool = model.tool._replace(can_end=torch.ones_like(model.tool.can_end), compute=lambda text: "7#")
+    monkeypatch.setattr(grpo, "calculate", lambda text: "7#")
+    tool = model.tool._replace(can_end=torch.ones_like(model.tool.can_end))
     monkeypatch.setattr(grpo, "find_tool", lambda *_: tool)
     groups, rate_group = [], grpo.rate_group
     monkeypatch.setattr(
@@ -231,8 +232,8 @@ def test_the_small_model_learns_to_call(grpo, monkeypatch, tmp_path, capsys, com
     ("words", "message"),
     [
         (["--supervision", "process"], "supervision process pays for the steps that the policy writes"),
-        (["--task", "countdown"], "tools needs a model, or task arithmetic"),
-        (["--sft-data", "x", "--model", "m"], "sft_data imitates every token of a completion"),
+        (["--task", "countdown"], "tools calculator is for a model, or for sums"),
+        (["--sft-data", "x", "--model", "m"], "sft_data x imitates every token of a completion"),
         (["--stop", "</calc>", "--model", "m"], "stop '</calc>' would end an answer within a call or its result"),
         (["--stop", "8", "--model", "m"], "stop '8' would end an answer within a call or its result"),
     ],
