@@ -94,9 +94,7 @@ def span(values, digits=2):
 
 def table(rows):
     """A row an experiment; each cell is the range over the seeds."""
-    print(
-        "| run | right before | right after | reward std | groups without variance | tokens | largest ratio |"
-    )
+    print("| run | right before | right after | reward std | groups without variance | tokens | largest ratio |")
     print("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(row["experiment"] for row in rows):
         mine = [row for row in rows if row["experiment"] == name]
@@ -107,23 +105,23 @@ def table(rows):
 
 
 def draw(rows):
-    """The mean of the seeds as a line, their range as a band."""
+    """A panel an experiment, a line a seed."""
     from matplotlib.figure import Figure
 
-    panels = Figure(figsize=(11, 4), layout="constrained").subplots(1, 2)
-    for axes, key, title in zip(panels, ("right", "length"), ("share of right answers", "tokens of a completion")):
-        for name in dict.fromkeys(row["experiment"] for row in rows):
-            values = list(zip(*(row[key] for row in rows if row["experiment"] == name)))  # a tuple of the seeds a step
-            steps = range(1, len(values) + 1)
-            (line,) = axes.plot(steps, [sum(step) / len(step) for step in values], label=name)
-            low, high = [min(step) for step in values], [max(step) for step in values]
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xlabel="step", title=title, xlim=(1, None), ylim=(0, None))
+    panels = Figure(figsize=(11, 5), layout="constrained").subplots(2, 4, sharex=True, sharey=True)
+    for axes, name in zip(panels.flat, EXPERIMENTS):
+        for row in (row for row in rows if row["experiment"] == name):
+            steps = range(1, len(row["right"]) + 1)
+            (right,) = axes.plot(steps, row["right"], color="C0", linewidth=1.2)
+            (length,) = axes.plot(steps, [x / 40 for x in row["length"]], color="C1", linewidth=1.2, linestyle="--")
+        axes.set_title(name, fontsize="medium")
+        axes.set(xlim=(1, None), ylim=(0, 1.05))
         axes.grid(alpha=0.3)
-    panels[0].figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside right center", title="mean and range of the seeds"
-    )
-    panels[0].figure.savefig(ROOT / "docs" / "figures" / "break_grpo.png", dpi=120)
+    for axes in panels[1]:
+        axes.set_xlabel("step")
+    words = ["share of right answers", "tokens of an answer, as a share of the 40 that are allowed"]
+    panels[0, 0].figure.legend([right, length], words, loc="outside upper center", ncols=2)
+    panels[0, 0].figure.savefig(ROOT / "docs" / "figures" / "break_grpo.png", dpi=120)
 
 
 def main():
