@@ -7,10 +7,10 @@ Run      pip install -r docs/requirements.txt
 
 Nothing in the site comes from another host: it works offline.
 
-MkDocs with its theme Material makes the frame, the search and the dark mode. Its successor Zensical is at version 0.1.3,
-and pip did not find all of its parts when we tried it. Material can also cut Chinese into words for the search. The
-text itself is rendered by markdown-it, because it reads Markdown as GitHub does. Formulas become MathML, which browsers
-show by themselves, without a script.
+MkDocs with its theme Material makes the frame, the search and the dark mode. Its successor Zensical is at version
+0.1.3, and pip did not find all of its parts when we tried it. Material can also cut Chinese into words for the search.
+The text itself is rendered by markdown-it, because it reads Markdown as GitHub does. Formulas become MathML, which
+browsers show by themselves, without a script.
 """
 
 import argparse

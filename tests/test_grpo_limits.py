@@ -189,33 +189,33 @@ g.sample_groups, g.minibatch_gradient = sample_or_fail, learn_or_fail
 
 
 def begin(tiny_grpo, grpo, **changes):
-    """A run in a process of its own, after its first step has begun."""
+    """A run in a process of its own, after its first step has begun: the bar is there. Its errors go to a file."""
     args = tiny_grpo(steps=100_000, **changes)
     given = {name: x for name, x in asdict(args).items() if x != getattr(grpo.Args(), name)}
     code = f"import grpo_llm as g; g.parse_args = lambda: g.Args(**{given!r}); g.main()"
+    errors = Path(args.run_dir).with_suffix(".stderr")
     run = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},  # the test reads its lines as they come
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=errors.open("w"),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
     )
     deadline = time.monotonic() + 100
-    while not list(Path(args.run_dir).glob("events*")):
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+    while "grpo:" not in errors.read_text():
+        assert run.poll() is None and time.monotonic() < deadline, errors.read_text()
         time.sleep(0.05)
-    time.sleep(2)
-    return args, run
+    return args, run, errors
 
 
 @pytest.mark.processes
 def test_ctrl_c_once(grpo, tiny_grpo):
-    args, run = begin(tiny_grpo, grpo)
+    args, run, errors = begin(tiny_grpo, grpo)
     run.send_signal(signal.SIGINT)
-    out, error = run.communicate(timeout=60)
-    assert run.returncode == 0, error
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, errors.read_text()
     assert "ending      after this step" in out and "of 100000 steps: python grpo_llm.py --resume" in out
     rows = [json.loads(line) for line in (Path(args.run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert (
@@ -226,10 +226,10 @@ def test_ctrl_c_once(grpo, tiny_grpo):
 @pytest.mark.processes
 def test_ctrl_c_twice(grpo, tiny_grpo):
     """The second one stops at once, in the middle of a step that would take for ever."""
-    args, run = begin(tiny_grpo, grpo, group_size=10_000, max_tokens=200, generate_rows=40_000)
+    args, run, errors = begin(tiny_grpo, grpo, group_size=10_000, max_tokens=200, generate_rows=40_000)
     run.send_signal(signal.SIGINT)
     assert any("ending      after this step" in line for line in run.stdout)  # two at once would count as one
     run.send_signal(signal.SIGINT)
-    _, error = run.communicate(timeout=100)
-    assert run.returncode == 130 and "interrupted" in error
+    run.communicate(timeout=100)
+    assert run.returncode == 130 and "interrupted" in errors.read_text()
     assert not (Path(args.run_dir) / "policy").exists()
