@@ -36,10 +36,14 @@ def pytest_addoption(parser):
     parser.addoption("--mutant", type=path, help="run the suite on this file instead of the script of its name")
 
 
+def is_whole(config):
+    """Whether the whole suite runs, not files that the command names."""
+    return config.args_source is config.ArgsSource.TESTPATHS
+
+
 def pytest_xdist_auto_num_workers(config):
     """How many processes share the tests, without -n: at most four for the whole suite, none for single files."""
-    is_whole = config.args_source is config.ArgsSource.TESTPATHS
-    if not is_whole or config.getoption("--script") or config.getoption("--mutant"):
+    if not is_whole(config) or config.getoption("--script") or config.getoption("--mutant"):
         return 0
     return min(os.cpu_count() or 1, 4)
 
@@ -59,6 +63,8 @@ def refuse(sentence):
 def pytest_configure(config):
     torch.set_num_threads(1)
     order_event_files()
+    if not is_whole(config) and config.option.markexpr in config.getini("addopts"):  # of a named file the slow ones too
+        config.option.markexpr = config.option.markexpr.replace("not slow and ", "")
     for option in ("--script", "--mutant"):
         path = config.getoption(option)
         if path is None:
@@ -274,10 +280,22 @@ def tiny_grpo(grpo, tiny_lm, tmp_path):
     return make
 
 
-@pytest.fixture
-def no_picture(grpo, monkeypatch):
-    """The curves would take four fifths of the time."""
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
+DRAWS = {  # fixture: the function of its script that draws the curves of a run
+    "cartpole": "draw_learning_curve",
+    "atari": "draw_learning_curve",
+    "rlhf": "draw_curves",
+    "grpo": "draw_curves",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request):
+    """The curves would take most of a short run's time. Tests that look at them are marked with "picture"."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, draw in DRAWS.items():
+            if name in request.fixturenames and not request.node.get_closest_marker("picture"):
+                patch.setattr(request.getfixturevalue(name), draw, lambda *_: None)
+        yield
 
 
 @pytest.fixture

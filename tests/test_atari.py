@@ -46,6 +46,7 @@ def act(envs, seed=0, steps=50, action=None):
 # ---- Preprocessing ----
 
 
+@pytest.mark.slow
 def test_no_op_starts(atari, small):
     """[D14] Games begin after 1 to 30 frames of nothing, a number that differs; without it all begin alike."""
     envs = atari.make_envs(small(env_id="ALE/Pong-v5"), 12)
@@ -86,6 +87,7 @@ def test_observations(atari, small):
     assert moved > 20
 
 
+@pytest.mark.slow
 def test_a_lost_life_is_terminal_and_the_game_goes_on(atari, small):
     """[D16] terminated with lives left; the next step is real. Only a game's end is followed by an autoreset."""
     envs = atari.make_envs(small(), 8)
@@ -107,6 +109,7 @@ def test_a_lost_life_is_terminal_and_the_game_goes_on(atari, small):
     assert not np.any([terminated & (info["lives"] > 0) for _, _, terminated, _, info in steps])
 
 
+@pytest.mark.slow
 def test_fire_on_reset(atari, small):
     """[D17] Breakout waits for FIRE. With the button pressed for us the ball is lost even if we do nothing.
 
@@ -120,6 +123,7 @@ def test_fire_on_reset(atari, small):
     assert lives == {True: [4, 4], False: [5, 5]}
 
 
+@pytest.mark.slow
 def test_sticky_actions(atari, small):
     """0 by default: same seed and actions, same game. gym.make's own default is 0.25, a trap."""
     assert gym.spec("ALE/Pong-v5").kwargs["repeat_action_probability"] == 0.25
@@ -239,6 +243,7 @@ def watch(atari, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_transitions_rewards_and_scores(watch, small):
     """[D19] Signs are learned from, true points are logged; life ends cut advantages; autoreset rows are left out."""
     seen = watch(small(env_id="ALE/MsPacman-v5", total_timesteps=3500, num_envs=4, num_steps=128))
@@ -307,6 +312,7 @@ def test_first_update_identities(watch, small, bf16, tolerance):
     assert seen.metrics[0]["losses/entropy"] == pytest.approx(np.log(4), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_every_value_is_that_of_the_observation_in_its_row(watch, atari, small):
     """Across rollouts too: a network that does not move, asked again about every observation that the emulator gave."""
     seen = watch(small(num_steps=40, total_timesteps=450, bf16=False, learning_rate=1e-12))
@@ -367,6 +373,7 @@ def test_target_kl_stops_the_epochs(watch, small):
     assert 1 <= len(seen.optimizer) == len(kls) - 1 < 40
 
 
+@pytest.mark.slow
 def test_runs_share_no_game(atari, small, monkeypatch):
     """The seeds of the emulators, game i's being i more than the first's: of two runs' training and evaluation."""
     seeds = []
@@ -387,6 +394,7 @@ def test_runs_share_no_game(atari, small, monkeypatch):
     assert len(seeds) == 2 * (4 + 4) == len(set(seeds))
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(atari, small):
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):  # two rollouts each
@@ -396,6 +404,7 @@ def test_same_seed_same_weights(atari, small):
     assert not torch.equal(states[0]["actor.weight"], states[2]["actor.weight"])
 
 
+@pytest.mark.slow
 def test_resume_evaluate_video(atari, small, monkeypatch, capsys, tmp_path):
     """Interrupted, resumed with new games, judged by whole games, filmed."""
     calls = []
@@ -447,6 +456,7 @@ def test_resume_evaluate_video(atari, small, monkeypatch, capsys, tmp_path):
     assert "1 games" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_counts_whole_first_games(atari, small, monkeypatch):
     """Actions drawn, true points, each environment's first game to its end and no second one."""
     steps = []
@@ -475,6 +485,7 @@ def test_evaluation_counts_whole_first_games(atari, small, monkeypatch):
     assert len(np.unique(actions)) == 9
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_the_trained_one_and_is_what_plays(atari, small, monkeypatch):
     played = []
 

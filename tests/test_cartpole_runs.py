@@ -128,6 +128,7 @@ def test_tensorboard_scalars(cartpole, small):
         assert [value for _, value in logged] == pytest.approx([value for _, value in returned], rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.picture
 def test_default_command_line(command, tmp_path, monkeypatch):
     """A short run by the command line: run directory under runs/, summary, plot, model, all where it says they are."""
     monkeypatch.chdir(tmp_path)
@@ -474,6 +475,7 @@ def test_a_run_dir_that_cannot_be_written(command, tmp_path):
     assert status == 2 and str(tmp_path / "file") in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_help_on_a_terminal_that_lacks_letters(cartpole):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     run = subprocess.run([sys.executable, cartpole.__file__, "--help"], capture_output=True, text=True, env=environment)

@@ -31,6 +31,7 @@ def run_code(code, output):
     exec("import torch\ntorch.set_num_threads(1)\n" + code, {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_code_runs(page, tmp_path):
     """All Python blocks of a page, from top to bottom, in one session in the repository's root."""
@@ -43,6 +44,7 @@ def test_code_runs(page, tmp_path):
     assert "assert " in code  # a page's code states what comes out
 
 
+@pytest.mark.slow
 def test_an_error_in_a_page_is_seen(tmp_path):
     process = FRESH.Process(target=run_code, args=("print('so far')\nassert 1 == 2", tmp_path / "printed.txt"))
     process.start()

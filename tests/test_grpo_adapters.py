@@ -12,9 +12,10 @@ import torch
 from commands import flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 
 INPUTS = torch.tensor([[3, 4, 5, 13, 6, 7]])
 

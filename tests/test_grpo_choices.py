@@ -206,6 +206,7 @@ def test_the_block_of_choices(grpo, machine, tiny_lm, capsys):
 SHORT = {"terms": 2, "num_problems": 60, "steps": 2, "max_tokens": 6, "eval_problems": 4, "eval_every": 0}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_chosen(grpo, machine, tiny_lm, tmp_path, capsys, monkeypatch):
     """Another machine would choose otherwise; the device may be given."""
     monkeypatch.setattr(grpo, "num_parameters", lambda name: 135e6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.slow
 
 SUMS = [{"prompt": f"{i}+{j}", "answer": i + j} for i in range(5) for j in range(6)]
 

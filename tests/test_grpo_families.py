@@ -319,6 +319,7 @@ def test_a_sampler_in_the_router_is_refused(grpo, tiny_grpo, tmp_path):
 # ---- Whole runs on the plain path ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"beta": 0.1, "num_epochs": 2}, {"lora_rank": 2, "beta": 0.1}])
 def test_a_plain_run_is_a_fast_run(grpo, tiny_grpo, options, capsys):
     """--no-fast changes rounding alone, for a policy with reference and adapter too, and says so."""

@@ -18,15 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gae_reference
 
+pytestmark = pytest.mark.slow
+
 SUMS = [("1+2", "1+2=3\n#3"), ("4+5", "4+5=9\n#9"), ("9+9", "9+9=18\n#18"), ("0+7", "0+7=7\n#7"), ("6+2", "#8")]
 CHAT = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}:{% endif %}"
 IMITATION = "supervised_loss: −Σ ln π / tokens, over the tokens of the completions"
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def no_picture(grpo, monkeypatch):
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
 
 
 @pytest.fixture

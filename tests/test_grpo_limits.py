@@ -16,7 +16,7 @@ from commands import two_processes
 from contract import ROOT
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.slow
 
 
 def trained(run_dir):

@@ -10,8 +10,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
 
 def samples(args):
     with open(Path(args.run_dir) / "samples.jsonl", encoding="utf-8") as file:

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import gae_reference
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
 
 @pytest.fixture
 def watch(grpo, monkeypatch):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from contract import ROOT
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = str(ROOT / "benchmarks" / "memory_plan.py")
 BF16 = {"dtype": "bfloat16", "optimizer": "adamw8bit", "learning_rate": 1e-3}
 

@@ -410,7 +410,6 @@ def test_padding_may_be_missing_or_eos(grpo, tiny_grpo, tiny_lm, tmp_path, monke
 
     directory = altered(tiny_lm, tmp_path / "other", change)
     assert AutoTokenizer.from_pretrained(directory).pad_token == pad
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
     usual, other = (grpo.train(tiny_grpo(name, model=name_or)) for name, name_or in (("a", tiny_lm), ("b", directory)))
     for one, two in zip(usual, other, strict=True):
         for name in one:

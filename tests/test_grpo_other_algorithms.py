@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 import gae_reference
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
 LOGPROBS = st.floats(-4, -0.01)
 SHIFTS = st.floats(-1.5, 1.5)
 TOKENS = st.lists(st.tuples(LOGPROBS, SHIFTS), min_size=1, max_size=6)

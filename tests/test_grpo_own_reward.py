@@ -104,7 +104,7 @@ def _private_reward(completion):
 """
 
 
-def test_a_run_without_answers(grpo, own, command, no_picture, monkeypatch, capsys):
+def test_a_run_without_answers(grpo, own, command, monkeypatch, capsys):
     """Two functions add up, instead of the verifier. Each has a curve. Evaluations have their mean and no accuracy."""
     rated = watch_rewards(grpo, monkeypatch)
     args = own(ONE_WORD, eval_every=1)
@@ -160,7 +160,7 @@ def judge_reward(prompts, completions, level, **kwargs):
 """
 
 
-def test_a_slow_judge_is_called_once_a_rollout(grpo, own, no_picture):
+def test_a_slow_judge_is_called_once_a_rollout(grpo, own):
     """With the completions of all groups together: 4 × 2 in an evaluation, 3 × 4 in a step."""
     args = own(JUDGE, eval_samples=2)
     grpo.train(args)
@@ -215,7 +215,7 @@ def test_the_call_is_that_of_trl(grpo, own, monkeypatch):
         assert ours[name] == theirs[name], name
 
 
-def test_none_does_not_apply(grpo, own, no_picture, monkeypatch):
+def test_none_does_not_apply(grpo, own, monkeypatch):
     """It adds nothing, and is left out of the curve's mean. Where it never applies there is no point of the curve."""
     code = "def reward_a(completion, level):\n    return None if level == 1 else 1.0\n\n\n"
     code += (
@@ -347,7 +347,7 @@ def test_answers_reach_the_functions_as_they_are(grpo, own):
     assert problem.answer == "7" and problem.columns == (("tags", 2),)
 
 
-def test_own_rewards_and_other_rewards_add_up(grpo, own, no_picture, monkeypatch):
+def test_own_rewards_and_other_rewards_add_up(grpo, own, monkeypatch):
     rated = watch_rewards(grpo, monkeypatch)
     grpo.train(own("def reward(completion):\n    return 1\n", steps=1, length_weight=1.0, truncated="penalise"))
     for group, rating in rated:
@@ -356,7 +356,7 @@ def test_own_rewards_and_other_rewards_add_up(grpo, own, no_picture, monkeypatch
         assert rating.parts.keys() == {"length", "truncation", "reward"}
 
 
-def test_a_run_is_resumed_from_another_directory(grpo, own, no_picture, tmp_path, monkeypatch):
+def test_a_run_is_resumed_from_another_directory(grpo, own, tmp_path, monkeypatch):
     """The path of the file is stored whole. Another file would be another run."""
     args = own("def reward(completion):\n    return len(completion)\n", steps=2, checkpoint_every=1)
     monkeypatch.chdir(tmp_path)
@@ -374,7 +374,7 @@ def test_a_run_is_resumed_from_another_directory(grpo, own, no_picture, tmp_path
         grpo.load_checkpoint(grpo.replace(grpo.resumed_args(args.run_dir), reward="other.py"))
 
 
-def test_the_rewards_of_the_small_model(grpo, own, no_picture, tmp_path):
+def test_the_rewards_of_the_small_model(grpo, own, tmp_path):
     """Without --model: its sums have answers, so the accuracies are there too."""
     code = "def reward(prompt, completion, answer):\n    return int(eval(prompt)) == int(answer) and len(completion)\n"
     args = own(code, model=None, task="arithmetic", data=None, warm_start_steps=1, steps=1)
@@ -444,6 +444,7 @@ def test_the_example_of_the_page(grpo, own):
     assert found == {"one_word_reward": [1, 0, 1], "judge_reward": [1, 1, 0]}
 
 
+@pytest.mark.slow
 def test_looking_at_a_run_with_an_own_reward(grpo, own, monkeypatch, capsys, tmp_path):
     """Samples, --verbose, --evaluate and --ask where no problem has an answer, and one reward does not apply."""
     lines = "def some_reward(completion):\n    return len(completion) % 2 or None\n"

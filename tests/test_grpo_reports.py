@@ -96,7 +96,6 @@ def test_grpo_reports_first_and_last_evaluation_speed_and_time(grpo, tiny_grpo, 
     """The clock gains a second a reading: a step has one for sampling and one for learning."""
     values = iter([0.125, 0.25, 0.5])
     monkeypatch.setattr(grpo, "evaluate", lambda *arguments: {"eval/greedy": next(values)})
-    monkeypatch.setattr(grpo, "draw_curves", lambda metrics, path: None)
     monkeypatch.setattr(grpo, "peak_memory", lambda device: 2.5e9)
     groups, sample_groups = [], grpo.sample_groups
     monkeypatch.setattr(grpo, "sample_groups", lambda *given: groups.append(sample_groups(*given)) or groups[-1])
@@ -116,6 +115,7 @@ def test_grpo_reports_first_and_last_evaluation_speed_and_time(grpo, tiny_grpo, 
     assert [(now["reward"], now["tokens"]) for now in bar.shown] == shown
 
 
+@pytest.mark.picture
 def test_curves_of_grpo(grpo, pictures, tmp_path):
     """Each name in one panel, with the steps that have it; a panel without a line has no legend."""
     rows = [

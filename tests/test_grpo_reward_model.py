@@ -49,7 +49,7 @@ def test_a_reward_model_of_stage_3_gives_its_scores(rlhf, grpo, tiny_grpo, stage
     assert scorer[0].config.reward_std != 1.0
 
 
-def test_stage_4_is_paid_as_stage_3_is(rlhf, grpo, tiny_grpo, stage_3, no_picture, monkeypatch, tmp_path):
+def test_stage_4_is_paid_as_stage_3_is(rlhf, grpo, tiny_grpo, stage_3, monkeypatch, tmp_path):
     """A run of stage 4 on stage 1's policy and stage 2's reward model, from their prompts: the same scores."""
     rows = [{"prompt": prompt, "answer": "brilliant"} for prompt, _ in held_out_texts(rlhf)]
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

@@ -47,6 +47,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.picture
 @pytest.mark.parametrize(("task", "process"), [("arithmetic", True), ("countdown", False)])
 def test_default_command_line(command, grpo, tmp_path, monkeypatch, task, process):
     """Without a model: it makes its own, warms it up, learns; all files are where it says they are."""
@@ -107,7 +108,7 @@ def test_warm_start_lowers_the_loss(grpo, tmp_path):
 # ---- Files ----
 
 
-def test_the_saved_policy(grpo, tiny_grpo, no_picture):
+def test_the_saved_policy(grpo, tiny_grpo):
     """An ordinary transformers directory: what it loads to has the logits of the policy that was trained."""
     args = tiny_grpo()
     grpo.train(args)
@@ -125,7 +126,7 @@ def test_the_saved_policy(grpo, tiny_grpo, no_picture):
     assert not list(Path(args.run_dir).glob("*.tmp"))
 
 
-def test_same_seed_same_weights(grpo, tiny_grpo, no_picture):
+def test_same_seed_same_weights(grpo, tiny_grpo):
     ends = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         grpo.train(tiny_grpo(name, seed=seed))
@@ -134,7 +135,7 @@ def test_same_seed_same_weights(grpo, tiny_grpo, no_picture):
     assert not torch.equal(ends[0]["lm_head.weight"], ends[2]["lm_head.weight"])
 
 
-def test_tensorboard_scalars(grpo, tiny_grpo, no_picture):
+def test_tensorboard_scalars(grpo, tiny_grpo):
     """The names that docs/metrics.md explains, with the values that train returned."""
     args = tiny_grpo(beta=0.1, format_weight=0.1, truncated="penalise")
     metrics = grpo.train(args)
@@ -152,7 +153,7 @@ def test_tensorboard_scalars(grpo, tiny_grpo, no_picture):
     assert explained - found == others
 
 
-def test_peak_memory_is_in_bytes_on_every_system(grpo, tiny_grpo, no_picture, monkeypatch):
+def test_peak_memory_is_in_bytes_on_every_system(grpo, tiny_grpo, monkeypatch):
     """ru_maxrss counts kilobytes on Linux and bytes on macOS; Windows has no module `resource`, and no such metric."""
     process = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3_000_000))
     monkeypatch.setitem(sys.modules, "resource", process)
@@ -178,8 +179,9 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
-def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture, monkeypatch, kind):
+def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, monkeypatch, kind):
     """Stopped in the fourth step, resumed from the second: weights, optimizer, metrics, log of an unbroken run."""
     if "lora" in kind:
         pytest.importorskip("peft", reason="peft is not installed: pip install peft")
@@ -213,7 +215,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(grpo, tiny_grpo, no_picture,
     assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3, 4, 5]
 
 
-def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no_picture, monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, monkeypatch, tmp_path):
     """R_φ, its optimizer, pairs and replay come back too."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -249,7 +252,7 @@ def test_an_interrupted_reward_model_ends_with_the_same_bits(grpo, tiny_grpo, no
 
 
 @pytest.mark.processes
-def test_killed_at_any_moment_it_goes_on(grpo, tiny_grpo, no_picture, tmp_path):
+def test_killed_at_any_moment_it_goes_on(grpo, tiny_grpo, tmp_path):
     """SIGKILL to a real process, then --resume: the same weights as a run that was left alone."""
     args, whole = (tiny_grpo(name, steps=60, checkpoint_every=1) for name in ("killed", "whole"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -269,7 +272,7 @@ def test_killed_at_any_moment_it_goes_on(grpo, tiny_grpo, no_picture, tmp_path):
     assert_same_weights(weights(args.run_dir), weights(whole.run_dir))
 
 
-def test_resume_keeps_the_settings(grpo, tiny_grpo, command, no_picture):
+def test_resume_keeps_the_settings(grpo, tiny_grpo, command):
     args = tiny_grpo(beta=0.1)
     grpo.train(args)
     status, _, error = command("--resume", args.run_dir, "--beta", 0.5)
@@ -291,7 +294,7 @@ def test_a_removed_flag_names_what_took_its_place(command, words, instead):
     assert (status, out, error) == (2, "", f"error: {instead}\n")
 
 
-def test_a_run_saved_with_removed_flags_is_resumed(grpo, tiny_grpo, command, no_picture):
+def test_a_run_saved_with_removed_flags_is_resumed(grpo, tiny_grpo, command):
     """They are ignored, and one line says so."""
     args = tiny_grpo()
     grpo.train(args)
@@ -305,7 +308,7 @@ def test_a_run_saved_with_removed_flags_is_resumed(grpo, tiny_grpo, command, no_
     assert lines == ["resume      settings that no longer exist are ignored: plan, gpu_memory, row_tokens"]
 
 
-def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command, no_picture):
+def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command):
     grpo.train(tiny_grpo())
     before = (Path(tiny_grpo().run_dir) / "checkpoint.pt").read_bytes()
     status, _, error = command(*flags(grpo, tiny_grpo()))
@@ -316,7 +319,7 @@ def test_a_taken_run_dir_is_refused(grpo, tiny_grpo, command, no_picture):
     assert status == 2 and "exists: choose another" in error
 
 
-def test_damaged_and_foreign_checkpoints(grpo, tiny_grpo, command, no_picture, tmp_path):
+def test_damaged_and_foreign_checkpoints(grpo, tiny_grpo, command, tmp_path):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "evil"),))
@@ -337,7 +340,7 @@ def test_damaged_and_foreign_checkpoints(grpo, tiny_grpo, command, no_picture, t
     assert not (tmp_path / "evil").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(grpo, tiny_grpo, command, no_picture, monkeypatch):
+def test_ctrl_c_says_how_to_go_on(grpo, tiny_grpo, command, monkeypatch):
     def breaks(function, at):
         original, count = getattr(grpo, function), itertools.count()
 
@@ -366,7 +369,7 @@ def write_rows(path, rows):
 
 
 @pytest.mark.parametrize("task", ["jsonl", "gsm8k"])
-def test_a_run_on_a_file(grpo, tiny_grpo, no_picture, tmp_path, task):
+def test_a_run_on_a_file(grpo, tiny_grpo, tmp_path, task):
     if task == "jsonl":
         rows = [{"prompt": f"{i}+1", "answer": i + 1, "other": None} for i in range(20)]
     else:
@@ -531,7 +534,7 @@ def chats(*roles):
     ]
 
 
-def test_messages_go_to_the_chat_template(grpo, tiny_grpo, tiny_chat, no_picture, tmp_path, monkeypatch):
+def test_messages_go_to_the_chat_template(grpo, tiny_grpo, tiny_chat, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "d.jsonl", chats("user", "assistant", "user"))
     args = tiny_grpo(task="jsonl", data=data, model=tiny_chat(CHAT), instruction=None)
     shown, generate = [], grpo.generate
@@ -585,7 +588,7 @@ def lm_with_context(kind, context, tokenizer, directory):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
-def test_prompts_beyond_the_context_are_left_out(grpo, tiny_grpo, no_picture, tmp_path, capsys, monkeypatch, kind):
+def test_prompts_beyond_the_context_are_left_out(grpo, tiny_grpo, tmp_path, capsys, monkeypatch, kind):
     """Three prompts of twenty leave no room for 10 tokens in 30: it is said, and nobody learns or is tested on them."""
     model = lm_with_context(kind, 30, grpo.new_tokenizer(), tmp_path / "lm")
     rows = [{"prompt": f"{'1+' * (10 if i < 3 else 1)}{i:02}", "answer": i} for i in range(20)]  # and a newline
@@ -640,7 +643,7 @@ def test_names_of_the_context(grpo, config, context):
     assert grpo.context_of(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))) == context
 
 
-def test_worked_solutions_that_cannot_end_are_said(grpo, tiny_grpo, no_picture, tmp_path, capsys):
+def test_worked_solutions_that_cannot_end_are_said(grpo, tiny_grpo, tmp_path, capsys):
     """A solution of 2 terms, 5+9=14 and #14, has up to 10 tokens, and EOS."""
     changes = {"model": None, "warm_start_steps": 2, "max_tokens": 10, "num_problems": 400}
     args = tiny_grpo(**changes)
@@ -792,7 +795,7 @@ def test_resume_and_run_dir_exclude_each_other(grpo):
         grpo.Args(resume="a", run_dir="b")
 
 
-def test_a_gradient_that_is_not_finite(grpo, tiny_grpo, command, no_picture, monkeypatch):
+def test_a_gradient_that_is_not_finite(grpo, tiny_grpo, command, monkeypatch):
     """It stops before the step is taken, says where, and the checkpoint before it stays."""
     original, count = grpo.reduce_loss, itertools.count()
 
@@ -808,7 +811,7 @@ def test_a_gradient_that_is_not_finite(grpo, tiny_grpo, command, no_picture, mon
     assert saved["step"] == 2 and all(weight.isfinite().all() for weight in saved["policy"].values())
 
 
-def test_nothing_to_learn_from(grpo, tiny_grpo, command, no_picture):
+def test_nothing_to_learn_from(grpo, tiny_grpo, command):
     """Dynamic sampling that finds no group with variance takes no step, and the run goes on."""
     args = tiny_grpo(dynamic_sampling=1, length_weight=0.0, max_tokens=1)
     status, _, error = command(*flags(grpo, args))
@@ -860,6 +863,7 @@ def test_missing_packages(grpo, tiny_grpo, command, monkeypatch):
     assert status == 2 and "--track needs Weights & Biases: pip install wandb" in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_importing_the_script_is_quick(grpo):
     """The equations need neither transformers nor datasets: nothing of them is imported until a run begins."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import grpo_llm; print('transformers' in sys.modules)"

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+pytestmark = pytest.mark.slow
+
 # Tokens in which stop texts begin in the middle of a token, span several, or are a part of a letter
 WORDS = ["a", "b", "</", "an", "s", ">", "x>b", "b</a", "ns>a", "\n", "a\nb", ".", "Ġ", "Ġb", "é", *"ÃÂ©ã"]
 NEVER = 10**6  # an EOS that the model cannot write
@@ -112,7 +114,7 @@ def test_sampling_stops_when_all_have_ended(grpo, tiny_grpo, byte_lm, monkeypatc
     assert len(calls) == 1 and mask.sum(-1).tolist() == [1] * 4
 
 
-def test_a_run_with_stop_texts(grpo, tiny_grpo, no_picture, monkeypatch):
+def test_a_run_with_stop_texts(grpo, tiny_grpo, monkeypatch):
     """In train and evaluation: rewards read the stop text, the completion is not truncated, and the loss is over the
     tokens up to it."""
     rated, learned, rate_group, reduce_loss = [], [], grpo.rate_group, grpo.reduce_loss
@@ -170,7 +172,7 @@ def test_stop_texts_on_the_command_line(grpo, monkeypatch):
             grpo.Args(**({"model": "m"} if "" in words else {}), stop=tuple(words[1:]))
 
 
-def test_stop_texts_are_kept_by_a_resumed_run(grpo, tiny_grpo, no_picture):
+def test_stop_texts_are_kept_by_a_resumed_run(grpo, tiny_grpo):
     args = tiny_grpo(stop=("4",), checkpoint_every=1)
     grpo.train(args)
     assert grpo.resumed_args(args.run_dir).stop == ("4",)
@@ -178,7 +180,7 @@ def test_stop_texts_are_kept_by_a_resumed_run(grpo, tiny_grpo, no_picture):
         grpo.load_checkpoint(replace(grpo.resumed_args(args.run_dir), stop=()))
 
 
-def test_a_stop_text_and_an_own_reward(grpo, tiny_grpo, no_picture, tmp_path):
+def test_a_stop_text_and_an_own_reward(grpo, tiny_grpo, tmp_path):
     """What the function reads ends with the first token that has the stop text."""
     (tmp_path / "r.py").write_text(
         "SEEN = []\n\n\ndef reward(completion):\n    SEEN.append(completion)\n    return 1\n"
@@ -231,7 +233,7 @@ def test_stop_texts_where_there_is_no_eos(grpo, tiny_grpo, byte_lm, tmp_path):
             assert first_end(tokenizer, row, (">",)) == length
 
 
-def test_a_run_with_stop_texts_and_a_system_turn_is_evaluated(grpo, tiny_grpo, no_picture, monkeypatch, capsys):
+def test_a_run_with_stop_texts_and_a_system_turn_is_evaluated(grpo, tiny_grpo, monkeypatch, capsys):
     args = tiny_grpo(stop=("4", "+"), steps=1)
     grpo.train(args)
     for words in ([args.run_dir], [args.model, args.run_dir, "--stop", "4"]):

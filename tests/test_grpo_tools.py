@@ -140,7 +140,7 @@ def test_the_answer_is_read_and_not_scored(grpo, tiny_grpo, caller, fast):
     )
 
 
-def test_a_run_with_the_tool(grpo, tiny_grpo, caller, no_picture, monkeypatch, capsys):
+def test_a_run_with_the_tool(grpo, tiny_grpo, caller, monkeypatch, capsys):
     """Here any digit calls it and it answers 7#: each answer has tokens that the policy did not write, the ratio stays
     1, they count in the length of the completion, and the loss has the mask without them."""
     model, _, _ = grpo.load_model(tiny_grpo(model=caller, tools="calculator"), caller)
@@ -181,6 +181,7 @@ def test_without_the_flag_a_call_is_text(grpo, tiny_grpo, caller):
     assert [x.item() for x in calls.write(token, logprob)] == [3, -1.0, 1]
 
 
+@pytest.mark.slow
 def test_the_small_model_learns_to_call(grpo, monkeypatch, tmp_path, capsys, command):
     """Worked sums are calls. In the warm start the sum behind a call has no loss: it is the calculator's."""
     args = grpo.Args(tools="calculator", terms=3, num_problems=200)

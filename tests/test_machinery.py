@@ -138,6 +138,7 @@ def run_into_a_closed_pipe(path, *flags):
     return run.returncode, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FIXTURES, "gae_reference"])
 def test_help_into_a_pipe_that_nobody_reads(request, name):
     path, flags = Path(__file__).parent.parent / "gae_reference.py", ()
@@ -146,6 +147,7 @@ def test_help_into_a_pipe_that_nobody_reads(request, name):
     assert run_into_a_closed_pipe(path, *flags) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_run_whose_reader_leaves_saves_weights_and_plot(cartpole, tmp_path):
     sizes = ["--total-timesteps", 600, "--num-envs", 4, "--eval-episodes", 2]
     status, error = run_into_a_closed_pipe(cartpole.__file__, *sizes, "--run-dir", tmp_path / "run")

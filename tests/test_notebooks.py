@@ -85,6 +85,7 @@ def test_python_blocks_and_commands_become_cells():
     assert len(commands) >= 15 and all(line.count("{}") == line.count("{{}}") for line in commands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/1_ppo.md", "docs/zh/1_ppo.md"])
 def test_the_first_cell_clones_the_repository_where_there_is_none(page, tmp_path):
     source, elsewhere = tmp_path / "NAME", tmp_path / "elsewhere"

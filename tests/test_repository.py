@@ -142,6 +142,7 @@ for script in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_import_and_help_wait_for_little_but_torch():
     """transformers, datasets, TensorBoard, Matplotlib and the emulator take seconds. Only a run imports them."""
     scripts = ["rlhf_gpt2_ppo", "grpo_llm", "ppo_cartpole", "ppo_atari"]
@@ -194,6 +195,7 @@ def one_equation(name):
     return "import torch\n\n\n" + source[start : source.index("\n\n\n", start)] + "\n"
 
 
+@pytest.mark.slow
 def test_script_command_of_the_readme_in_another_directory(tmp_path):
     """In a process of its own, by a relative path with a space, and with the tests that use Hypothesis."""
     path = tmp_path / "my files" / "my_ppo.py"

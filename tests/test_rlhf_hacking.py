@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import gae_reference
 
+pytestmark = pytest.mark.slow
+
 KL = "bottleneck_kl: ½ Σ (μ² + σ² − 1 − ln σ²)"
 DISTANCE = "mahalanobis_distance: √((s − m)ᵀ Σ⁻¹ (s − m))"
 ENERGY = "energy_loss: mean over the mask of ‖h_in‖₁ − ‖h_out‖₁"

@@ -165,6 +165,7 @@ def test_table_of_before_and_after(rlhf, capsys):
     assert lines[3:6] == ["prompt 0", "before old 0", "after new 0"] and len(lines) == 3 + 4 * 3
 
 
+@pytest.mark.picture
 def test_curves_of_stage_3(rlhf, pictures, tmp_path):
     rows = [
         {"stage": "sft", "step": 9, "objective/kl": 5.0},

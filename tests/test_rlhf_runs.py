@@ -146,6 +146,7 @@ def test_sorted_data_are_shuffled(rlhf, tmp_path):
     assert len(labels) == 20 and 3 < sum(labels) < 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("from_file", "count"), [(True, 6000), (False, 60_000)])
 def test_neither_rows_nor_held_out_ones_are_a_slice_of_sorted_data(rlhf, tmp_path, from_file, count):
     """Of 60,000 rows in order: those read from a file, and the tenth held out of all, have a share of each quarter."""
@@ -278,6 +279,7 @@ def test_a_line_that_is_not_json_has_its_own_number(command, tmp_path, content, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_libraries_add_nothing_to_an_error(tmp_path):
     """In a process of its own, where no library has been told yet to be quiet."""
     (tmp_path / "d.jsonl").write_bytes(BROKEN)
@@ -302,6 +304,7 @@ def test_data_of_other_editors(rlhf, tmp_path, name):
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}: real sentences and GPT-2's BPE lie there")
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_sentences_by_gpt2s_own_bpe(rlhf, tiny, tmp_path):
     """A GPT-2 checkpoint with 50,257 tokens and no padding token, real sentences, all three stages, both loaders."""
@@ -430,6 +433,7 @@ def test_stages_alone_make_what_all_together_make(rlhf, tiny, tmp_path):
     assert without_clock(last) == without_clock(whole)[-len(last) :] and len(last) == 4
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(rlhf, tiny, tmp_path):
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
         rlhf.train(tiny(name, seed=seed))
@@ -438,6 +442,7 @@ def test_same_seed_same_weights(rlhf, tiny, tmp_path):
     assert not torch.equal(one["policy.transformer.wte.weight"], other["policy.transformer.wte.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "calls"),
     [("sft_backward", 3), ("preference_loss", 5), ("compute_gae", 3)],
@@ -543,6 +548,7 @@ def test_tensorboard_scalars(rlhf, tiny, tmp_path):
     assert set(names.split()) <= found <= explained
 
 
+@pytest.mark.picture
 def test_default_command_line(command, tiny, tmp_path, monkeypatch):
     """A short run by the command line: run directory under runs/, table, texts, picture, all where it says they are."""
     monkeypatch.chdir(tmp_path)
@@ -720,6 +726,7 @@ def test_a_damaged_checkpoint(rlhf, tiny, command):
     assert status == 2 and "is no checkpoint of this script, or is damaged" in error
 
 
+@pytest.mark.slow
 def test_importing_the_script_is_quick(rlhf):
     """The equations need neither transformers nor datasets: nothing of them is imported until a run begins."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rlhf_gpt2_ppo; print('transformers' in sys.modules)"

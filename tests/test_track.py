@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from torch.utils.tensorboard import writer as tensorboard
 
+pytestmark = pytest.mark.slow
+
 
 class UsageError(Exception):
     """Like wandb's own, which no base class of Python's joins to anything."""
