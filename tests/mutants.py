@@ -1233,7 +1233,7 @@ def last_killers():
     return {(row[1], row[2]): row[3] for row in rows if row}
 
 
-def run_pytest(arguments, output, seconds=300):
+def run_pytest(arguments, output, seconds):
     """Exit status of pytest in a forked process, which prints into the file `output`; None if it hangs.
 
     The imports of torch and transformers take longer than most tests: a forked process has them already. It also leaves
@@ -1275,7 +1275,7 @@ def killer(path, tests=None):
     arguments = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", f"--mutant={path}"]
     arguments += ["--basetemp", str(output.parent / "tmp"), *(tests or SUITES[path.name])]
     arguments += ["-m", "not learning and not mutants"]  # the tests of several processes too
-    status = run_pytest(arguments, output)
+    status = run_pytest(arguments, output, 300 if tests else 1800)  # the suite in one process takes minutes
     if status is None:
         return "hangs"
     if status == 0:

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import two_processes
-from contract import ROOT
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -188,6 +188,7 @@ g.sample_groups, g.minibatch_gradient = sample_or_fail, learn_or_fail
     assert_close(*(trained(tiny_grpo(name).run_dir) for name in ("room", "none")))
 
 
+@contextmanager
 def begin(tiny_grpo, grpo, **changes):
     """A run in a process of its own, after its first step has begun: the bar is there. Its errors go to a file."""
     args = tiny_grpo(steps=100_000, **changes)
@@ -196,7 +197,7 @@ def begin(tiny_grpo, grpo, **changes):
     errors = Path(args.run_dir).with_suffix(".stderr")
     run = subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=ROOT,
+        cwd=Path(grpo.__file__).parent,  # a planted bug stands elsewhere
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},  # the test reads its lines as they come
         stdout=subprocess.PIPE,
@@ -207,14 +208,17 @@ def begin(tiny_grpo, grpo, **changes):
     while "grpo:" not in errors.read_text():
         assert run.poll() is None and time.monotonic() < deadline, errors.read_text()
         time.sleep(0.05)
-    return args, run, errors
+    try:
+        yield args, run, errors
+    finally:
+        run.kill()
 
 
 @pytest.mark.processes
 def test_ctrl_c_once(grpo, tiny_grpo):
-    args, run, errors = begin(tiny_grpo, grpo)
-    run.send_signal(signal.SIGINT)
-    out, _ = run.communicate(timeout=60)
+    with begin(tiny_grpo, grpo) as (args, run, errors):
+        run.send_signal(signal.SIGINT)
+        out, _ = run.communicate(timeout=60)
     assert run.returncode == 0, errors.read_text()
     assert "ending      after this step" in out and "of 100000 steps: python grpo_llm.py --resume" in out
     rows = [json.loads(line) for line in (Path(args.run_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -226,10 +230,10 @@ def test_ctrl_c_once(grpo, tiny_grpo):
 @pytest.mark.processes
 def test_ctrl_c_twice(grpo, tiny_grpo):
     """The second one stops at once, in the middle of a step that would take for ever."""
-    args, run, errors = begin(tiny_grpo, grpo, group_size=10_000, max_tokens=200, generate_rows=40_000)
-    run.send_signal(signal.SIGINT)
-    assert any("ending      after this step" in line for line in run.stdout)  # two at once would count as one
-    run.send_signal(signal.SIGINT)
-    run.communicate(timeout=100)
+    with begin(tiny_grpo, grpo, group_size=10_000, max_tokens=200, generate_rows=40_000) as (args, run, errors):
+        run.send_signal(signal.SIGINT)
+        assert any("ending      after this step" in line for line in run.stdout)  # two at once would count as one
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=60)
     assert run.returncode == 130 and "interrupted" in errors.read_text()
     assert not (Path(args.run_dir) / "policy").exists()

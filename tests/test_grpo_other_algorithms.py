@@ -235,5 +235,6 @@ def test_what_is_0_stays_exactly_0(grpo, tiny_grpo):
     ratings = ratings_of({"verifier": [0.3, 0.1, 0.1, 0.1, 0.7, 0.7, 0.7, 0.7]})
     found = grpo.advantages_of(tiny_grpo(scale="batch"), ratings)
     assert (found[4:] == 0).all() and found[:4].abs().min() > 0.1
-    ratings = ratings_of({"verifier": [0.3, 0.1, 0.7, 0.2], "some_reward": [0.1, 0.3, 0.2, 0.7]}, 2)
-    assert grpo.advantages_of(tiny_grpo(decouple_rewards=True, group_size=2), ratings).tolist() == [0.0] * 4
+    paid = torch.rand(280, generator=torch.Generator().manual_seed(0))  # of 40 groups some leave a rounding error
+    ratings = ratings_of({"verifier": paid.tolist(), "some_reward": (1 - paid).tolist()}, 7)
+    assert grpo.advantages_of(tiny_grpo(decouple_rewards=True, group_size=7), ratings).tolist() == [0.0] * 280
