@@ -59,11 +59,11 @@ def test_gpt2_turns_positive(rlhf, tmp_path, seed):
 
 @pytest.mark.parametrize("supervision", ["outcome", "process"])
 def test_sums_are_learned(grpo, tmp_path, supervision):
-    """Default flags, seed 2, two minutes each: from under 70% of single samples to 85%, and pass@8 does not fall.
+    """Default flags, seed 2, two minutes each: from under 70% of single samples to 80%, and pass@8 does not fall.
 
-    The docstring's range is 88 to 97%, over 15 runs as three processors round. The bounds are a little wider.
+    The docstring's range is 84 to 97%, over 21 runs as four processors round. The bounds are a little wider.
     """
     metrics = grpo.train(grpo.Args(seed=2, supervision=supervision, run_dir=str(tmp_path / "run")))
     before, *_, after = (row for row in metrics if "eval/pass@1" in row)
-    assert 0.25 < before["eval/pass@1"] < 0.7 and after["eval/pass@1"] >= 0.85
+    assert 0.22 < before["eval/pass@1"] < 0.7 and after["eval/pass@1"] >= 0.8
     assert after["eval/greedy"] >= 0.92 and after["eval/pass@8"] >= before["eval/pass@8"]
