@@ -1,6 +1,6 @@
 """How long each notebook of docs/notebooks takes from top to bottom, and that each of its commands ends as it should.
 
-Run      pip install -r docs/requirements.txt && python benchmarks/notebooks.py [PAGE …]      (about 8 minutes)
+Run      pip install -r docs/requirements.txt && python benchmarks/notebooks.py [PAGE …]      (about 14 minutes)
 Writes   benchmarks/results/notebooks.txt (raw), the lines of these pages
 
 The English notebooks run. The Chinese ones have the same code, which tests/test_notebooks.py checks.
