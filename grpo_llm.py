@@ -24,7 +24,7 @@ Read     from here to the heading "Machinery": that is all of GRPO, in its plain
          heading is what makes it fast, large, distributed and restartable: you can stop there (docs/4_grpo.md)
 Expect   a small transformer first sees worked sums, until it answers 29 to 61% of new ones. After 100 steps of GRPO it
          answers 84 to 97%, and 96 to 100% with its likeliest words, in 21 runs: 5 seeds, as four processors round.
-         A run takes two to five minutes on one thread of an AMD EPYC. SmolLM2-135M goes from a sixth of one-digit
+         A run takes two to four minutes on one thread of an AMD EPYC. SmolLM2-135M goes from a sixth of one-digit
          sums to 82 to 95% in 16 steps (benchmarks/RESULTS.md)
 Departs  from the settings of DeepSeekMath. β is 0, not 0.04 (--beta), so no reference model is kept. Groups of 8, not
          64. Learning rate 3e-4, not 1e-6, because the default model is tiny. AdamW's β₂ is 0.95. Each rollout gets one

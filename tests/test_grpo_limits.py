@@ -205,10 +205,10 @@ def begin(tiny_grpo, grpo, **changes):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
     )
     deadline = time.monotonic() + 100
-    while "grpo:" not in errors.read_text():
-        assert run.poll() is None and time.monotonic() < deadline, errors.read_text()
-        time.sleep(0.05)
     try:
+        while "grpo:" not in errors.read_text():
+            assert run.poll() is None and time.monotonic() < deadline, errors.read_text()
+            time.sleep(0.05)
         yield args, run, errors
     finally:
         run.kill()

@@ -59,7 +59,7 @@ def test_gpt2_turns_positive(rlhf, tmp_path, seed):
 
 @pytest.mark.parametrize("supervision", ["outcome", "process"])
 def test_sums_are_learned(grpo, tmp_path, supervision):
-    """Default flags, seed 2, two minutes each: from under 70% of single samples to 80%, and pass@8 does not fall.
+    """Default flags, seed 2, minutes each: from under 70% of single samples to 80%, and pass@8 does not fall.
 
     The docstring's range is 84 to 97%, over 21 runs as four processors round. The bounds are a little wider.
     """

@@ -196,6 +196,14 @@ def one_equation(name):
 
 
 @pytest.mark.slow
+def test_a_named_file_runs_its_slow_tests_too():
+    """The default run leaves out what is marked "slow"; a file of slow tests alone would have none."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_track.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "test_every_scalar_arrives" in run.stdout, run.stdout
+
+
+@pytest.mark.slow
 def test_script_command_of_the_readme_in_another_directory(tmp_path):
     """In a process of its own, by a relative path with a space, and with the tests that use Hypothesis."""
     path = tmp_path / "my files" / "my_ppo.py"
