@@ -146,6 +146,7 @@ class Args:
     # the run
     device: str | None = None  # cpu, cuda, cuda:1 …, or mps, which is untried; chosen for you
     torch_threads: ChosenInt = None  # CPU threads of torch; chosen for you
+    keep_memory: bool = True  # on a CPU, keep freed memory, so no page is zeroed twice: 1.2 times faster, a tenth more
     max_hours: ChosenFloat = None  # after so many hours finish the step, evaluate, save and end; no limit if not given
     checkpoint_every: NonNegativeInt = 25  # steps between two checkpoints; 0: at the end only
     verbose: bool = False  # at each step show the best and the worst completion on the screen
@@ -474,7 +475,9 @@ def load_model(args, name, is_compared=True):
     model = without_dropout(model).to(args.device).eval()
     model.stops = find_stops(args, model, tokenizer)  # None without --stop
     model.tool = find_tool(args, model, tokenizer)  # None without --tools
-    model.plain_because = why_plain(args, model, tokenizer, name) if is_compared else ""
+    model.has_spans, model.plain_because = False, ""
+    if is_compared:
+        choose_path(args, model, tokenizer, name)
     return model, tokenizer, eos_ids
 
 
@@ -519,7 +522,8 @@ def sample(args, model, prompts, noise, temperature, eos_ids, pad_id):
     if not is_fast(args, model):
         return plain_sample(model, prompts, *settings)
     is_fixed = args.cuda_graph and args.device.startswith("cuda") and not args.shard
-    return generate(model, prompts, *settings, is_fixed)
+    with reordered_weights(model, len(noise)):
+        return generate(model, prompts, *settings, is_fixed)
 
 
 def sample_token(logits, noise, temperature):
@@ -532,7 +536,7 @@ def sample_token(logits, noise, temperature):
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(logits[:, 0])
-    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
+    weights = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
     sums = weights.cumsum(-1)
     total = sums[:, -1:]
     token = torch.searchsorted(sums, noise[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
@@ -2420,6 +2424,24 @@ def is_fast(args, model):
     return args.fast and not getattr(model, "plain_because", "")
 
 
+def choose_path(args, model, tokenizer, name):
+    """Decide how this model computes, and keep the decision with it: fast with attention in spans, fast with its own
+    attention, or plain. model.plain_because says why not fast, "" if it is fast; model.has_spans is about attention."""
+    config = model.config.get_text_config()
+    if config.model_type == "phimoe":  # it shows only where experts are nearly equal, so no comparison can be sure
+        raise InputError(f"{name} cannot be trained here: its routers sample their experts in training mode")
+    if getattr(config, "router_aux_loss_coef", 0) or getattr(config, "output_router_logits", False):
+        say("experts     the load-balancing loss of the model's config is not added to GRPO's")
+    set_spans(model, args.fast and model.device.type == "cpu" and getattr(config, "hidden_size", 0) >= SPANS_FROM)
+    model.plain_because = why_plain(args, model, tokenizer, name)
+    if model.plain_because and model.has_spans:  # is it the attention?
+        in_spans, model.plain_because = model.plain_because, ""
+        set_spans(model, False)
+        model.plain_because = why_plain(args, model, tokenizer, name)
+        if not model.plain_because:
+            say(f"attention   the model's own, not in spans: {in_spans}")
+
+
 def why_plain(args, model, tokenizer, name):
     """Why the fast path is not taken with this model; "" if it is taken, because it gives what the plain path gives.
 
@@ -2437,10 +2459,6 @@ def why_plain(args, model, tokenizer, name):
     text = "".join(f"{i}+{i * i}={i + i * i}, " for i in range(min(beyond, COMPARED_TOKENS)))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     is_exact = model.dtype == torch.float32 and args.quantize != "nf4"  # its products were not measured on a GPU
-    if config.model_type == "phimoe":  # it shows only where experts are nearly equal, so no comparison can be sure
-        raise InputError(f"{name} cannot be trained here: its routers sample their experts in training mode")
-    if getattr(config, "router_aux_loss_coef", 0) or getattr(config, "output_router_logits", False):
-        say("experts     the load-balancing loss of the model's config is not added to GRPO's")
     odd_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     odd_logits = [key for key, x in config.to_dict().items() if "logit" in key and isinstance(x, float) and x != 1]
     reason = "" if args.fast else "--no-fast"
@@ -2460,7 +2478,7 @@ def why_plain(args, model, tokenizer, name):
         if isinstance(fast, Exception):
             reason, fast = f"the shared cache or packed rows do not fit it: {one_line(fast)}", ()
         for what, difference, own in zip(("with the shared cache", "in packed rows"), fast, plain):
-            if not difference < (1e-3 if is_exact else max(0.02, 1.5 * own)):
+            if not difference < (1e-3 if is_exact else max(0.05 if model.has_spans else 0.02, 1.5 * own)):
                 reason = f"log-probabilities {what} differ by {difference:.2g} nats a token"
     return f"{', '.join(sorted(odd_layers))} layers: {reason}" if reason and odd_layers and args.fast else reason
 
@@ -2492,6 +2510,94 @@ def differences(args, model, prompts, is_fast):
     return tuple(float((logprobs - right).abs().sum() / mask.sum()) for logprobs in (sampled, trained))
 
 
+# ---- Attention on a CPU, in spans ----
+#
+# On a CPU three plain products are faster than PyTorch's fused attention, and a packed row hides most of itself from
+# each token. So a row is cut into spans, one for each prompt and one for each answer, and an answer meets only the keys
+# of its prompt and its own. The cost of attention then does not depend on the length of a row, so rows can be long. It
+# must equal the model's own attention. You do not need it on a GPU, where the fused kernels are fast, or in a narrow
+# model, where a call costs more than its products.
+
+SPANS_FROM = 512  # the hidden size from which a model on a CPU computes its attention in spans
+
+
+def attend(query, key, value, mask, scaling):
+    """softmax(q kᵀ · scaling + mask) v, (R, H, Lq, Dv). H/K query heads share each key head, which is not repeated.
+
+    query (R, H, Lq, D), key (R, K, Lk, D), value (R, K, Lk, Dv); mask (R, 1, Lq, Lk), 0 or −max.
+    """
+    R, H, Lq, D = query.shape
+    shared = R, key.shape[1], -1
+    scores = (query * scaling).reshape(*shared, D) @ key.transpose(2, 3)
+    weights = (scores.view(R, H, Lq, -1) + mask).softmax(-1)
+    return (weights.view(*shared, key.shape[2]) @ value).view(R, H, Lq, -1)
+
+
+def attend_in_spans(query, key, value, mask, scaling, spans):
+    """attend() for packed rows. spans: for each row, a list of (length, which span of the row its prompt is)."""
+    rows = []
+    for row, *tensors, row_mask in zip(spans, *(x.split(1) for x in (query, key, value, mask))):
+        sizes = [length for length, _ in row]
+        queries, keys, values = (x.split(sizes, 2) for x in tensors)
+        parts = []
+        for own, ((_, prompt), own_mask) in enumerate(zip(row, row_mask.split(sizes, 2))):
+            met, masks = sorted({prompt, own}), own_mask.split(sizes, 3)  # the spans that this one sees
+            k, v = (torch.cat([x[i] for i in met], 2) for x in (keys, values))
+            parts.append(attend(queries[own], k, v, torch.cat([masks[i] for i in met], 3), scaling))
+        rows.append(torch.cat(parts, 2))
+    return torch.cat(rows)
+
+
+def span_attention(sdpa, module, query, key, value, attention_mask, scaling=None, spans=None, **others):
+    """What transformers calls in each layer. spans: those of attend_in_spans(); [] for whole rows; None for sdpa."""
+    if spans is None or any(others.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **others)
+    given = query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling
+    attended = attend_in_spans(*given, spans) if spans else attend(*given)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def set_spans(model, wanted):
+    """Give a model that computes its attention with sdpa span_attention() instead, or sdpa again."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("spans", partial(span_attention, sdpa_attention_forward))
+    AttentionMaskInterface.register("spans", sdpa_mask)
+    config = model.config.get_text_config()
+    if config._attn_implementation in ("sdpa", "spans"):
+        model.set_attn_implementation("spans" if wanted else "sdpa")
+    model.has_spans = config._attn_implementation == "spans"
+
+
+# ---- Products of few rows on a CPU ----
+
+
+@contextmanager
+def reordered_weights(model, rows):
+    """On a CPU, bring the weights of linear layers into the order that the processor's products read, once a rollout.
+
+    A product of a few rows, such as those of sampling, else spends a third to half of its time on this. oneDNN knows
+    the order, and PyTorch has operators for it, but no public name. Where they are missing, nothing changes.
+    """
+    own = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+    if model.device.type != "cpu" or not hasattr(own, "_linear_pointwise"):
+        yield
+        return
+    layers = [x for x in model.modules() if type(x) is torch.nn.Linear and "forward" not in vars(x)]
+    # not a part of a weight (--shard); in a small layer the call would cost more than the order saves
+    layers = [x for x in layers if type(x.weight.data) is torch.Tensor and x.weight.numel() > 100_000]
+    for layer in layers:
+        weight = own._reorder_linear_weight(layer.weight.detach(), rows)
+        layer.forward = partial(own._linear_pointwise, W=weight, B=layer.bias, attr="none", scalars=[], algorithm="")
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 # ---- Fast sampling: one cache for the prompt of a group ----
 #
 # A prompt is read once and its keys and values are copied to the G rows of its group. Rows that have ended leave the
@@ -2509,7 +2615,7 @@ def new_cache(model, rows, length):
         def lazy_initialization(self, keys, values):
             self.dtype, self.device = keys.dtype, keys.device
             self.room = [x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in (keys, values)]
-            self.used, self.live, self.column, self.is_initialized = 0, rows, None, True
+            self.used, self.live, self.column, self.width, self.is_initialized = 0, rows, None, None, True
 
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:  # the prefill: each prompt is written to every row of its group
@@ -2522,10 +2628,13 @@ def new_cache(model, rows, length):
                 for room, x in zip(self.room, (keys, values)):
                     room[: self.live].index_copy_(2, self.column, x)
                 return tuple(room[: self.live] for room in self.room)
+            if self.width:
+                more = self.width - self.room[0].shape[2]
+                self.room = [torch.nn.functional.pad(room, (0, 0, 0, more)) if more else room for room in self.room]
             self.used += keys.shape[2]
             for room, x in zip(self.room, (keys, values)):
                 room[: self.live, :, self.used - x.shape[2] : self.used] = x
-            return tuple(room[: self.live, :, : self.used] for room in self.room)
+            return tuple(room[: self.live, :, : self.width or self.used] for room in self.room)
 
         def get_seq_length(self):
             return self.used if self.is_initialized else 0
@@ -2557,14 +2666,16 @@ def attention_masks(model, attention_mask, queries, keys):
     return masks
 
 
-def last_states(model, ids, positions, masks, cache=None):
+def last_states(model, ids, positions, masks, cache=None, spans=()):
     """The states before the head, (R, L, d). A model with several kinds of layers takes a dict of masks."""
+    own = {"spans": spans} if getattr(model, "has_spans", False) else {}
     return model.base_model(
         ids,
         attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
         position_ids=positions,
         past_key_values=cache,
         use_cache=cache is not None,
+        **own,
     ).last_hidden_state
 
 
@@ -2620,7 +2731,8 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
         torch.arange(Q, device=device) >= Q - lengths[:, None]
     )  # padding stands on the left, so that all prompts end in the same column
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
-    cache = new_cache(model, B, Q + T)
+    has_spans = getattr(model, "has_spans", False)
+    cache = new_cache(model, B, Q + 1 if has_spans else Q + T)
     head, eos = model.get_output_embeddings(), torch.tensor(eos_ids, dtype=torch.long, device=device)
     noise = noise.to(device)
     state = model.base_model(
@@ -2663,7 +2775,13 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
             step = step or fixed_step(model, cache, *now)
             logits = step(*now)
             continue
-        masks = attention_masks(model, seen[rows, None, None, : Q + t + 1], column, columns[None, : Q + t + 1])
+        K = Q + t + 1  # keys
+        if has_spans:  # products of a part of a tensor copy it, so the cache is read whole and grows by 64 tokens
+            K = min(-(-K // 64) * 64, Q + T)
+            for layer in cache.layers:
+                layer.width = K
+        now = (seen[rows, :K] & (columns[:K] <= Q + t))[:, None, None]
+        masks = attention_masks(model, now, column, columns[None, :K])
         logits = head(last_states(model, token[:, None], position[:, None], masks, cache)[:, -1])
     return tokens, logprobs, mask
 
@@ -2694,6 +2812,7 @@ class Batch(NamedTuple):
     sources: torch.Tensor  # (N,) where in ids, flat, the state before each completion token is
     targets: torch.Tensor  # (N,) those tokens
     places: tuple  # two of (N,): the sequence in this batch, and t, of each
+    spans: list  # for each row (length, which span its prompt is) of its prompts, its answers and its padding
 
 
 def plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens):
@@ -2741,10 +2860,12 @@ def plan_for(args, model, prompt_lengths, lengths, group_size):
 
     With k answers of a tokens after a prompt of p tokens, a sequence costs p/k + a tokens. In a row of L = p + k·a, a
     token costs 1 + L/c, where c is about 1,500: the length at which attention costs as much as the rest. The product
-    is least at L = p + √(p (p + c)).
+    is least at L = p + √(p (p + c)). With attention in spans a token of a long row costs no more, so rows are long.
     """
     row_tokens, micro_batch_tokens = 0, most_tokens(args, model)
-    if is_fast(args, model) and lengths:
+    if is_fast(args, model) and getattr(model, "has_spans", False):
+        row_tokens = min(micro_batch_tokens, 2048)  # the mask has the square of it
+    elif is_fast(args, model) and lengths:
         p = sum(prompt_lengths[i // group_size] for i in lengths) / len(lengths)
         row_tokens = min(int(p + (p * (p + 1500)) ** 0.5), micro_batch_tokens)
     return plan_rows(prompt_lengths, lengths, group_size, row_tokens, micro_batch_tokens)
@@ -2760,9 +2881,9 @@ def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
     lengths = lengths_of(mask)
     size = max(row_size(row, list(map(len, prompts)), lengths, group_size) for row in rows)
     ids, positions, prompt_of, owner = (torch.full((len(rows), size), x) for x in (0, 0, -1, -2))
-    sequences, sources, targets, places = [], [], [], []
+    sequences, sources, targets, places, spans = [], [], [], [], []
     for r, row in enumerate(rows):
-        end, current = 0, None
+        end, current, of_row = 0, None, []
         for i in row:
             if i // group_size != current:
                 current = i // group_size
@@ -2772,6 +2893,8 @@ def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
                 prompt_of[r, span], owner[r, span] = current, -1
                 end += len(prompt)
                 last = end - 1
+                own_prompt = len(of_row)
+                of_row.append((len(prompt), own_prompt))
             completion = tokens[i, : lengths[i]]
             span = slice(end, end + lengths[i] - 1)
             ids[r, span], positions[r, span] = completion[:-1], len(prompt) + torch.arange(lengths[i] - 1)
@@ -2783,6 +2906,8 @@ def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
             places += [(len(sequences), t) for t in scored]
             sequences.append(i)
             end += lengths[i] - 1
+            of_row += [(lengths[i] - 1, own_prompt)] * (lengths[i] > 1)
+        spans.append(of_row + [(size - end, len(of_row))] * (size > end))
     same_prompt = prompt_of[:, :, None] == prompt_of[:, None, :]
     attention_mask = same_prompt & ((owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1))
     attention_mask &= torch.ones(size, size, dtype=torch.bool).tril()
@@ -2794,7 +2919,7 @@ def pack_rows(prompts, tokens, mask, rows, group_size, device="cpu"):
         torch.tensor(sources),
         torch.cat(targets),
     )
-    return Batch(*(x.to(device) for x in tensors), tuple(torch.tensor(places, device=device).T))
+    return Batch(*(x.to(device) for x in tensors), tuple(torch.tensor(places, device=device).T), spans)
 
 
 def logprobs_of(head, hidden, targets, temperature):
@@ -2809,7 +2934,8 @@ def completion_logprobs(model, batch, max_tokens, temperature, logprob_tokens):
     are computed for logprob_tokens tokens at a time, and all but the last chunk's again in the backward pass [G16].
     """
     masks = attention_masks(model, batch.attention_mask, batch.positions, batch.positions)
-    hidden = last_states(model, batch.ids, batch.positions, masks).flatten(0, 1)[batch.sources]
+    states = last_states(model, batch.ids, batch.positions, masks, spans=batch.spans)
+    hidden = states.flatten(0, 1)[batch.sources]
     head, parts = model.get_output_embeddings(), []
     chunks = list(zip(hidden.split(logprob_tokens), batch.targets.split(logprob_tokens)))
     for states, targets in chunks:
@@ -3234,8 +3360,8 @@ def scattered(x, like):
 
 # The settings that a resumed run may change. Any other would make it a different run
 CHANGEABLE = (
-    "resume device torch_threads checkpoint_every track wandb_project generate_rows micro_batch_tokens offload shard "
-    "cuda_graph fast save_merged max_hours verbose"
+    "resume device torch_threads keep_memory checkpoint_every track wandb_project generate_rows micro_batch_tokens "
+    "offload shard cuda_graph fast save_merged max_hours verbose"
 )
 # Flags that were removed, and what took their place. A run that was saved with them is resumed without them
 REMOVED = {
@@ -3730,9 +3856,25 @@ def start_run(args, held_out):
         make_run_dir(run_dir)  # it is refused now, not after minutes
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
+    if args.device == "cpu":
+        if args.keep_memory and sys.platform == "linux":
+            keep_freed_memory()
+        # each new length of a batch makes new products. 1,024 of them are kept else, a hundred megabytes more a step
+        for setting in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(setting, "64")  # they are read at the first product
     if args.track and process_rank() == 0:
         start_wandb(args, run_dir)  # before the writer, because it watches the writers that are made after it
     return args, run_dir
+
+
+def keep_freed_memory():
+    """By default glibc returns large freed blocks to the system, and each minibatch waits for new, zeroed pages."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the free end of the heap
 
 
 def make_start_model(args, directory, problems, held_out):

@@ -217,7 +217,7 @@ def run_ours(program, options):
                 anneal_lr=False,
                 seed=options.seed,
                 micro_batch_tokens=512,
-                logprob_tokens=512,
+                logprob_tokens=128,
                 torch_threads=options.threads,
                 reward=f"{__file__}:checksum" if options.row == "gsm8k" else None,
                 eval_every=0,

@@ -57,6 +57,7 @@ MODELS = {
         False,
     ),
 }
+IN_SPANS = {"llama", "gpt2", "window", "windows", "gemma3", "pictures", "experts"}  # those whose attention is sdpa
 
 
 def build(grpo, directory, kind, settings, std=0.3):
@@ -107,14 +108,17 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
+@pytest.mark.parametrize("spans_from", [512, 0], ids=["own attention", "attention in spans"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_family_is_sampled_and_scored_as_by_itself(grpo, tiny_grpo, tmp_path, name):
+def test_a_family_is_sampled_and_scored_as_by_itself(grpo, tiny_grpo, tmp_path, name, spans_from, monkeypatch):
     """By the path that is taken, and by the plain one: greedy tokens of model.generate, samples by the noise, and in
     training mode values and gradients of one forward pass a sequence. Prompts on both sides of the windows."""
     kind, settings, expected = MODELS[name]
+    monkeypatch.setattr(grpo, "SPANS_FROM", spans_from)  # these models are narrow
     args = tiny_grpo(model=build(grpo, tmp_path / "m", kind, settings), temperature=0.8)
     model, _, _ = grpo.load_model(args, args.model)
     assert (model.plain_because == "") == expected == grpo.is_fast(args, model), model.plain_because
+    assert model.has_spans == (spans_from == 0 and name in IN_SPANS)
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     right = []
     for path in (args, grpo.replace(args, fast=False)):
@@ -204,6 +208,113 @@ def test_rows_hold_several_answers_of_a_prompt(grpo, tiny_grpo):
         plan = grpo.plan_for(tiny_grpo(micro_batch_tokens=micro_batch_tokens), None, [120] * 4, lengths, 8)
         rows = [grpo.row_size(row, [120] * 4, lengths, 8) for rows in plan for row in rows]
         assert max(rows) <= micro_batch_tokens
+
+
+# ---- Attention in spans ----
+
+
+def test_attention_by_plain_products_is_the_fused_one(grpo):
+    """attend() shares each key head between query heads without repeating it. Values have another width than keys."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+    is_seen = torch.rand(2, 1, 5, 7) < 0.7
+    is_seen[..., 0] = True
+    mask = torch.zeros(is_seen.shape).masked_fill(~is_seen, torch.finfo(torch.float32).min)
+    found = grpo.attend(query, key, value, mask, 0.3)
+    key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+    right = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, scale=0.3)
+    torch.testing.assert_close(found, right)
+
+
+def test_wide_models_attend_in_spans_and_narrow_ones_do_not(grpo, tiny_grpo, tiny_lm, monkeypatch):
+    """[G17] In spans a row fills the micro-batch. On the plain path, sampling included, sdpa is as it was."""
+    narrow = grpo.load_model(tiny_grpo(), tiny_lm)[0]
+    monkeypatch.setattr(grpo, "SPANS_FROM", narrow.config.hidden_size)
+    wide = grpo.load_model(tiny_grpo(), tiny_lm)[0]
+    assert (narrow.has_spans, wide.has_spans) == (False, True) and wide.plain_because == narrow.plain_because == ""
+    lengths, args = dict.fromkeys(range(8), 40), tiny_grpo(micro_batch_tokens=400)
+    rows = [[len(row) for rows in grpo.plan_for(args, x, [6], lengths, 8) for row in rows] for x in (narrow, wide)]
+    assert rows == [[2] * 4, [8]]
+    attended, attend = [], grpo.attend
+    monkeypatch.setattr(grpo, "attend", lambda *given: attended.append(given[0].shape[2]) or attend(*given))
+    given = [PROMPTS[0]], noise_of(4), 1.0, EOS_IDS, 0
+    tokens, _, mask = grpo.sample(args, wide, *given)
+    layers = wide.config.num_hidden_layers
+    assert attended == [1] * layers * (int(mask.sum(-1).max()) - 1), "the tokens after the first, in each layer"
+    attended.clear()
+    grpo.policy_logprobs(args, wide, [PROMPTS[0]], tokens, mask)
+    spans = [3, *(length - 1 for length in sorted(mask.sum(-1).tolist(), reverse=True) if length > 1)]
+    assert attended == spans * layers, "the prompt once, then each answer"
+    attended.clear()
+    plain = grpo.replace(args, fast=False)
+    grpo.policy_logprobs(plain, wide, [PROMPTS[0]], tokens, mask), grpo.sample(plain, wide, *given)
+    grpo.policy_logprobs(args, narrow, [PROMPTS[0]], tokens, mask), grpo.sample(args, narrow, *given)
+    assert not attended
+
+
+def test_spans_are_kept_by_gradient_checkpointing(grpo, tiny_grpo, tiny_lm, monkeypatch):
+    """A layer that is computed again in the backward pass has the same spans: the same gradient."""
+    monkeypatch.setattr(grpo, "SPANS_FROM", 0)
+    model = grpo.load_model(tiny_grpo(), tiny_lm)[0]
+    tokens, _, mask = grpo.sample(tiny_grpo(), model, PROMPTS, noise_of(8), 1.0, EOS_IDS, 0)
+    right = gradient_of(model, grpo.policy_logprobs(tiny_grpo(), model, PROMPTS, tokens, mask))
+    calls, attend = [], grpo.attend
+    monkeypatch.setattr(grpo, "attend", lambda *given: calls.append(1) or attend(*given))
+    model.activation_checkpointing_enable()
+    logprobs = grpo.policy_logprobs(tiny_grpo(), model.train(), PROMPTS, tokens, mask)
+    forward = len(calls)
+    assert_close(gradient_of(model, logprobs), right)
+    assert forward and len(calls) == 2 * forward
+
+
+def test_spans_that_do_not_fit_a_model_are_found(grpo, tiny_grpo, tiny_lm, monkeypatch, capsys):
+    """Planted: answers that do not see their prompt. The model keeps its own attention and the fast path, and a line
+    says so; what is saved is a model like any other."""
+    monkeypatch.setattr(grpo, "SPANS_FROM", 0)
+    right, attend = grpo.load_model(tiny_grpo(), tiny_lm)[0], grpo.attend_in_spans
+
+    def alone(query, key, value, mask, scaling, spans):
+        own = [[(length, i) for i, (length, _) in enumerate(row)] for row in spans]
+        return attend(query, key, value, mask, scaling, own)
+
+    monkeypatch.setattr(grpo, "attend_in_spans", alone)
+    model = grpo.load_model(tiny_grpo(), tiny_lm)[0]
+    assert right.has_spans and not model.has_spans and model.plain_because == ""
+    assert "the model's own, not in spans: log-probabilities in packed rows differ" in capsys.readouterr().out
+    tokens, _, mask = grpo.sample(tiny_grpo(), model, PROMPTS, noise_of(8), 1.0, EOS_IDS, 0)
+    found = grpo.policy_logprobs(tiny_grpo(), model, PROMPTS, tokens, mask)
+    torch.testing.assert_close(found, own_logprobs(model, PROMPTS, tokens, mask), rtol=0, atol=1e-4)
+
+
+def test_a_saved_model_says_nothing_of_spans(grpo, tiny_grpo, tiny_lm, monkeypatch, tmp_path):
+    monkeypatch.setattr(grpo, "SPANS_FROM", 0)
+    model = grpo.load_model(tiny_grpo(), tiny_lm)[0]
+    model.save_pretrained(tmp_path / "saved")
+    assert model.has_spans and "spans" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_the_processors_order(grpo, dtype):
+    """Large linear layers give the same products with their weights in the processor's own order. Small layers, and
+    layers with a product of their own, stay. Afterwards, and after an error, all are as they were."""
+    torch.manual_seed(0)
+    own = torch.nn.Linear(512, 256)
+    own.forward = lambda x: x
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 512, bias=False), own)
+    model = model.append(torch.nn.Linear(512, 8)).to(dtype)
+    model.device = torch.device("cpu")
+    changed = [x for x in model[:2]]
+    for rows in (1, 3, 40):
+        states = torch.randn(rows, 256, dtype=dtype)
+        with torch.no_grad():
+            right = model(states)
+            with grpo.reordered_weights(model, 3):
+                assert ["forward" in vars(x) for x in model] == [True, True, True, False]
+                found = model(states)
+        torch.testing.assert_close(found, right, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+    with pytest.raises(ZeroDivisionError), grpo.reordered_weights(model, 3):
+        1 / 0
+    assert not any("forward" in vars(x) for x in changed) and own.forward(3) == 3
 
 
 # ---- The comparison at the start ----
