@@ -16,7 +16,7 @@
 Teaches  the details of RLHF with PPO, tagged [R1]..[R29] on the line where each happens (docs/details.md)
 Run      python rlhf_gpt2_ppo.py
 Expect   94 to 99% truly positive reviews (32 to 39% before stage 3) at 1.9 to 2.9 nats of KL a response, distinct-2
-         lower by 2 to 27%, in 22 runs: 10 seeds under up to 3 instruction sets; 100 s on one core of an Intel Xeon
+         lower by 2 to 27%, in 30 runs: 10 seeds under 3 instruction sets; 100 s on one core of an Intel Xeon
          whose other core was busy (benchmarks/RESULTS.md)
 Departs  from Ziegler et al. 2019 in four ways:
          - β is steered to 2.9 nats with a horizon of 500 responses, not to 6 nats with one of 10,000, because the

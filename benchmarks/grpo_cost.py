@@ -7,12 +7,13 @@ Run      python benchmarks/grpo_cost.py --model DIR          (DIR: an instruct m
 Writes   benchmarks/results/grpo_cost.jsonl (raw: a line naming the machine, then a line a measured size)
          docs/figures/grpo_cost.png
 
-The base is 1 prompt of 32 tokens, 4 answers, 16 tokens each. One axis grows at a time. All answers use their full
+The base is 1 prompt of 32 tokens, 4 answers, 64 tokens each. One axis grows at a time. All answers use their full
 length, and the advantages are random, so every answer teaches. The functions are the script's own: sample() and
-minibatch_gradient(), in float32, micro-batches of 1,024 tokens, one thread a process. Answers are counted, prompts are
-not. Processor seconds count the work and not the waiting, so a busy machine changes them less than seconds by the
-clock. With 2 processes each takes half of the prompts, the gradients are summed, and the processor seconds of both are
-added up; `sum_seconds` is the share of the summing.
+minibatch_gradient(), on the fast path, with micro-batches of 1,024 tokens and one thread a process, in bfloat16 where
+the processor multiplies it and else in float32. Answers are counted, prompts are not. Processor seconds count the work
+and not the waiting, so a busy machine changes them less than seconds by the clock. With 2 processes each takes half of
+the prompts, the gradients are summed, and the processor seconds of both are added up; `sum_seconds` is the share of the
+summing.
 """
 
 import argparse
@@ -25,9 +26,15 @@ import time
 
 from cartpole import RESULTS, ROOT, machine
 
-SIZES, BASE = (1, 2, 4, 8), {"prompts": 1, "group": 4, "length": 16}
+SIZES, BASE = (1, 2, 4, 8), {"prompts": 1, "group": 4, "length": 64}
 AXES = [*BASE, "processes"]
 PROMPT = 32  # tokens
+
+
+def dtype():
+    import grpo_llm
+
+    return "bfloat16" if grpo_llm.multiplies_bfloat16() else "float32"
 
 
 def measure_size(model, eos_ids, size, repeats=2):
@@ -37,7 +44,7 @@ def measure_size(model, eos_ids, size, repeats=2):
     import grpo_llm
 
     args = grpo_llm.Args(
-        model="-", task="jsonl", data="-", device="cpu", dtype="float32", optimizer="adamw", learning_rate=1e-6,
+        model="-", task="jsonl", data="-", device="cpu", dtype=dtype(), optimizer="adamw", learning_rate=1e-6,
         prompts_per_step=size["prompts"], group_size=size["group"], max_tokens=size["length"], micro_batch_tokens=1024,
         generate_rows=128, eval_samples=8, gradient_checkpointing=False, offload=False, torch_threads=1,
     )  # fmt: skip
@@ -76,9 +83,13 @@ def run_child(options):
     torch.set_num_threads(1)
     if options.one == "processes":
         dist.init_process_group("gloo")
-    args = grpo_llm.Args(model=options.model, device="cpu", dtype="float32", torch_threads=1, max_tokens=16)
+    os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as a run does
+    if sys.platform == "linux":
+        grpo_llm.keep_freed_memory()
+    args = grpo_llm.Args(model=options.model, device="cpu", dtype=dtype(), torch_threads=1, max_tokens=16)
     model, _, _ = grpo_llm.load_model(args, options.model, is_compared=False)
     model.plain_because = ""
+    grpo_llm.set_spans(model, True)
     sizes = [2] if options.one == "processes" else SIZES
     for times in sizes:
         axis = "prompts" if options.one == "processes" else options.one
@@ -121,7 +132,9 @@ def measure(options):
             print(json.dumps(row), flush=True)
 
         if not options.append:
-            write({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "prompt": PROMPT, "base": BASE})
+            sys.path.insert(0, str(ROOT))
+            settings = {"dtype": dtype(), "prompt": PROMPT, "base": BASE}
+            write({"machine": machine(), "date": time.strftime("%Y-%m-%d"), **settings})
         for axis in random.Random(1).sample(options.axes, len(options.axes)):
             for row in run_axis(axis, options):
                 write(row)
@@ -140,7 +153,7 @@ def rates():
 
 def print_table():
     head, found = rates()
-    print(f"\n{head['machine']['cpu']}, {head['date']}\n")
+    print(f"\n{head['machine']['cpu']}, {head['date']}, {head['dtype']}\n")
     print("| axis | phase | " + " | ".join(f"{times}×" for times in SIZES) + " |")
     print("|---" * 6 + "|")
     for axis, own in found.items():

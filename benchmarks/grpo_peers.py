@@ -12,8 +12,13 @@ Rows, the work of a step, 4 prompts (--prompts) × 8 samples in both:
            uses most. The reward is a checksum of the completion, so no group is equal and every sample teaches
 
 Programs, interleaved round by round, each in a process of its own:
-    ours                  grpo_llm.py, with the optimizer that it chooses for the type
+    ours                  grpo_llm.py as it comes: on a CPU micro-batches of 2,048 tokens, logits of 1,024 at once
+    ours-small            with micro-batches of 512 tokens and logits of 128 at once, which needs less memory
     ours-adamw8bit        the same with --optimizer adamw8bit, which is its choice for bfloat16
+    ours-own-attention    ours with the model's own attention, not in spans; each part of its speed on a CPU alone
+    ours-own-order        ours without weights in the processor's order
+    ours-default-malloc   ours with --no-keep-memory
+    ours-large-caches     ours with PyTorch's and oneDNN's own limits on the products that they keep
     trl                   TRL's GRPOTrainer as it comes: batches of 8, gradient checkpointing on
     trl-one-batch         the same, all sequences in one batch
     trl-no-checkpointing  as it comes, gradient checkpointing off
@@ -28,7 +33,7 @@ before to its own end: generation, rewards, update. The first step warms up and 
 groups of equal rewards, whose gradient is 0, out of the update, TRL computes them; `equal_groups` is their share.
 `cpu_seconds` is the processor time of the step over all threads: on a busy machine compare that. Peak memory is VmHWM,
 the largest resident set of the process, libraries and weights included. `peak_gflops`, in a line of its own, is
-what products of the model's size reach just before the run.
+what products of the model's size reach just after the run.
 """
 
 import argparse
@@ -43,6 +48,7 @@ import sys
 import tempfile
 import time
 import zlib
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -54,7 +60,15 @@ from cartpole import RESULTS, machine  # noqa: E402
 GROUP = 8
 MAX_TOKENS = {"sums": 64, "gsm8k": 128}
 TRL = {"trl": {}, "trl-one-batch": {"batch": None}, "trl-no-checkpointing": {"gradient_checkpointing": False}}
-OURS = {"ours": {}, "ours-adamw8bit": {"optimizer": "adamw8bit"}}
+OURS = {
+    "ours": {},
+    "ours-small": {"micro_batch_tokens": 512, "logprob_tokens": 128},
+    "ours-adamw8bit": {"optimizer": "adamw8bit"},
+    "ours-own-attention": {},
+    "ours-own-order": {},
+    "ours-default-malloc": {"keep_memory": False},
+    "ours-large-caches": {},
+}
 PROGRAMS = [*OURS, *TRL]
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -195,6 +209,12 @@ def run_ours(program, options):
     sys.path.insert(0, str(ROOT))
     import grpo_llm
 
+    if program == "ours-own-attention":
+        grpo_llm.SPANS_FROM = math.inf
+    if program == "ours-own-order":
+        grpo_llm.reordered_weights = lambda model, rows: nullcontext()
+    if program == "ours-large-caches":
+        os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
     speed_metrics, cpu_clock = grpo_llm.speed_metrics, []
 
     def with_cpu_clock(*arguments):
@@ -216,8 +236,6 @@ def run_ours(program, options):
                 learning_rate=options.learning_rate,
                 anneal_lr=False,
                 seed=options.seed,
-                micro_batch_tokens=512,
-                logprob_tokens=128,
                 torch_threads=options.threads,
                 reward=f"{__file__}:checksum" if options.row == "gsm8k" else None,
                 eval_every=0,
@@ -263,7 +281,6 @@ def speed_of_products(options):
 
 def run_one(program, options):
     """In the child: its rows as lines of JSON after a marker, memory in the last."""
-    emit(**speed_of_products(options))
     if program in OURS:
         run_ours(program, options)
     else:
@@ -277,6 +294,7 @@ def run_one(program, options):
     unit = 1 << 20 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kB on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
     emit(peak_mb=peak_resident_mb() or peak, ru_maxrss_mb=peak, packages=packages)
+    emit(**speed_of_products(options))  # not before: ours limits what oneDNN keeps before its first product
 
 
 # ---- In the parent ----
@@ -356,6 +374,8 @@ def print_table(options):
     for name, program in dict.fromkeys((row["row"], row["program"]) for row in rows):
         own = [row for row in rows if (row["row"], row["program"]) == (name, program)]
         steps = [row for row in own if row.get("step", 0) > 1]
+        if not steps or not any("peak_mb" in row for row in own):  # it did not come to its end
+            continue
         found[name, program] = {
             "seconds": [row["seconds"] for row in steps],
             "cpu": median([row["cpu_seconds"] for row in steps if row["cpu_seconds"]] or [math.nan]),

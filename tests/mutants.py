@@ -627,8 +627,8 @@ GRPO = [
     ("format pattern of quadratic time", "(?s).*# *-?", "(?s).*#+ *-?"),
     (
         "temperature forgotten in the sampler",
-        ".amax(-1, keepdim=True)) / temperature).exp_()",
-        ".amax(-1, keepdim=True))).exp_()",
+        ".amax(-1, keepdim=True)).div_(temperature).exp_()",
+        ".amax(-1, keepdim=True)).exp_()",
     ),
     (
         "noise of 0 finds a token without chance",
@@ -662,9 +662,16 @@ GRPO = [
     ),
     (
         "the sampler sees padding",
-        "masks = attention_masks(model, seen[rows, None, None, : Q + t + 1],",
-        "masks = attention_masks(model, torch.ones_like(seen[rows, None, None, : Q + t + 1]),",
+        "(seen[rows, :K] & (columns[:K] <= Q + t))",
+        "(columns[None, :K] <= Q + t).expand(len(rows), -1)",
     ),
+    ("the sampler sees the empty end of its cache", "(seen[rows, :K] & (columns[:K] <= Q + t))", "seen[rows, :K]"),
+    ("spans without their prompt", "sorted({prompt, own})", "[own]"),
+    ("spans without the padding of a row", " + [(size - end, len(of_row))] * (size > end)", ""),
+    ("spans without a causal mask", "scores.view(R, H, Lq, -1) + mask", "scores.view(R, H, Lq, -1)"),
+    ("weights stay in the processor's order", "            del layer.forward\n", "            pass\n"),
+    ("a reference that attends otherwise", "        set_spans(model, policy.has_spans)\n", ""),
+    ("memory is kept against the flag", "if args.keep_memory and sys.platform", "if sys.platform"),
     ("windows of attention ignored", 'if kind == "sliding_attention" and window:', "if False:"),
     ("rows that leave mix up the cache", "room[finished, :, :used] = room[moved, :, :used]", "pass"),
     (

@@ -167,6 +167,18 @@ def test_peak_memory_is_in_bytes_on_every_system(grpo, tiny_grpo, monkeypatch):
     assert "memory/peak_gb" not in rows[1] and "time/step_seconds" in rows[1]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_a_run_on_a_cpu_keeps_in_memory(grpo, tiny_grpo, monkeypatch, keep):
+    """Freed memory, unless --no-keep-memory; of oneDNN's products 64, or as many as the user says."""
+    kept = []
+    monkeypatch.setattr(grpo, "keep_freed_memory", lambda: kept.append(1))
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    grpo.train(tiny_grpo(steps=1, keep_memory=keep))
+    assert len(kept) == (keep and sys.platform == "linux")
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("64", "7")
+
+
 # ---- Resuming ----
 
 RESUMED = {
