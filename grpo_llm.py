@@ -146,7 +146,7 @@ class Args:
     # the run
     device: str | None = None  # cpu, cuda, cuda:1 …, or mps, which is untried; chosen for you
     torch_threads: ChosenInt = None  # CPU threads of torch; chosen for you
-    keep_memory: bool = True  # on a CPU, keep freed memory, so no page is zeroed twice; 1.06 times faster
+    keep_memory: bool = True  # on a CPU, use freed memory again, do not give it back to the system; 1.06 times faster
     max_hours: ChosenFloat = None  # after so many hours finish the step, evaluate, save and end; no limit if not given
     checkpoint_every: NonNegativeInt = 25  # steps between two checkpoints; 0: at the end only
     verbose: bool = False  # at each step show the best and the worst completion on the screen
@@ -2434,14 +2434,14 @@ def choose_path(args, model, tokenizer, name):
         raise InputError(f"{name} cannot be trained here: its routers sample their experts in training mode")
     if getattr(config, "router_aux_loss_coef", 0) or getattr(config, "output_router_logits", False):
         say("experts     the load-balancing loss of the model's config is not added to GRPO's")
-    set_spans(model, args.fast and model.device.type == "cpu" and getattr(config, "hidden_size", 0) >= SPANS_FROM)
     model.plain_because = why_plain(args, model, tokenizer, name)
-    if model.plain_because and model.has_spans:  # is it the attention?
-        in_spans, model.plain_because = model.plain_because, ""
-        set_spans(model, False)
-        model.plain_because = why_plain(args, model, tokenizer, name)
-        if not model.plain_because:
-            say(f"attention   the model's own, not in spans: {in_spans}")
+    is_wide = getattr(config, "hidden_size", 0) >= SPANS_FROM
+    if model.device.type == "cpu" and is_wide and not model.plain_because:
+        set_spans(model, True)
+        reason = why_plain(args, model, tokenizer, name) if model.has_spans else ""
+        if reason:
+            set_spans(model, False)
+            say(f"attention   the model's own, not in spans: {reason}")
 
 
 def why_plain(args, model, tokenizer, name):
@@ -2449,7 +2449,8 @@ def why_plain(args, model, tokenizer, name):
 
     They are compared after short prompts, then after one that is longer than any window of attention. A model that the
     plain path gets wrong is refused. Rounding makes 0.0000 nats a token in float32 and up to 0.015 in bfloat16, or 0.05
-    if a router chooses another expert. A wrong mask or position makes 0.025 and more, a sampler in a router 0.2.
+    if a router chooses another expert. A wrong mask or position makes 0.025 and more, a sampler in a router 0.2. Spans
+    are compared after all else was right, and make up to 0.035 in bfloat16: as far from float32 as what they replace.
     Quantized weights need no other bounds. Measured on SmolLM2-135M in packed rows, right, wrong positions, wrong mask:
     bfloat16 0.005, 0.07, 0.18; int8 on it 0.004, 0.09, 0.28; nf4 on it 0.009, 0.06, 0.15. In float32 int8 has 0.0000,
     0.03, 0.28 and nf4 0.0000, 0.05, 0.26.
@@ -2514,13 +2515,14 @@ def differences(args, model, prompts, is_fast):
 
 # ---- Attention on a CPU, in spans ----
 #
-# On a CPU three plain products are faster than PyTorch's fused attention, and a packed row hides most of itself from
-# each token. So a row is cut into spans, one for each prompt and one for each answer, and an answer meets only the keys
-# of its prompt and its own. The cost of attention then does not depend on the length of a row, so rows can be long. It
-# must equal the model's own attention. You do not need it on a GPU, where the fused kernels are fast, or in a narrow
-# model, where a call costs more than its products.
+# On a CPU two plain products and a softmax are faster than PyTorch's fused attention, and a packed row hides most of
+# itself from each token. So a row is cut into spans, one for each prompt and one for each answer, and an answer meets
+# only the keys of its prompt and its own. A token then costs the same in a long row as in a short one, so rows can be
+# long. It must equal the model's own attention. You do not need it on a GPU, where the fused kernels are fast, or in a
+# narrow model, where a call costs more than its products.
 
 SPANS_FROM = 512  # the hidden size from which a model on a CPU computes its attention in spans
+LONGEST_PRODUCT = 1024 * 1024  # queries × keys
 
 
 def attend(query, key, value, mask, scaling):
@@ -2529,6 +2531,9 @@ def attend(query, key, value, mask, scaling):
     query (R, H, Lq, D), key (R, K, Lk, D), value (R, K, Lk, Dv); mask (R, 1, Lq, Lk), 0 or −max.
     """
     R, H, Lq, D = query.shape
+    if Lq * key.shape[2] > LONGEST_PRODUCT:  # the fused kernel does not keep its weights, which are many now
+        key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     shared = R, key.shape[1], -1
     scores = (query * scaling).reshape(*shared, D) @ key.transpose(2, 3)
     weights = (scores.view(R, H, Lq, -1) + mask).softmax(-1)
@@ -2567,9 +2572,10 @@ def set_spans(model, wanted):
 
     AttentionInterface.register("spans", partial(span_attention, sdpa_attention_forward))
     AttentionMaskInterface.register("spans", sdpa_mask)
-    config = model.config.get_text_config()
-    if config._attn_implementation in ("sdpa", "spans"):
-        model.set_attn_implementation("spans" if wanted else "sdpa")
+    config, name = model.config.get_text_config(), "spans" if wanted else "sdpa"
+    if {config._attn_implementation, name} == {"sdpa", "spans"}:  # the part that reads text, not one for pictures
+        own = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
+        model.set_attn_implementation(dict.fromkeys(["", *own], name))
     model.has_spans = config._attn_implementation == "spans"
 
 
@@ -2578,10 +2584,11 @@ def set_spans(model, wanted):
 
 @contextmanager
 def reordered_weights(model, rows):
-    """On a CPU, bring the weights of linear layers into the order that the processor's products read, once a rollout.
+    """On a CPU, copy linear layers' weights into the order that the processor's products read, once for all tokens.
 
-    A product of a few rows, such as those of sampling, else spends a third to half of its time on this. oneDNN knows
-    the order, and PyTorch has operators for it, but no public name. Where they are missing, nothing changes.
+    Without this, a product of few rows, as in sampling, spends a third to half of its time on reordering. oneDNN knows
+    the order, and PyTorch has operators for it, but no public name. Where they are missing, where the processor has no
+    such products, or where the copy would fill the memory, nothing changes.
     """
     own = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
     if model.device.type != "cpu" or not hasattr(own, "_linear_pointwise"):
@@ -2590,14 +2597,26 @@ def reordered_weights(model, rows):
     layers = [x for x in model.modules() if type(x) is torch.nn.Linear and "forward" not in vars(x)]
     # not a part of a weight (--shard); in a small layer the call would cost more than the order saves
     layers = [x for x in layers if type(x.weight.data) is torch.Tensor and x.weight.numel() > 100_000]
-    for layer in layers:
-        weight = own._reorder_linear_weight(layer.weight.detach(), rows)
+    if 2 * sum(x.weight.nbytes for x in layers) > available_memory():
+        layers = []
+    try:
+        weights = [own._reorder_linear_weight(layer.weight.detach(), rows) for layer in layers]
+    except RuntimeError:
+        layers, weights = [], []
+    for layer, weight in zip(layers, weights):
         layer.forward = partial(own._linear_pointwise, W=weight, B=layer.bias, attr="none", scalars=[], algorithm="")
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+def available_memory():
+    """Bytes of host memory that can still be used; infinite where the system does not say."""
+    text = Path("/proc/meminfo").read_text() if sys.platform == "linux" else ""
+    found = re.search(r"MemAvailable: +(\d+) kB", text)
+    return int(found[1]) * 1024 if found else math.inf
 
 
 # ---- Fast sampling: one cache for the prompt of a group ----
@@ -2778,7 +2797,7 @@ def generate(model, prompts, noise, temperature, eos_ids, pad_id, is_fixed=False
             logits = step(*now)
             continue
         K = Q + t + 1  # keys
-        if has_spans:  # products of a part of a tensor copy it, so the cache is read whole and grows by 64 tokens
+        if has_spans:  # a product with a part of a tensor copies it first: read the whole cache, which grows by 64
             K = min(-(-K // 64) * 64, Q + T)
             for layer in cache.layers:
                 layer.width = K
@@ -3858,15 +3877,20 @@ def start_run(args, held_out):
         make_run_dir(run_dir)  # it is refused now, not after minutes
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
-    if args.device == "cpu":
-        if args.keep_memory and sys.platform == "linux":
-            keep_freed_memory()
-        # each new length of a batch makes new products. 1,024 of them are kept else, 200 MB more a step
-        for setting in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(setting, "64")  # they are read at the first product
+    prepare_memory(args)
     if args.track and process_rank() == 0:
         start_wandb(args, run_dir)  # before the writer, because it watches the writers that are made after it
     return args, run_dir
+
+
+def prepare_memory(args):
+    """Settings of the host's memory for a run on a CPU. It must come before the first product of matrices."""
+    if args.device == "cpu":
+        if args.keep_memory and sys.platform == "linux":
+            keep_freed_memory()
+        # Each new length of a batch needs newly prepared products. By default 1,024 are kept: 200 MB more a step
+        for setting in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(setting, "64")
 
 
 def keep_freed_memory():
@@ -3876,7 +3900,7 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the free end of the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep the free end of the heap, however large
 
 
 def make_start_model(args, directory, problems, held_out):
@@ -4303,6 +4327,7 @@ def choose_to_look(args, policies, problems):
     args = choose_settings(replace(settings_of_model(args, *policies[0]), **unused), None, problems)
     check_device(args.device)
     torch.set_num_threads(args.torch_threads)
+    prepare_memory(args)
     for directory, saved in policies:
         own, tokenizer = settings_of_model(args, directory, saved), read_tokenizer(directory)
         if own.model is None:

@@ -18,7 +18,7 @@ Teaches  the 9 Atari details, tagged [D14]..[D22] where each happens, on top of 
          (docs/details.md). `diff -b ppo_cartpole.py ppo_atari.py` shows what pixels change
 Run      python ppo_atari.py
          torchrun --nproc-per-node=2 ppo_atari.py
-Expect   1,140 steps a second on 2 cores of an AMD EPYC, 2.8 times CleanRL's script (benchmarks/RESULTS.md). With
+Expect   1,140 steps a second on 2 cores of an AMD EPYC, 2.1 to 2.8 times CleanRL's (benchmarks/RESULTS.md). With
          --total-timesteps 3000000 --learning-rate 5e-4 the last 100 games of Pong average +18 after 1.2M steps
 Departs  from the customary wrappers in one thing: after a lost life nobody presses FIRE for the policy, because
          ale-py's vector environment presses it only at the start of a game. The policy learns to press it
@@ -618,7 +618,7 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the free end of the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep the free end of the heap, however large
 
 
 def check_video(args):

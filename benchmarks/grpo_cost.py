@@ -44,7 +44,7 @@ def measure_size(model, eos_ids, size, repeats=2):
     import grpo_llm
 
     args = grpo_llm.Args(
-        model="-", task="jsonl", data="-", device="cpu", dtype=dtype(), optimizer="adamw", learning_rate=1e-6,
+        model="-", task="jsonl", data="-", device="cpu", dtype=dtype(), optimizer="adamw8bit", learning_rate=1e-6,
         prompts_per_step=size["prompts"], group_size=size["group"], max_tokens=size["length"], micro_batch_tokens=1024,
         generate_rows=128, eval_samples=8, gradient_checkpointing=False, offload=False, torch_threads=1,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def run_child(options):
     os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as a run does
     if sys.platform == "linux":
         grpo_llm.keep_freed_memory()
-    args = grpo_llm.Args(model=options.model, device="cpu", dtype=dtype(), torch_threads=1, max_tokens=16)
+    args = grpo_llm.Args(model=options.model, device="cpu", dtype=dtype(), optimizer="adamw8bit", torch_threads=1)
     model, _, _ = grpo_llm.load_model(args, options.model, is_compared=False)
     model.plain_because = ""
     grpo_llm.set_spans(model, True)
@@ -177,8 +177,9 @@ def draw():
         for axis, (style, color) in styles.items():
             points = found.get(axis, [])
             panel.plot([x[0] for x in points], [x[column] for x in points], style, color=color, label=axis)
-        panel.set(xscale="log", xticks=SIZES, xlabel="times the base", title=title, ylim=(0, None))
+        panel.set(xscale="log", xticks=SIZES, xlabel="times the base", title=title)
         panel.set_xticklabels([f"{times}×" for times in SIZES])
+        panel.set_ylim(0, 1.1 * max(point[column] for axis in styles for point in found.get(axis, [])))
         panel.minorticks_off()
         panel.set_ylabel("answer tokens a processor second")
         panel.spines[["top", "right"]].set_visible(False)

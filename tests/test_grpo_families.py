@@ -1,5 +1,7 @@
 """Any causal language model: the plain path is transformers' own, the fast one equals it, or is not taken."""
 
+import math
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -226,6 +228,22 @@ def test_attention_by_plain_products_is_the_fused_one(grpo):
     torch.testing.assert_close(found, right)
 
 
+def test_long_spans_keep_no_weights_of_attention(grpo, monkeypatch):
+    """Beyond a number of pairs attend() is the fused kernel, with the same result and less memory."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+    mask, found, fused = torch.randn(2, 1, 5, 7), [], []
+    own = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *x, **kw: fused.append(1) or own(*x, **kw)
+    )
+    for pairs in (35, 34):
+        monkeypatch.setattr(grpo, "LONGEST_PRODUCT", pairs)
+        found.append(grpo.attend(query, key, value, mask, 0.3))
+    assert len(fused) == 1
+    torch.testing.assert_close(*found)
+
+
 def test_wide_models_attend_in_spans_and_narrow_ones_do_not(grpo, tiny_grpo, tiny_lm, monkeypatch):
     """[G17] In spans a row fills the micro-batch. On the plain path, sampling included, sdpa is as it was."""
     narrow = grpo.load_model(tiny_grpo(), tiny_lm)[0]
@@ -323,6 +341,28 @@ def test_a_saved_model_says_nothing_of_spans(grpo, tiny_grpo, tiny_lm, monkeypat
     model = grpo.load_model(tiny_grpo(), tiny_lm)[0]
     model.save_pretrained(tmp_path / "saved")
     assert model.has_spans and "spans" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_a_copy_of_the_weights_is_not_forced(grpo, monkeypatch):
+    """Weights stay as they are where a copy would fill the memory, and where the processor has no such product."""
+    model = torch.nn.Sequential(torch.nn.Linear(512, 256), torch.nn.Linear(256, 512))
+    model.device, size = torch.device("cpu"), 2 * 512 * 256 * 4
+    changed, reorder, calls = [], torch.ops.mkldnn._reorder_linear_weight, []
+
+    def fails_at_second(*given):
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            raise RuntimeError("no such product")
+        return reorder(*given)
+
+    for bytes_left, fails in ((2 * size, False), (2 * size - 1, False), (math.inf, True)):
+        monkeypatch.setattr(grpo, "available_memory", lambda left=bytes_left: left)
+        if fails:
+            monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fails_at_second)
+        with grpo.reordered_weights(model, 3):
+            changed.append(["forward" in vars(x) for x in model])
+    assert changed == [[True, True], [False, False], [False, False]] and len(calls) == 2
+    assert not any("forward" in vars(x) for x in model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
