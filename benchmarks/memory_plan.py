@@ -196,7 +196,7 @@ def memory_plan(args, prompt_tokens, gpu_memory=0.0):
     Args leave open is chosen as a run chooses it.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map
+    from torch.utils._pytree import tree_map_only
 
     args, _ = chosen(args, gpu_memory)
     Q, T, G = prompt_tokens, args.max_tokens, args.group_size
@@ -223,7 +223,7 @@ def memory_plan(args, prompt_tokens, gpu_memory=0.0):
     rows = grpo_llm.plan_for(on_device, model, [Q] * P, dict.fromkeys(range(P * G), T), G)
     tokens = torch.zeros(P * G, T, dtype=torch.long)
     batch = grpo_llm.pack_rows([[0] * Q] * P, tokens, torch.ones_like(tokens), rows[0], G)
-    batch = tree_map(fake.from_tensor, batch)
+    batch = tree_map_only(torch.Tensor, fake.from_tensor, batch)
     settings = T, args.temperature, args.logprob_tokens
     with fake, torch.no_grad(), counter_of_bytes(parameters) as scoring:
         grpo_llm.completion_logprobs(model, batch, *settings)
