@@ -1,6 +1,7 @@
 """Any causal language model: the plain path is transformers' own, the fast one equals it, or is not taken."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,6 +335,25 @@ def test_a_reference_attends_as_its_policy(grpo, tiny_grpo, tiny_lm, monkeypatch
         tokens, _, mask = grpo.sample(args, policy, PROMPTS, noise_of(8), 1.0, EOS_IDS, 0)
         found = [grpo.policy_logprobs(args, x, PROMPTS, tokens, mask).detach() for x in (policy, reference)]
         assert mask.any() and torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("now", "wanted", "asked"),
+    [
+        ("sdpa", True, {"": "spans", "text": "spans"}),
+        ("spans", False, {"": "sdpa", "text": "sdpa"}),
+        ("sdpa", False, None),
+        ("eager", True, None),
+        ("eager", False, None),
+    ],
+)
+def test_only_the_part_that_reads_text_attends_in_spans(grpo, now, wanted, asked):
+    """Of a model with parts for pictures or sound, which may refuse it. Nothing is set where nothing changes."""
+    text, sound, found = SimpleNamespace(_attn_implementation=now), SimpleNamespace(_attn_implementation="eager"), []
+    config = SimpleNamespace(text=text, sound=sound, sub_configs={"text": 0, "sound": 0}, get_text_config=lambda: text)
+    model = SimpleNamespace(config=config, set_attn_implementation=found.append)
+    grpo.set_spans(model, wanted)
+    assert found == ([asked] if asked else [])
 
 
 def test_a_saved_model_says_nothing_of_spans(grpo, tiny_grpo, tiny_lm, monkeypatch, tmp_path):
