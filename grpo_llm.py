@@ -2586,8 +2586,8 @@ def set_spans(model, wanted):
 def reordered_weights(model, rows):
     """On a CPU, copy linear layers' weights into the order that the processor's products read, once for all tokens.
 
-    Without this, a product of few rows, as in sampling, spends a third to half of its time on reordering. oneDNN knows
-    the order, and PyTorch has operators for it, but no public name. Where they are missing, where the processor has no
+    Without this, a product of few rows, as in sampling, spends a large part of its time on reordering. oneDNN knows the
+    order, and PyTorch has operators for it, but no public name. Where they are missing, where the processor has no
     such products, or where the copy would fill the memory, nothing changes.
     """
     own = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None

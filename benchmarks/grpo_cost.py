@@ -83,10 +83,8 @@ def run_child(options):
     torch.set_num_threads(1)
     if options.one == "processes":
         dist.init_process_group("gloo")
-    os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as a run does
-    if sys.platform == "linux":
-        grpo_llm.keep_freed_memory()
     args = grpo_llm.Args(model=options.model, device="cpu", dtype=dtype(), optimizer="adamw8bit", torch_threads=1)
+    grpo_llm.prepare_memory(args)
     model, _, _ = grpo_llm.load_model(args, options.model, is_compared=False)
     model.plain_because = ""
     grpo_llm.set_spans(model, True)

@@ -14,7 +14,7 @@ Rows, the work of a step, 4 prompts (--prompts) × 8 samples in both:
 Programs, interleaved round by round, each in a process of its own:
     ours                  grpo_llm.py as it comes: on a CPU micro-batches of 2,048 tokens, logits of 1,024 at once
     ours-small            with micro-batches of 512 tokens and logits of 128 at once, which needs less memory
-    ours-adamw8bit        the same with --optimizer adamw8bit, which is its choice for bfloat16
+    ours-adamw8bit        ours with --optimizer adamw8bit, which is its choice for bfloat16
     ours-own-attention    ours with the model's own attention, not in spans; each part of its speed on a CPU alone
     ours-own-order        ours without weights in the processor's order
     ours-default-malloc   ours with --no-keep-memory

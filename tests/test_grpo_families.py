@@ -241,7 +241,7 @@ def test_long_spans_keep_no_weights_of_attention(grpo, monkeypatch):
     for pairs in (35, 34):
         monkeypatch.setattr(grpo, "LONGEST_PRODUCT", pairs)
         found.append(grpo.attend(query, key, value, mask, 0.3))
-    assert len(fused) == 1
+    assert len(fused) == 1 and found[0].all()
     torch.testing.assert_close(*found)
 
 
@@ -334,7 +334,7 @@ def test_a_reference_attends_as_its_policy(grpo, tiny_grpo, tiny_lm, monkeypatch
         assert reference.has_spans == policy.has_spans == (spans_from == 0) and policy.plain_because == ""
         tokens, _, mask = grpo.sample(args, policy, PROMPTS, noise_of(8), 1.0, EOS_IDS, 0)
         found = [grpo.policy_logprobs(args, x, PROMPTS, tokens, mask).detach() for x in (policy, reference)]
-        assert mask.any() and torch.equal(*found)
+        assert mask.any() and found[0].any() and torch.equal(*found)
 
 
 @pytest.mark.parametrize(
@@ -388,20 +388,26 @@ def test_a_copy_of_the_weights_is_not_forced(grpo, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_in_the_processors_order(grpo, dtype):
     """Large linear layers give the same products with their weights in the processor's own order. Small layers, and
-    layers with a product of their own, stay. Afterwards, and after an error, all are as they were."""
+    layers with a product of their own, stay. Afterwards, and after an error, all are as they were. A processor may lack
+    such products in bfloat16: then nothing changes."""
     torch.manual_seed(0)
     own = torch.nn.Linear(512, 256)
     own.forward = lambda x: x
     model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Linear(512, 512, bias=False), own)
     model = model.append(torch.nn.Linear(512, 8)).to(dtype)
     model.device = torch.device("cpu")
-    changed = [x for x in model[:2]]
+    changed, has_order = [x for x in model[:2]], True
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(model[0].weight.detach(), 3)
+    except RuntimeError:
+        has_order = False
+    assert has_order or dtype == torch.bfloat16
     for rows in (1, 3, 40):
         states = torch.randn(rows, 256, dtype=dtype)
         with torch.no_grad():
             right = model(states)
             with grpo.reordered_weights(model, 3):
-                assert ["forward" in vars(x) for x in model] == [True, True, True, False]
+                assert ["forward" in vars(x) for x in model] == [has_order, has_order, True, False]
                 found = model(states)
         torch.testing.assert_close(found, right, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
     with pytest.raises(ZeroDivisionError), grpo.reordered_weights(model, 3):
