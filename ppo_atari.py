@@ -88,9 +88,7 @@ class Args:
     eval_episodes: NonNegativeInt = 10  # games at the end, actions sampled from the policy; 0 for none
     # for some runs only: machine, files, film, tracking
     bf16: bool = True  # convolutions in bfloat16 if that is faster here (1.65 times on a Zen 5); the rest in float32
-    keep_memory: bool = (
-        True  # let glibc's malloc keep freed memory, so no page is zeroed twice; 0.95 to 1.04 times as fast
-    )
+    keep_memory: bool = True  # let glibc's malloc keep freed memory, so no page is zeroed twice; 0.95 to 1.04 the speed
     device: str = "cpu"  # cpu, cuda, cuda:1 …, or mps, which is untried; under torchrun, cuda gives each process a GPU
     torch_threads: NonNegativeInt = 0  # CPU threads of torch; 0 for one per core. On a busy machine 1 is faster
     torch_deterministic: bool = True  # refuse operations whose result varies from run to run
